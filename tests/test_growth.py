@@ -1,0 +1,254 @@
+"""Growth by parameter tokens: exact where it says so, alive, with the optimizer's state carried over."""
+
+import copy
+
+import pytest
+import torch
+
+from tokenformer.growth import OPERATORS, grow, largest_logit_change, live_share
+from tokenformer.growth.engine import expand
+from tokenformer.models import build_config, build_model
+from tokenformer.models.axes import parameter_axes
+from tokenformer.optim import AdamW, parameter_groups
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = {"qkv_tokens": 12, "proj_tokens": 7, "ffn_tokens": 30}
+OPTIONS = {
+    "published": {},
+    "modern": {"norm": "rmsnorm", "initialization": "unit", "num_key_value_heads": 2},
+    "gated": {"feed_forward": "gated"},
+    "linear": {"attention_projections": "linear"},
+    "gelu first": {"theta": "gelu_l2_norm"},
+    "softmax": {"theta": "softmax"},
+    "untied": {"tie_word_embeddings": False},
+}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05}
+TARGETS = {
+    "zero_keys": [{"ffn": 50, "qkv": 13, "proj": 8}, {"ffn": 51}, {"ffn": 127, "qkv": 63, "proj": 9}],
+    "tile": [{"ffn": 60, "qkv": 36, "proj": 7}, {"ffn": 120}, {"ffn": 240, "qkv": 72, "proj": 14}],
+}
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 61, (2, 19), generator=torch.Generator().manual_seed(0))
+
+
+def trained(ids, dtype=torch.float64, optimizer_class=AdamW, **fields):
+    """A model and its optimizer after three steps, so that weights, scores and moments are nobody's initial values."""
+    model = build_model(build_config("tokenformer", fields=SIZES | TOKENS | fields), seed=0).to(dtype)
+    optimizer = optimizer_class(parameter_groups(model, 0.1), lr=1e-2)
+    for _ in range(3):
+        step(model, optimizer, ids)
+    return model, optimizer
+
+
+def step(model, optimizer, ids):
+    optimizer.zero_grad()
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def fitting(option, targets):
+    return {k: v for k, v in targets.items() if option != "linear" or k == "ffn"}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("operator", TARGETS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_three_growths_in_a_row_preserve_logits(option, operator, dtype, ids):
+    if option == "softmax" and operator == "zero_keys":
+        pytest.skip("refused, see test_zero_keys_refuses_softmax")
+    first, optimizer = trained(ids, dtype, **OPTIONS[option])
+    model = first
+    for targets in TARGETS[operator]:
+        growth = grow(model, operator, fitting(option, targets), optimizer=optimizer)
+        assert growth.promise == "exact"
+        assert largest_logit_change(model, growth.model, ids) <= TOLERANCE[dtype]
+        model, optimizer = growth.model, growth.optimizer
+    assert model.config.ffn_tokens == TARGETS[operator][-1]["ffn"]
+    assert largest_logit_change(first, model, ids) <= 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("option", ["published", "modern", "gated", "linear", "gelu first"])
+def test_the_published_way_moves_the_logits(option, ids):
+    """The control of exactness: the release's growth, and zero keys under a scale made anew from the row count."""
+    model, _ = trained(ids, **OPTIONS[option])
+    growth = grow(model, "published", {"ffn": 60})
+    assert growth.promise == "approximate" and largest_logit_change(model, growth.model, ids) > 1e-3
+    zero = grow(model, "zero_keys", {"ffn": 60}).model
+    for layer in zero.model.layers:
+        layer.mlp.scale *= 2**0.5
+    assert largest_logit_change(model, zero, ids) > 1e-3
+
+
+@pytest.mark.parametrize("operator", TARGETS)
+@pytest.mark.parametrize("option", ["published", "gated", "gelu first"])
+def test_new_rows_are_alive_at_once_and_wholly_after_a_step(option, operator, ids):
+    model, optimizer = trained(ids, **OPTIONS[option])
+    growth = grow(model, operator, TARGETS[operator][0], optimizer=optimizer)
+    at_once = live_share(growth, ids)
+    assert max(at_once.values()) == 1.0
+    step(growth.model, growth.optimizer, ids)
+    assert set(live_share(growth, ids).values()) == {1.0}
+
+
+def test_rows_with_zero_keys_and_zero_values_never_wake(ids):
+    """The control of liveness: zero both, as some reimplementations do, and the rows are dead."""
+    model, optimizer = trained(ids)
+    growth = grow(model, "zero_keys", {"ffn": 60}, optimizer=optimizer)
+    with torch.no_grad():
+        for layer in growth.model.model.layers:
+            layer.mlp.value[30:] = 0
+    for _ in range(5):
+        step(growth.model, growth.optimizer, ids)
+    assert all((layer.mlp.key[30:] == 0).all() and (layer.mlp.value[30:] == 0).all() for layer in growth.model.model.layers)
+    assert max(live_share(growth, ids).values()) == 0.0
+
+
+def test_tiled_copies_part_ways(ids):
+    model, optimizer = trained(ids)
+    growth = grow(model, "tile", {"ffn": 60}, optimizer=optimizer)
+    table = growth.model.model.layers[0].mlp
+    assert torch.equal(table.key[:30], table.key[30:])
+    for _ in range(3):
+        step(growth.model, growth.optimizer, ids)
+    assert (table.key[:30] - table.key[30:]).abs().max() > 1e-3
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("operator", TARGETS)
+@pytest.mark.parametrize("option", ["published", "gated"])
+def test_gradients_push_forward_as_the_moments_are_moved(option, operator, ids):
+    """One batch through both models: the large one's gradients at old entries are c times the small one's."""
+    model, _ = trained(ids, **OPTIONS[option])
+    growth = grow(model, operator, TARGETS[operator][0])
+    plan = OPERATORS[operator](model.config, growth.event["to"])
+    small, large = gradients(model, ids), gradients(growth.model, ids)
+    for name, old in small.items():
+        if operator == "tile" and name.endswith(".key"):
+            continue  # passes through the norm, which the copies share alike; the operator says so
+        axes = parameter_axes(model.config, name)
+        grown = [axis for axis in axes if axis in plan.slots]
+        factor = plan.fill(name, grown[0]).moment if grown else 1.0
+        pushed = expand(old, axes, plan.slots, factor)
+        rows = slice(0, old.shape[0]) if operator == "zero_keys" else slice(None)
+        torch.testing.assert_close(large[name][rows], pushed[rows], rtol=1e-8, atol=1e-12)
+
+
+def test_moments_of_old_rows_are_kept_and_new_rows_start_at_their_own_birth(ids):
+    model, optimizer = trained(ids)
+    growth = grow(model, "zero_keys", {"ffn": 50}, optimizer=optimizer)
+    old, new = (m.model.layers[0].mlp.key for m in (model, growth.model))
+    before, after = optimizer.state[old], growth.optimizer.state[new]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(after[moment][:30], before[moment]) and (after[moment][30:] == 0).all()
+        assert before[moment].abs().max() > 0
+    assert after["step"] == before["step"] == 3
+    assert after["birth"].flatten().tolist() == [0.0] * 30 + [3.0] * 20
+    again = grow(growth.model, "zero_keys", {"ffn": 52}, optimizer=growth.optimizer)
+    state = again.optimizer.state[again.model.model.layers[0].mlp.key]
+    assert state["birth"].flatten().tolist() == [0.0] * 30 + [3.0] * 22
+    dropped = grow(model, "zero_keys", {"ffn": 50}, optimizer=optimizer, moments="drop")
+    assert not dropped.optimizer.state  # the control
+
+
+def test_an_optimizer_with_one_count_per_tensor_gets_the_mean_second_moment(ids):
+    model, optimizer = trained(ids, optimizer_class=torch.optim.AdamW)
+    growth = grow(model, "zero_keys", {"ffn": 50}, optimizer=optimizer)
+    assert type(growth.optimizer) is torch.optim.AdamW
+    second = growth.optimizer.state[growth.model.model.layers[0].mlp.key]["exp_avg_sq"]
+    assert torch.allclose(second[30:], second[:30].mean()) and "birth" not in growth.optimizer.state
+    step(growth.model, growth.optimizer, ids)
+
+
+def test_training_goes_on_as_if_nothing_had_happened(ids):
+    """Losses of the first step after growth equal those of the model that did not grow; dropped moments change them."""
+    model, optimizer = trained(ids)
+    growth = grow(model, "zero_keys", {"ffn": 50}, optimizer=optimizer)
+    dropped = grow(model, "zero_keys", {"ffn": 50}, optimizer=optimizer, moments="drop")
+    for made in (growth, dropped):  # hold the new rows where they are: the old ones must then move as before
+        for layer in made.model.model.layers:
+            layer.mlp.key.register_hook(lambda g: torch.cat([g[:30], torch.zeros_like(g[30:])]))
+            layer.mlp.value.register_hook(lambda g: torch.cat([g[:30], torch.zeros_like(g[30:])]))
+    losses = {}
+    for label, m, o in (("small", model, optimizer), ("kept", growth.model, growth.optimizer), ("dropped", dropped.model, dropped.optimizer)):
+        losses[label] = [step(m, o, ids) for _ in range(4)]
+    assert losses["kept"] == pytest.approx(losses["small"], abs=1e-9)
+    assert losses["dropped"] != pytest.approx(losses["small"], abs=1e-6)
+
+
+def test_the_old_model_and_optimizer_are_left_alone(ids):
+    model, optimizer = trained(ids)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    growth = grow(model, "zero_keys", {"ffn": 50}, optimizer=optimizer)
+    assert torch.equal(torch.rand(1), expected)
+    step(growth.model, growth.optimizer, ids)
+    assert all(torch.equal(a, b) for a, b in zip(weights.values(), model.state_dict().values(), strict=True))
+    assert str(state) == str(optimizer.state_dict()) and model.config.ffn_tokens == 30
+
+
+def test_growth_is_a_function_of_its_seed(ids):
+    model, _ = trained(ids)
+    a, b, c = (grow(model, "zero_keys", {"ffn": 50}, seed=s).model.model.layers[0].mlp.value for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_grown_model_is_an_ordinary_model(ids, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, _ = trained(ids, torch.float32)
+    growth = grow(model, "tile", {"ffn": 60, "qkv": 24})
+    growth.model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.ffn_scale == pytest.approx(60**0.5) and largest_logit_change(model, again, ids) < 1e-5
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(again.generate(ids, **settings), model.generate(ids, **settings))
+    assert growth.event["from"] == {"ffn_tokens": 30, "qkv_tokens": 12}
+
+
+def test_zero_keys_refuses_softmax(ids):
+    model, _ = trained(ids, theta="softmax")
+    with pytest.raises(ValueError, match="zero_keys cannot grow theta=softmax exactly"):
+        grow(model, "zero_keys", {"ffn": 60})
+
+
+@pytest.mark.parametrize(
+    ("operator", "to", "message"),
+    [
+        ("nothing", {"ffn": 60}, "operator: 'nothing' is not known; allowed: zero_keys, tile, published"),
+        ("zero_keys", {}, "to: no target size given"),
+        ("zero_keys", {"ffn": 29}, "to.ffn: 29 is smaller than the model's 30"),
+        ("zero_keys", {"ffn": 30}, "is the size that the model already has"),
+        ("zero_keys", {"tokens": 60}, "to.tokens: tokenformer has no such axis; allowed: ffn, qkv, proj"),
+        ("zero_keys", {"hidden_size": 64}, "to.hidden_size: parameter tokens grow along ffn, qkv and proj only"),
+        ("tile", {"ffn": 50}, "to.ffn_tokens: 50 is not a multiple of the model's 30, as tile needs; nearest: 30 or 60"),
+    ],
+)
+def test_bad_targets_are_refused_in_one_line(operator, to, message):
+    model = build_model(build_config("tokenformer", fields=SIZES | TOKENS), seed=0)
+    with pytest.raises(ValueError, match=message):
+        grow(model, operator, to)
+
+
+def test_linear_projections_have_no_tokens_to_grow():
+    model = build_model(build_config("tokenformer", fields=SIZES | TOKENS | {"attention_projections": "linear"}), seed=0)
+    with pytest.raises(ValueError, match="attention projections are linear"):
+        grow(model, "zero_keys", {"qkv": 60})
+
+
+def test_a_parameter_that_no_table_names_is_an_error(ids):
+    model, _ = trained(ids)
+    model.model.extra = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="'model.extra' is in no table of axes"):
+        grow(model, "zero_keys", {"ffn": 60})

@@ -1,0 +1,200 @@
+"""TokenFormer in transformers' form: the published block, sizes, cache, masks, saving, and errors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+
+import tokenformer  # noqa: F401  registers the Auto classes
+from tokenformer.models import build_config, build_model
+from tokenformer.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = {"qkv_tokens": 13, "proj_tokens": 7, "ffn_tokens": 33}
+FULL_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+OPTIONS = {
+    "published": {},
+    "modern": {"norm": "rmsnorm", "rope_parameters": FULL_ROTARY, "initialization": "unit"},
+    "grouped": {"num_key_value_heads": 2, "head_dim": 16},
+    "gated": {"feed_forward": "gated"},
+    "linear": {"attention_projections": "linear"},
+    "gelu first": {"theta": "gelu_l2_norm"},
+    "softmax": {"theta": "softmax"},
+    "untied": {"tie_word_embeddings": False},
+}
+RELEASED = {"150m": 151_881_216, "450m": 454_166_528, "900m": 903_252_480, "1.5b": 1_587_219_456}
+
+
+def tiny(**fields):
+    return build_model(build_config("tokenformer", fields=SIZES | TOKENS | fields), seed=0).double().eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 61, (2, 19), generator=torch.Generator().manual_seed(0))
+
+
+def published_logits(weights, ids, heads, layers):
+    """The published model from its formulas, one position at a time where that is clearer (fact sheet, section 1)."""
+
+    def layer_norm(x, weight=1.0, bias=0.0):
+        return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5) * weight + bias
+
+    def pattention(x, key, value):
+        s = x @ key.T
+        return F.gelu(s * math.sqrt(len(key)) / s.norm(dim=-1, keepdim=True)) @ value
+
+    def rotate(x, dims):  # NeoX: pair i with i + dims/2, angle position * 10000^(-2i/dims)
+        half = dims // 2
+        angle = torch.arange(x.shape[-2]).double()[:, None] * 10000.0 ** (-torch.arange(half).double() * 2 / dims)
+        a, b, rest = x[..., :half], x[..., half:dims], x[..., dims:]
+        turned = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        return torch.cat([*turned, rest], -1)
+
+    x = weights["model.embed_tokens.weight"][ids]
+    batch, time, width = x.shape
+    size = width // heads
+    for i in range(layers):
+
+        def table(place, which, i=i):
+            return weights[f"model.layers.{i}.{place}.{which}"]
+
+        h = layer_norm(x)
+        q, k, v = (pattention(h, table(f"self_attn.{p}_proj", "key"), table(f"self_attn.{p}_proj", "value")) for p in "qkv")
+        q, k, v = (t.view(batch, time, heads, size).transpose(1, 2) for t in (q, k, v))
+        q, k = rotate(q, size // 4), rotate(k, size // 4)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(size)
+        scores = scores.masked_fill(torch.ones(time, time).triu(1).bool(), float("-inf"))
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, time, width)
+        x = x + pattention(mixed, table("self_attn.o_proj", "key"), table("self_attn.o_proj", "value"))
+        x = x + pattention(layer_norm(x), table("mlp", "key"), table("mlp", "value"))
+    x = layer_norm(x, weights["model.norm.weight"], weights["model.norm.bias"])
+    return x @ weights["model.embed_tokens.weight"].T
+
+
+def test_logits_equal_the_published_formulas_in_float64(ids):
+    model = tiny(hidden_size=64, pattention_eps=0.0)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    expected = published_logits(weights, ids, heads=4, layers=2)
+    assert (model(ids).logits - expected).abs().max() < 1e-10
+    other = tiny(hidden_size=64, pattention_eps=0.0, rope_parameters=FULL_ROTARY)
+    assert (other(ids).logits - expected).abs().max() > 1e-6  # the control: another rotary share is another model
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_presets_have_the_released_parameter_counts(name):
+    with torch.device("meta"):
+        model = TokenFormerForCausalLM(TokenFormerConfig.preset(name))
+    assert sum(p.numel() for p in model.parameters()) == RELEASED[name]
+
+
+def test_published_initialisation_has_the_published_spread():
+    model = build_model(build_config("tokenformer", fields=SIZES | {"ffn_tokens": 4000}), seed=0)
+    table = model.model.layers[0].mlp
+    assert table.key.std().item() == pytest.approx(0.02, rel=0.02)
+    assert table.value.std().item() == pytest.approx(2 / (2 * math.sqrt(32)), rel=0.02)
+
+
+def test_unit_initialisation_gives_outputs_of_unit_variance():
+    fields = SIZES | {"hidden_size": 256, "qkv_tokens": 300, "initialization": "unit"}
+    model = build_model(build_config("tokenformer", fields=fields), seed=0)
+    x = F.layer_norm(torch.randn(512, 256), (256,))
+    assert model.model.layers[0].self_attn.q_proj(x).std().item() == pytest.approx(1.0, rel=0.1)
+    assert model.model.layers[0].mlp(x).std().item() == pytest.approx(0.5, rel=0.1)  # 1 / sqrt(2 L), L = 2
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_cached_steps_padding_and_reloading_leave_the_logits(option, ids, tmp_path):
+    model = tiny(**OPTIONS[option])
+    logits = model(ids).logits
+    cache, steps = DynamicCache(config=model.config), []
+    for t in range(ids.shape[1]):
+        steps.append(model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
+    assert (torch.cat(steps, 1) - logits).abs().max() < 1e-10
+
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
+    mask = (torch.arange(22) >= 3).long().expand(2, -1)
+    assert (model(padded, attention_mask=mask).logits[:, 3:] - logits).abs().max() < 1e-10
+    assert (model(padded).logits[:, 3:] - logits).abs().max() > 1e-6  # the control: without the mask padding is read
+
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert (again(ids).logits - logits).abs().max() < 1e-12
+    assert (tmp_path / "model.safetensors").exists() and again.config.ffn_scale == model.config.ffn_scale
+
+
+@pytest.mark.parametrize("option", ["published", "grouped", "gated"])
+def test_greedy_generation_is_the_same_with_and_without_cache(option, ids):
+    model = tiny(**OPTIONS[option])
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(ids, use_cache=True, **settings)
+    assert cached.shape == (2, 39) and torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+
+
+def test_gradient_checkpointing_leaves_the_gradients(ids):
+    model = tiny().train()
+    gradients = torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, list(model.parameters()))
+    model.activation_checkpointing_enable()
+    again = torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, list(model.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, again, strict=True))
+
+
+def test_model_compiles_without_graph_breaks(ids):
+    model = tiny()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert (compiled(ids, use_cache=False).logits - model(ids, use_cache=False).logits).abs().max() < 1e-10
+
+
+def test_labels_give_the_next_token_cross_entropy(ids):
+    output = tiny()(ids, labels=ids)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_half_precision_copy_keeps_the_stored_scale(tmp_path):
+    model = tiny(ffn_scale=7.123456789)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.model.layers[0].mlp.scale == 7.123456789
+    assert again.config.ffn_scale != math.sqrt(33)
+
+
+def test_auto_classes_know_tokenformer():
+    config = AutoConfig.for_model("tokenformer", **SIZES)
+    assert type(AutoModel.from_config(config)).__name__ == "TokenFormerModel"
+    assert isinstance(AutoModelForCausalLM.from_config(config), TokenFormerForCausalLM)
+
+
+def test_a_model_is_a_function_of_its_seed_and_leaves_the_random_state_alone():
+    config = build_config("tokenformer", fields=SIZES)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    a, b, c = build_model(config, 0), build_model(config, 0), build_model(config, 1)
+    assert torch.equal(torch.rand(2), expected)
+    weights = [m.model.layers[0].mlp.key for m in (a, b, c)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "preset", "fields", "message"),
+    [
+        ("tokenformr", None, {}, "model.architecture: 'tokenformr' is not a model type; nearest valid name: tokenformer"),
+        ("tokenformer", None, {"hiden_size": 3}, "model.hiden_size: .*nearest valid name: hidden_size"),
+        ("tokenformer", None, {"norm": "x"}, "^model: norm: 'x' is not known; allowed: layernorm, rmsnorm$"),
+        ("tokenformer", None, {"hidden_size": "a"}, "model.hidden_size: 'a' is of the wrong type"),
+        ("tokenformer", None, {"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide"),
+        ("tokenformer", None, {"theta": "relu"}, "theta: 'relu' is not known"),
+        ("tokenformer", None, {"ffn_tokens": -4}, "ffn_tokens: -4 is too small"),
+        ("tokenformer", "2b", {}, "model.preset: '2b' is not known; allowed: 150m"),
+        ("llama", "150m", {}, "model.preset: '150m' is for tokenformer"),
+        ("llama", None, {"hidden_size": 30, "num_attention_heads": 4}, "^model: The hidden size .30. is not a multiple"),
+    ],
+)
+def test_bad_configurations_are_refused_in_one_line(architecture, preset, fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build_config(architecture, preset, fields)
+    assert "\n" not in str(error.value)

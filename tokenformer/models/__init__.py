@@ -1,0 +1,68 @@
+"""Models: every one a transformers model; those that transformers lacks are written here and registered with its Auto classes."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .tokenformer import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
+
+__all__ = ["TokenFormerConfig", "TokenFormerForCausalLM", "TokenFormerModel", "build_config", "build_model", "register"]
+
+
+def register() -> None:
+    """Make the Auto classes know TokenFormer; calling it again changes nothing."""
+    AutoConfig.register("tokenformer", TokenFormerConfig, exist_ok=True)
+    AutoModel.register(TokenFormerConfig, TokenFormerModel, exist_ok=True)
+    AutoModelForCausalLM.register(TokenFormerConfig, TokenFormerForCausalLM, exist_ok=True)
+
+
+register()
+
+
+def build_config(architecture: str, preset: str | None = None, fields: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """The transformers configuration of `architecture` (a model type: tokenformer, llama, gpt2 ...) with `fields` set.
+
+    Raises ValueError on an unknown architecture, an unknown field (naming the nearest one) or values that do not fit.
+    """
+    fields = dict(fields or {})
+    if architecture not in CONFIG_MAPPING:
+        raise ValueError(f"model.architecture: {architecture!r} is not a model type{_nearest(architecture, CONFIG_MAPPING)}")
+    cls = CONFIG_MAPPING[architecture]
+    default = cls()
+    known = {name for name in dir(default) if not name.startswith("_")} | set(cls.attribute_map)
+    for key, value in fields.items():
+        if key not in known:
+            raise ValueError(f"model.{key}: not a field of {cls.__name__}{_nearest(key, known)}")
+        if isinstance(value, str) != isinstance(getattr(default, key), str) and isinstance(getattr(default, key), (str, int, float)):
+            raise ValueError(f"model.{key}: {value!r} is of the wrong type; {cls.__name__} has {getattr(default, key)!r} there")
+    if preset is not None and cls is not TokenFormerConfig:
+        raise ValueError(f"model.preset: {preset!r} is for tokenformer; {architecture} takes its sizes one by one")
+    try:
+        return TokenFormerConfig.preset(preset, **fields) if preset is not None else cls(**fields)
+    except Exception as error:  # huggingface_hub's validation errors share no narrower class
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(reason if reason.startswith("model.") else f"model: {reason}") from error
+
+
+def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A new causal language model in float32 and train mode, its weights a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.train()
+
+
+def _nearest(name: str, known: Any) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; nearest valid name: {match[0]}" if match else ""
