@@ -104,7 +104,8 @@ def test_rows_with_zero_keys_and_zero_values_never_wake(ids):
             layer.mlp.value[30:] = 0
     for _ in range(5):
         step(growth.model, growth.optimizer, ids)
-    assert all((layer.mlp.key[30:] == 0).all() and (layer.mlp.value[30:] == 0).all() for layer in growth.model.model.layers)
+    for layer in growth.model.model.layers:
+        assert (layer.mlp.key[30:] == 0).all() and (layer.mlp.value[30:] == 0).all()
     assert max(live_share(growth, ids).values()) == 0.0
 
 
@@ -179,7 +180,10 @@ def test_training_goes_on_as_if_nothing_had_happened(ids):
             layer.mlp.key.register_hook(lambda g: torch.cat([g[:30], torch.zeros_like(g[30:])]))
             layer.mlp.value.register_hook(lambda g: torch.cat([g[:30], torch.zeros_like(g[30:])]))
     losses = {}
-    for label, m, o in (("small", model, optimizer), ("kept", growth.model, growth.optimizer), ("dropped", dropped.model, dropped.optimizer)):
+    runs = [("small", model, optimizer)] + [
+        (label, made.model, made.optimizer) for label, made in (("kept", growth), ("dropped", dropped))
+    ]
+    for label, m, o in runs:
         losses[label] = [step(m, o, ids) for _ in range(4)]
     assert losses["kept"] == pytest.approx(losses["small"], abs=1e-9)
     assert losses["dropped"] != pytest.approx(losses["small"], abs=1e-6)
@@ -230,9 +234,9 @@ def test_zero_keys_refuses_softmax(ids):
         ("zero_keys", {}, "to: no target size given"),
         ("zero_keys", {"ffn": 29}, "to.ffn: 29 is smaller than the model's 30"),
         ("zero_keys", {"ffn": 30}, "is the size that the model already has"),
-        ("zero_keys", {"tokens": 60}, "to.tokens: tokenformer has no such axis; allowed: ffn, qkv, proj"),
+        ("zero_keys", {"tokens": 60}, "to.tokens: tokenformer has no such axis; allowed: ffn"),
         ("zero_keys", {"hidden_size": 64}, "to.hidden_size: parameter tokens grow along ffn, qkv and proj only"),
-        ("tile", {"ffn": 50}, "to.ffn_tokens: 50 is not a multiple of the model's 30, as tile needs; nearest: 30 or 60"),
+        ("tile", {"ffn": 50}, "to.ffn_tokens: 50 is not a multiple of the model's 30; for tile, nearest: 30 or 60"),
     ],
 )
 def test_bad_targets_are_refused_in_one_line(operator, to, message):
@@ -242,7 +246,8 @@ def test_bad_targets_are_refused_in_one_line(operator, to, message):
 
 
 def test_linear_projections_have_no_tokens_to_grow():
-    model = build_model(build_config("tokenformer", fields=SIZES | TOKENS | {"attention_projections": "linear"}), seed=0)
+    fields = SIZES | TOKENS | {"attention_projections": "linear"}
+    model = build_model(build_config("tokenformer", fields=fields), seed=0)
     with pytest.raises(ValueError, match="attention projections are linear"):
         grow(model, "zero_keys", {"qkv": 60})
 

@@ -45,7 +45,8 @@ def test_rows_born_later_move_as_a_tensor_of_their_own_would(beta2):
 def largest_step(with_birth):
     parameter = nn.Parameter(torch.zeros(5, 3))
     optimizer = AdamW([parameter], lr=1.0, betas=(0.9, 0.999), weight_decay=0.0)
-    optimizer.state[parameter] = {"step": torch.tensor(1e5), "exp_avg": torch.zeros(5, 3), "exp_avg_sq": torch.zeros(5, 3)}
+    moments = {"exp_avg": torch.zeros(5, 3), "exp_avg_sq": torch.zeros(5, 3)}
+    optimizer.state[parameter] = {"step": torch.tensor(1e5), **moments}
     if with_birth:
         optimizer.state[parameter]["birth"] = torch.full((5, 1), 1e5)
     largest = 0.0
@@ -66,7 +67,8 @@ def test_rewarming_is_for_new_rows_only():
     parameter = nn.Parameter(torch.zeros(5, 3))
     optimizer = AdamW([parameter], lr=1.0, weight_decay=0.0, rewarm_steps=10)
     moments = {"exp_avg": torch.zeros(5, 3), "exp_avg_sq": torch.zeros(5, 3)}
-    optimizer.state[parameter] = {"step": torch.tensor(50.0), **moments, "birth": torch.tensor([[0.0]] * 3 + [[50.0]] * 2)}
+    birth = torch.tensor([[0.0]] * 3 + [[50.0]] * 2)
+    optimizer.state[parameter] = {"step": torch.tensor(50.0), **moments, "birth": birth}
     parameter.grad = torch.ones(5, 3)
     optimizer.step()
     assert parameter[3:].abs().max().item() == pytest.approx(0.1, rel=1e-3)
@@ -108,7 +110,8 @@ def test_schedules_have_their_shapes():
     assert learning_rate(wsd, 0.0, 0) == pytest.approx(0.1) and learning_rate(wsd, 0.01, 4) == pytest.approx(0.5)
     assert learning_rate(wsd, 0.5, 100) == 1.0 and learning_rate(wsd, 0.8, 100) == pytest.approx(1.0)
     assert learning_rate(wsd, 0.9, 100) == pytest.approx(0.55) and learning_rate(wsd, 1.0, 100) == pytest.approx(0.1)
-    assert learning_rate(cosine, 0.5, 100) == pytest.approx(0.55) and learning_rate(cosine, 1.0, 9) == pytest.approx(0.1)
+    assert learning_rate(cosine, 0.5, 100) == pytest.approx(0.55)
+    assert learning_rate(cosine, 1.0, 9) == pytest.approx(0.1)
     assert learning_rate(constant, 1.0, 100) == 1.0
 
 

@@ -15,7 +15,7 @@ SHAPES = [((1,), 1, 7, 1), ((7,), 16, 63, 5), ((3, 1, 5), 7, 1, 7), ((2, 150), 1
 
 
 def published(x, key, value, theta):
-    """The paper's formulas as its release computes them (fact sheet, section 1): the scale from the row count, no eps."""
+    """The paper's formulas as its release computes them: the scale from the row count, no epsilon."""
     n = key.shape[0]
     s = x @ key.T
     if theta == "l2_norm_gelu":

@@ -98,8 +98,8 @@ class Schedule(Protocol):
 def learning_rate(section: Schedule, progress: float, step: int) -> float:
     """The learning rate of a step, `progress` (0 to 1) being the share of the run's training FLOPs already spent.
 
-    wsd: linear warm-up, flat, linear to the minimum over the last `decay_fraction`; cosine: warm-up, half a cosine to the
-    minimum; constant: warm-up, flat. Measured in FLOPs, the shape is the same whether or not the model grows.
+    wsd: linear warm-up, flat, linear to the minimum over the last `decay_fraction`; cosine: warm-up, half a cosine to
+    the minimum; constant: warm-up, flat. Measured in FLOPs, the shape is the same whether or not the model grows.
     """
     floor = section.min_learning_rate_ratio
     if section.schedule == "wsd":

@@ -10,8 +10,8 @@ A parameter token is a key row, which says when it speaks, and a value row, whic
 
 with the exact (erf) GELU. A new layer has scale sqrt(P) for the two L2 forms and P for softmax, as published; from then
 on the scale is a stored number, never derived from P again, so that rows can be added without changing the function.
-||s|| stands for root(sum s² + eps * scale²): an all-zero row gives zero, and neither rows of score zero nor tiling change
-it. A gated layer multiplies by a second score: y = (theta(x Kᵀ) * (x Uᵀ)) V.
+||s|| stands for root(sum s² + eps * scale²): an all-zero row gives zero, and neither rows of score zero nor tiling
+change it. A gated layer multiplies by a second score: y = (theta(x Kᵀ) * (x Uᵀ)) V.
 
 Legend: B rows of the flattened input, P parameter tokens, C widths.
 """
@@ -51,7 +51,7 @@ def pattention_reference(
 ) -> Tensor:
     """Pattention by its formula, operation by operation: what the fast path is held against, and what compiles.
 
-    Shapes as in the module's head; `up` (P, C_in) makes the layer gated. Norms and softmax are taken in float32 or wider.
+    Shapes as in the module's head; `up` (P, C_in) makes the layer gated. Norms and softmax are in float32 or wider.
     """
     s = x @ key.t()  # (..., P)
     wide = s.float() if s.dtype in HALF else s

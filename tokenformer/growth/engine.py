@@ -65,10 +65,10 @@ def grow(
     """A larger model made from `model` by the operator of that name; nothing that is passed in is altered.
 
     to: axis -> new size, with the configuration's names (ffn_tokens) or the short ones (ffn, qkv, proj).
-    optimizer: one over the model's parameters; the answer holds one of its class over the new parameters, the moments of
-    old entries carried over ("keep") or all started afresh ("drop"). tokenformer.AdamW gives new entries their own step
-    count; other Adams, which have one count per tensor, get the mean second moment of the old entries there instead, so
-    that the first steps do not overshoot.
+    optimizer: one over the model's parameters; the answer holds one of its class over the new parameters, the moments
+    of old entries carried over ("keep") or all started afresh ("drop"). tokenformer.AdamW gives new entries their own
+    step count; other Adams, which have one count per tensor, get the mean second moment of the old entries there
+    instead, so that the first steps do not overshoot.
     Raises ValueError on an unknown operator or axis, a smaller or equal target, or an operator that does not fit.
     """
     from .tokens import OPERATORS
@@ -104,7 +104,7 @@ def grow(
 
 
 def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]:
-    """`to` with full axis names; ValueError unless it names axes of this model, none smaller and at least one larger."""
+    """`to` with full axis names; ValueError unless they are this model's, none smaller and at least one larger."""
     if not to:
         raise ValueError("to: no target size given, for example ffn=512")
     sizes = {}
@@ -121,7 +121,7 @@ def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]
 
 
 def expand(old: Tensor, axes: tuple[str, ...], slots: dict[str, Tensor], factor: Tensor | float = 1.0) -> Tensor:
-    """`old` gathered along every grown axis, times a factor per slot; zero in new slots. A dimension of size 1 stays."""
+    """`old` gathered along every grown axis, times a factor per slot; zero in new slots. A size of 1 stays."""
     new = old
     for dim, axis in enumerate(axes):
         if axis not in slots or old.shape[dim] == 1:
@@ -189,7 +189,7 @@ def _grow_weights(model: PreTrainedModel, plan: Plan, generator: torch.Generator
 def _grow_optimizer(
     model: nn.Module, grown: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, drop: bool
 ) -> torch.optim.Optimizer:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     targets = dict(grown.named_parameters())
     groups = []
     for group in optimizer.param_groups:
@@ -202,7 +202,7 @@ def _grow_optimizer(
     if drop:
         return result
     for old, state in optimizer.state.items():
-        axes = parameter_axes(model.config, names[old])  # type: ignore[attr-defined]
+        axes = parameter_axes(model.config, names[old])
         fill = _fill(plan, names[old], axes)
         new_state = {key: copy.deepcopy(value) for key, value in state.items()}
         if fill is not None:

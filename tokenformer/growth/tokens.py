@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def tile(config: PreTrainedConfig, sizes: dict[str, int]) -> Plan:
         old = getattr(config, axis)
         if size % old:
             near = f"{size // old * old} or {(size // old + 1) * old}"
-            raise ValueError(f"to.{axis}: {size} is not a multiple of the model's {old}, as tile needs; nearest: {near}")
+            raise ValueError(f"to.{axis}: {size} is not a multiple of the model's {old}; for tile, nearest: {near}")
         copies[axis] = size // old
     slots = {axis: torch.arange(size) % getattr(config, axis) for axis, size in sizes.items()}
 
@@ -99,7 +99,7 @@ def _appended(config: PreTrainedConfig, sizes: dict[str, int]) -> dict[str, Tens
     return slots
 
 
-def _resized(config: PreTrainedConfig, changes: dict[str, int | float]) -> PreTrainedConfig:
+def _resized(config: PreTrainedConfig, changes: Mapping[str, int | float]) -> PreTrainedConfig:
     """A copy of the configuration with new sizes and scales; refuses token axes that the model does not have."""
     for axis in changes:
         if axis not in ("qkv_tokens", "proj_tokens", "ffn_tokens", "qkv_scale", "proj_scale", "ffn_scale"):

@@ -23,7 +23,8 @@ def largest_logit_change(old: PreTrainedModel, new: PreTrainedModel, input_ids: 
 
 
 def live_share(growth: Growth, input_ids: Tensor) -> dict[str, float]:
-    """Share of the new entries (second copies too) of each kind of table (key, value, up) that receive gradient from the loss on a batch."""
+    """Share of the new entries, second copies too, that the loss on a batch (B, T) sends gradient to: by kind of table
+    (key, value, up)."""
     model = growth.model
     parameters = dict(model.named_parameters())
     input_ids = input_ids.to(model.device)
@@ -32,7 +33,8 @@ def live_share(growth: Growth, input_ids: Tensor) -> dict[str, float]:
     gradients = torch.autograd.grad(loss, [parameters[name] for name in grown])
     alive: dict[str, list[float]] = {}
     for name, gradient in zip(grown, gradients, strict=True):
-        new = new_entries(parameter_axes(model.config, name), growth.slots, gradient.device, copies=True).expand_as(gradient)
+        axes = parameter_axes(model.config, name)
+        new = new_entries(axes, growth.slots, gradient.device, copies=True).expand_as(gradient)
         if new.any():
             alive.setdefault(name.rsplit(".", 1)[-1], []).append((gradient[new] != 0).double().mean().item())
     return {table: sum(shares) / len(shares) for table, shares in alive.items()}

@@ -1,4 +1,4 @@
-"""Models: every one a transformers model; those that transformers lacks are written here and registered with its Auto classes."""
+"""Every model is a transformers model; what transformers lacks is written here and registered with its Auto classes."""
 
 from __future__ import annotations
 
@@ -30,22 +30,26 @@ def register() -> None:
 register()
 
 
-def build_config(architecture: str, preset: str | None = None, fields: dict[str, Any] | None = None) -> PreTrainedConfig:
+def build_config(
+    architecture: str, preset: str | None = None, fields: dict[str, Any] | None = None
+) -> PreTrainedConfig:
     """The transformers configuration of `architecture` (a model type: tokenformer, llama, gpt2 ...) with `fields` set.
 
     Raises ValueError on an unknown architecture, an unknown field (naming the nearest one) or values that do not fit.
     """
     fields = dict(fields or {})
     if architecture not in CONFIG_MAPPING:
-        raise ValueError(f"model.architecture: {architecture!r} is not a model type{_nearest(architecture, CONFIG_MAPPING)}")
+        nearest = _nearest(architecture, CONFIG_MAPPING)
+        raise ValueError(f"model.architecture: {architecture!r} is not a model type{nearest}")
     cls = CONFIG_MAPPING[architecture]
     default = cls()
     known = {name for name in dir(default) if not name.startswith("_")} | set(cls.attribute_map)
     for key, value in fields.items():
         if key not in known:
             raise ValueError(f"model.{key}: not a field of {cls.__name__}{_nearest(key, known)}")
-        if isinstance(value, str) != isinstance(getattr(default, key), str) and isinstance(getattr(default, key), (str, int, float)):
-            raise ValueError(f"model.{key}: {value!r} is of the wrong type; {cls.__name__} has {getattr(default, key)!r} there")
+        usual = getattr(default, key)
+        if isinstance(usual, (str, int, float)) and isinstance(value, str) != isinstance(usual, str):
+            raise ValueError(f"model.{key}: {value!r} is of the wrong type; {cls.__name__} has {usual!r} there")
     if preset is not None and cls is not TokenFormerConfig:
         raise ValueError(f"model.preset: {preset!r} is for tokenformer; {architecture} takes its sizes one by one")
     try:

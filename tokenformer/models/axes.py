@@ -1,7 +1,7 @@
 """What each dimension of each parameter is: one table per architecture, read by the growth engine.
 
-A row is a parameter's name, with * for the layer's number, and the axes of its dimensions. An axis that can grow carries
-the name of the configuration field that holds its size.
+A row is a parameter's name, with * for the layer's number, and the axes of its dimensions. An axis that can grow
+carries the name of the configuration field that holds its size.
 """
 
 from __future__ import annotations

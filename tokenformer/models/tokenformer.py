@@ -44,9 +44,9 @@ class TokenFormerConfig(PreTrainedConfig):
     qkv_tokens, proj_tokens, ffn_tokens: parameter tokens of each query/key/value, output and feed-forward Pattention
     (default C, C, 4C). qkv_scale, proj_scale, ffn_scale: their stored scales; None takes the published scale of that
     many tokens, once, after which the number is part of the configuration and survives growth.
-    initialization: "published", keys N(0, initializer_range²), values N(0, (2 / (L sqrt(C)))²) for L layers; or "unit",
-    keys of unit length and values such that each Pattention's output starts with unit variance, divided by 2L where it
-    enters the residual stream.
+    initialization: "published", keys N(0, initializer_range²) and values N(0, (2 / (L sqrt(C)))²) for L layers; or
+    "unit", keys of unit length and values such that each Pattention's output starts with unit variance, divided by 2L
+    where it enters the residual stream.
     norm: "layernorm" or "rmsnorm" · feed_forward: "pattention" or "gated" · attention_projections: "pattention" or
     "linear" · rope_parameters: as in transformers; partial_rotary_factor is the rotary share of a head.
     Raises ValueError on values that do not fit together.
@@ -112,6 +112,7 @@ class TokenFormerConfig(PreTrainedConfig):
         for key in (*sizes, "head_dim", "qkv_tokens", "proj_tokens", "ffn_tokens", "max_position_embeddings"):
             if getattr(self, key) < (0 if key == "num_hidden_layers" else 1):
                 raise ValueError(f"{key}: {getattr(self, key)} is too small")
+        assert self.head_dim is not None and self.num_key_value_heads is not None and self.rope_parameters is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
@@ -191,6 +192,7 @@ class TokenFormerAttention(nn.Module):
 
     def __init__(self, config: TokenFormerConfig, layer_idx: int) -> None:
         super().__init__()
+        assert config.head_dim is not None and config.num_key_value_heads is not None  # the configuration sets them
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
