@@ -1,0 +1,23 @@
+"""What every test shares: one thread, no network, no display, the same examples on every run."""
+
+import os
+import sys
+
+# Before torch is imported: many small tests side by side are fastest with one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test that draws random tensors draws the same ones whichever tests ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

@@ -1,0 +1,127 @@
+"""The closed formulas of flops.py against torch's own counter and against real models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokenformer.flops import count_parameters, forward_flops, parameters, training_flops
+from tokenformer.models import TokenFormerConfig, build_config, build_model
+
+ODD = {"vocab_size": 53, "hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
+TOKENS = {"qkv_tokens": 7, "proj_tokens": 31, "ffn_tokens": 65}
+GATED = {"feed_forward": "gated"}
+INNER = {"intermediate_size": 61}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tokenformer": ("tokenformer", ODD | TOKENS),
+    "tokenformer-default-tokens": ("tokenformer", ODD),
+    "tokenformer-one-token": ("tokenformer", ODD | {"qkv_tokens": 1, "proj_tokens": 1, "ffn_tokens": 1}),
+    "tokenformer-no-layers": ("tokenformer", ODD | {"num_hidden_layers": 0}),
+    "tokenformer-grouped": ("tokenformer", ODD | TOKENS | {"num_key_value_heads": 2, "head_dim": 16}),
+    "tokenformer-gated": ("tokenformer", ODD | TOKENS | GATED),
+    "tokenformer-linear": (
+        "tokenformer",
+        ODD | TOKENS | {"attention_projections": "linear", "num_key_value_heads": 1, "head_dim": 8},
+    ),
+    "tokenformer-modern": (
+        "tokenformer",
+        ODD
+        | TOKENS
+        | GATED
+        | {"attention_projections": "linear", "norm": "rmsnorm", "tie_word_embeddings": False},
+    ),
+    "tokenformer-gelu-first": ("tokenformer", ODD | TOKENS | {"theta": "gelu_l2_norm"}),
+    "tokenformer-softmax": ("tokenformer", ODD | TOKENS | {"theta": "softmax"}),
+    "llama": ("llama", ODD | INNER | {"tie_word_embeddings": True}),
+    "llama-grouped-biased": (
+        "llama",
+        ODD | INNER | {"num_key_value_heads": 2, "head_dim": 10, "attention_bias": True, "mlp_bias": True},
+    ),
+    "gpt2": ("gpt2", ODD | {"n_positions": 40, "n_inner": 67}),
+    "gpt2-default-untied": ("gpt2", ODD | {"n_positions": 40, "tie_word_embeddings": False}),
+}
+each_model = pytest.mark.parametrize("name", CASES)
+
+
+def _counter() -> FlopCounterMode:
+    """torch's counter, told of addmm_ (how the fast Pattention adds up its gradients), which it overlooks."""
+
+    def addmm_in_place(total: Any, a: Any, b: Any, **_: Any) -> int:
+        return 2 * int(a[0]) * int(a[1]) * int(b[1])
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_in_place})
+
+
+def _make(name: str) -> Any:
+    architecture, fields = CASES[name]
+    config = build_config(architecture, None, fields)
+    config._attn_implementation = "eager"  # torch's counter is blind to the fused attention of a CPU
+    return config, build_model(config).eval()
+
+
+@each_model
+@pytest.mark.parametrize("sequences, length", [(1, 13), (3, 37)])
+def test_flops_equal_torchs_own_count(name: str, sequences: int, length: int) -> None:
+    config, model = _make(name)
+    ids = torch.randint(config.vocab_size, (sequences, length))
+    with _counter() as counter, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert counter.get_total_flops() == sequences * forward_flops(config, length)
+
+    with _counter() as counter:
+        model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    assert counter.get_total_flops() == training_flops(config, length, sequences)
+
+
+@each_model
+def test_parameter_formula_equals_the_built_model(name: str) -> None:
+    config, model = _make(name)
+    found = count_parameters(model)
+    assert parameters(config) == found
+    assert found["total"] == sum(p.numel() for p in model.parameters()) == found["embedding"] + found["other"]
+    untied = 1 if config.tie_word_embeddings else 2
+    positions = config.n_positions if config.model_type == "gpt2" else 0
+    assert found["embedding"] == (untied * config.vocab_size + positions) * config.hidden_size
+
+
+SIZES = ["qkv_tokens", "proj_tokens", "ffn_tokens", "vocab_size", "num_hidden_layers"]
+
+
+@pytest.mark.parametrize("change", SIZES)
+def test_one_more_of_anything_is_seen(change: str) -> None:
+    """The control: an overlooked size would agree with the counter only where it did not vary."""
+    config = build_config("tokenformer", None, ODD | TOKENS)
+    larger = build_config("tokenformer", None, ODD | TOKENS | {change: getattr(config, change) + 1})
+    assert forward_flops(larger, 13) > forward_flops(config, 13)
+    assert parameters(larger)["total"] > parameters(config)["total"]
+
+
+@pytest.mark.parametrize(
+    "preset, total, inside_blocks",
+    [
+        ("150m", 151_881_216, 113_246_208),
+        ("450m", 454_166_528, 402_653_184),
+        ("900m", 903_252_480, 838_860_800),
+        ("1.5b", 1_587_219_456, 1_509_949_440),
+    ],
+)
+def test_presets_have_the_published_sizes(preset: str, total: int, inside_blocks: int) -> None:
+    config = TokenFormerConfig.preset(preset)
+    counted = parameters(config)
+    assert counted["total"] == total
+    assert counted["other"] == inside_blocks + 2 * config.hidden_size
+
+
+def test_training_costs_three_times_forward() -> None:
+    config = build_config("llama", None, CASES["llama"][1])
+    assert training_flops(config, 11, 5) == 3 * 5 * forward_flops(config, 11)
+
+
+def test_unknown_architecture_and_length_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="model.architecture: no FLOPs formula for 'mamba'; .*tokenformer"):
+        forward_flops(build_config("mamba"), 8)
+    with pytest.raises(ValueError, match="sequence_length: 0"):
+        forward_flops(build_config("tokenformer", None, ODD), 0)

@@ -1,0 +1,124 @@
+"""The plan: growth on the right boundary, whole steps within the budget, totals that add up, refusals up front."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import tiny
+
+from tokenformer.flops import training_flops
+from tokenformer.plan import model_config, plan
+from tokenformer.recipe import Recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    return lambda **changes: tiny(tmp_path, **changes)
+
+
+def costs(recipe: Recipe, *ffn_tokens: int) -> list[int]:
+    config = model_config(recipe, 256)
+    found = []
+    for tokens in ffn_tokens:
+        config.ffn_tokens = tokens
+        found.append(training_flops(config, recipe.data.sequence_length, recipe.data.batch_size))
+    return found
+
+
+def test_a_run_of_steps_is_summed_phase_by_phase(recipe: Any) -> None:
+    growth = [{"at_step": 6, "to": {"ffn_tokens": 32}}, {"at_step": 9, "to": {"ffn_tokens": 64, "qkv_tokens": 16}}]
+    planned = plan(recipe(growth=growth))
+    small, large = costs(recipe(), 16, 32)
+    assert [(p.first_step, p.end_step) for p in planned.phases] == [(0, 6), (6, 9), (9, 12)]
+    assert planned.phases[0].sizes == {} and planned.phases[1].sizes == {"ffn_tokens": 32}
+    assert planned.phases[2].sizes == {"ffn_tokens": 64, "qkv_tokens": 16}
+    assert planned.flops_at(0) == 0
+    assert planned.flops_at(5) == 5 * small
+    assert planned.flops_at(9) == 6 * small + 3 * large
+    assert planned.flops == planned.flops_at(12) == planned.flops_at(9) + 3 * planned.phases[2].flops_per_step
+    assert planned.steps == 12 and planned.tokens == 12 * 4 * 16
+    assert planned.growth_steps == [6, 9]
+
+
+def test_short_names_of_axes_mean_the_same(recipe: Any) -> None:
+    assert plan(recipe(growth=[{"at_step": 6, "to": {"ffn": 32}}])) == plan(recipe())
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.3, 0.5, 0.77])
+@pytest.mark.parametrize("budget_in_small_steps", [20.0, 33.7, 100.5])
+def test_a_budget_gives_as_many_whole_steps_as_fit(recipe: Any, fraction: float, budget_in_small_steps: float) -> None:
+    small, large = costs(recipe(), 16, 32)
+    budget = budget_in_small_steps * small
+    growth = [{"at_fraction": fraction, "to": {"ffn_tokens": 32}}]
+    planned = plan(recipe(train={"steps": None, "flops": budget}, growth=growth))
+    assert planned.flops <= budget < planned.flops + large
+    [grown] = planned.growth_steps
+    assert planned.flops_at(grown) >= fraction * budget > planned.flops_at(grown - 1)
+
+
+@pytest.mark.parametrize("fractions", [[0.3], [0.5], [0.2, 0.6], [0.1, 0.11, 0.9]])
+@pytest.mark.parametrize("steps", [37, 100, 999])
+def test_a_fraction_of_a_run_of_steps_is_of_its_own_total(recipe: Any, fractions: list[float], steps: int) -> None:
+    growth = [{"at_fraction": f, "to": {"ffn_tokens": 16 * 3 ** (i + 1)}} for i, f in enumerate(fractions)]
+    planned = plan(recipe(train={"steps": steps}, growth=growth))
+    assert planned.steps == steps
+    for fraction, grown in zip(fractions, planned.growth_steps, strict=True):
+        assert planned.flops_at(grown) >= fraction * planned.flops
+        # One step earlier it would fall short, or be so close that moving it moves the total past it.
+        largest = planned.phases[-1].flops_per_step
+        assert planned.flops_at(grown - 1) < fraction * planned.flops + largest
+
+
+def test_a_fraction_that_falls_on_a_boundary_is_that_boundary(recipe: Any) -> None:
+    same_size = {"sequence_length": 16, "batch_size": 1}
+    small, large = costs(recipe(data=same_size), 16, 32)
+    # s steps small and n - s large: s is the share f of the whole when f = s a / (s a + (n - s) b)
+    steps, grown = 50, 20
+    total = grown * small + (steps - grown) * large
+    growth = [{"at_fraction": float(f"{grown * small / total - 1e-9:.12f}"), "to": {"ffn_tokens": 32}}]
+    assert plan(recipe(data=same_size, train={"steps": steps}, growth=growth)).growth_steps == [grown]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"steps": None, "flops": 10.0}, "growth": []}, "train.flops = 10 is less than one step"),
+        ({"train": {"steps": None, "flops": 4e6}}, r"growth.0 would come at step 6; it must come after step 0 and"),
+        ({"growth": [{"at_step": 6, "to": {"fnn": 32}}]}, "growth.0.to.fnn"),
+        ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 8}}]}, "growth.0.to.ffn_tokens: 8 is smaller"),
+        ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 24}, "operator": "tile"}]}, "24 is not a multiple"),
+        ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 32}}], "model": {"theta": "softmax"}}, "softmax"),
+        (
+            {"growth": [{"at_step": 5, "to": {"ffn": 32}}, {"at_fraction": 0.01, "to": {"ffn": 64}}]},
+            "growth.1 would come at step 5; it must come after step 5",
+        ),
+        (
+            {"growth": [{"at_step": 6, "to": {"ffn": 32}, "moments": "drop", "learning_rate": "rewarm_new"}]},
+            "rewarm_new' has no effect",
+        ),
+        ({"model": {"vocab_size": 100}}, "model.vocab_size = 100 is less than the tokenizer's 256"),
+        ({"model": {"max_position_embeddings": 8}}, "data.sequence_length = 16 is more than"),
+        ({"model": {"hiden_size": 8}}, "hidden_size"),
+        (
+            {"model": {"architecture": "llama", "hidden_size": 8}, "growth": [{"at_step": 6, "to": {"ffn": 32}}]},
+            "growth.0",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line_before_training(recipe: Any, changes: Any, message: str) -> None:
+    plan(recipe())  # the control
+    if changes.get("model", {}).get("architecture"):
+        changed = recipe()
+        changed.model.architecture, changed.model.fields = "llama", {"hidden_size": 8, "num_attention_heads": 2}
+    else:
+        changed = recipe(**changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        plan(changed)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_cannot_grow_can_be_planned_without_growth(recipe: Any) -> None:
+    changed = recipe(growth=[])
+    changed.model.architecture = "llama"
+    changed.model.fields = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    assert plan(changed).steps == 12

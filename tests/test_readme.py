@@ -1,0 +1,80 @@
+"""The README's commands and its Python do what they say; sizes are made small, the commands are the reader's own."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = "train.threads=1 train.evaluate_every=100 data.batch_size=2 data.sequence_length=32 data.valid_tokens=512"
+# What is added to a command so that it takes seconds: a budget of few steps, and for the GPU recipe no network.
+SHRINK = {
+    "quickstart": f"train.flops=1e9 {SMALL}",
+    "train gpu_150m": (
+        f"train.steps=3 growth.0.at_fraction=0.4 train.compile=false train.accumulation_steps=1 {SMALL} "
+        "data.source=embedded data.tokenizer=bytes data.valid_fraction=0.05 model.num_hidden_layers=1 "
+        "model.hidden_size=24 model.qkv_tokens=8 model.proj_tokens=8 model.ffn_tokens=16 model.vocab_size=256 "
+        "growth.0.to.ffn_tokens=32 train.device=cpu"
+    ),
+}
+
+
+def commands() -> list[str]:
+    """Every indented line of the README that calls `tokenformer` or `torchrun`, without its comment."""
+    lines = re.findall(r"^    ((?:tokenformer|torchrun) .*?)(?:\s+#.*)?$", README, re.M)
+    assert len(lines) >= 9
+    return lines
+
+
+def program(words: list[str]) -> list[str]:
+    modules = {"tokenformer": "tokenformer", "torchrun": "torch.distributed.run"}
+    return [sys.executable, "-m", modules[words[0]], *words[1:]]
+
+
+def test_the_commands_run_one_after_the_other(tmp_path):
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for command in commands():
+        extra = next((words for start, words in SHRINK.items() if start in command), "")
+        line = command.replace("--nproc-per-node 8", "--nproc-per-node 2")
+        if "torchrun" in line:
+            line = line.replace("runs/gpu_150m", "runs/two_ranks")
+        done = subprocess.run(
+            program(shlex.split(f"{line} {extra}")),
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    for page in ("quickstart", "first", "gpu_150m", "two_ranks"):
+        assert (tmp_path / "runs" / page / "report.html").stat().st_size > 10_000
+    wrong = subprocess.run(
+        program(["tokenformer", "eval", "runs/nowhere"]), cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1  # the control: a command that is wrong does fail
+
+
+def test_the_python_runs_and_the_function_is_the_same():
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
+    names: dict = {}
+    lines = code.splitlines()
+    cut = next(i for i, line in enumerate(lines) if line.startswith("grown ="))
+    exec("\n".join(lines[:cut]), names)
+    small = names["model"]
+    before = small(names["ids"]).logits
+    exec("\n".join(lines[cut:]), names)
+    assert (names["model"](names["ids"]).logits - before).abs().max() < 1e-5
+    assert names["model"].config.ffn_tokens == 512 and names["optimizer"].state
+
+
+@pytest.mark.parametrize("path", re.findall(r"^\| `([\w./]+)` \|", README.split("## Files")[1], re.M))
+def test_the_file_map_names_what_is_there(path):
+    assert (ROOT / path).exists()

@@ -1,0 +1,521 @@
+"""The training loop: the same weights however often it was killed, growth as an event, refusals, two ranks as one."""
+
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import ended, losses, same, start_child, tiny, weights
+
+from tokenformer import checkpoint, runs
+from tokenformer.data import Batches
+from tokenformer.models import build_model
+from tokenformer.plan import model_config, plan
+from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from tokenformer.step import Diverged, learning_rate_at, rank_rows
+from tokenformer.train import Stopped, train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder with one corpus for all, so that recipes are equal and the cache is used; and short samples."""
+    place = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENFORMER_CACHE", str(place / "cache"))
+        patch.setattr(sys.modules["tokenformer.evaluate"], "SAMPLE_BYTES", 4)
+        yield place
+
+
+@pytest.fixture(scope="module")
+def whole(shared: Path) -> Path:
+    """A run that was never stopped: the reference."""
+    train(tiny(shared), shared / "whole", say=None)
+    return shared / "whole"
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in runs.read_metrics(run) if line["kind"] == kind]
+
+
+# --- what a run leaves behind ---
+
+
+def test_a_run_folder_says_everything(shared: Path, whole: Path) -> None:
+    planned, result = plan(tiny(shared)), runs.read_json(whole / runs.RESULT)
+    assert recipe_from_dict(runs.read_json(whole / runs.RECIPE), "run") == tiny(shared)
+    assert runs.read_json(whole / runs.DATA)["vocab_size"] == 256
+    assert result["status"] == "finished" and result["step"] == result["steps"] == 12
+    assert result["flops"] == planned.flops and result["tokens"] == planned.tokens == 12 * 4 * 16
+    assert result["unique_tokens"] == 12 * 4 * 16 and 0 < result["epochs"] < 1
+    assert result["parameters"]["total"] == result["parameters"]["embedding"] + result["parameters"]["other"]
+    assert result["flops_per_token"] == planned.phases[-1].flops_per_step // 64
+    assert result["bits_per_byte"] == lines(whole, "eval")[-1]["bits_per_byte"]
+    assert result["sample"]["text"] and result["seconds"] > 0
+    assert (whole / result["checkpoint"]).name == "step-00000012"
+    assert [line["step"] for line in lines(whole, "train")] == [3, 6, 9, 12]
+    assert [line["step"] for line in lines(whole, "eval")] == [0, 5, 6, 6, 10, 12]
+    for line in runs.read_metrics(whole):
+        assert line["flops"] == planned.flops_at(line["step"]) and line["tokens"] == line["step"] * 64
+    assert [path.name for path in runs.checkpoints(whole)] == ["step-00000008", "step-00000012"]
+    assert not [path for path in whole.rglob(".*") if path.name != runs.LOCK]
+
+
+def test_growth_is_exact_said_and_written_into_the_lineage(shared: Path, whole: Path, tmp_path: Path) -> None:
+    [line] = lines(whole, "growth")
+    assert (line["step"], line["from"], line["to"]) == (6, {"ffn_tokens": 16}, {"ffn_tokens": 32})
+    assert line["max_logit_change"] <= 1e-5 and line["promise"] == "exact"
+    before, after = (entry for entry in lines(whole, "eval") if entry["step"] == 6)
+    assert after["loss"] == pytest.approx(before["loss"], abs=1e-6)
+    model, [entry] = checkpoint.load_checkpoint(whole)
+    assert model.config.ffn_tokens == 32
+    assert (entry["step"], entry["operator"], entry["to"]) == (6, "zero_keys", {"ffn_tokens": 32})
+    assert entry["parameters_after"] - entry["parameters_before"] == 16 * 2 * 8
+    said: list[str] = []
+    growth = [{"at_step": 6, "to": {"ffn_tokens": 32}, "operator": "published"}]
+    train(tiny(shared, growth=growth), tmp_path / "published", say=said.append)
+    [control] = lines(tmp_path / "published", "growth")
+    assert control["max_logit_change"] > 1e-4
+    assert any("grown at step 6: ffn_tokens 16 -> 32" in text and "logits moved by at most" in text for text in said)
+    assert sum("tokens/s" in text and "left" in text and "of the FLOPs" in text for text in said) == 4
+
+
+def test_the_loss_falls(shared: Path, tmp_path: Path) -> None:
+    train(tiny(shared, train={"steps": 100, "evaluate_every": 1000}, growth=[]), tmp_path / "run", say=None)
+    first, *_, last = lines(tmp_path / "run", "eval")
+    assert first["bits_per_byte"] == pytest.approx(8, abs=0.5)
+    assert last["bits_per_byte"] < 0.7 * first["bits_per_byte"]
+
+
+# --- killed and resumed ---
+
+
+def run_in_child(table: dict[str, Any], folder: Path, resume: bool) -> None:
+    train(recipe_from_dict(table, "the test"), folder, resume=resume, say=None)
+
+
+def killed_at(table: dict[str, Any], folder: Path, module: str, name: str, calls: int) -> None:
+    """Train, and kill this process for good on the n-th call of a function, before it does anything."""
+    place = sys.modules[module]
+    real, count = getattr(place, name), [0]
+
+    def deadly(*arguments: Any, **keywords: Any) -> Any:
+        count[0] += 1
+        if count[0] == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **keywords)
+
+    setattr(place, name, deadly)
+    run_in_child(table, folder, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "left"),
+    [
+        ("tokenformer.train.evaluate_now", 1, []),  # before the first step: no checkpoint yet
+        ("tokenformer.checkpoint.flush_to_disk", 1, []),  # amid the first checkpoint
+        ("tokenformer.runs.prune_checkpoints", 1, [4]),  # right after it
+        ("tokenformer.train.grow_now", 1, [4]),  # at the boundary where it grows
+        ("tokenformer.train.evaluate_now", 4, [4]),  # right after the growth
+        ("tokenformer.checkpoint.flush_to_disk", 2, [4]),  # amid the first checkpoint of the grown model
+        ("tokenformer.runs.prune_checkpoints", 3, [4, 8, 12]),  # amid the last
+        ("tokenformer.train.sample_text", 1, [8, 12]),  # all trained, no result yet
+    ],
+)
+def test_killed_at_a_bad_moment_and_resumed_gives_the_same_bits(
+    shared: Path, whole: Path, tmp_path: Path, name: str, calls: int, left: list[int]
+) -> None:
+    module, _, function = name.rpartition(".")
+    table, run = recipe_to_dict(tiny(shared)), tmp_path / "run"
+    assert ended(start_child(killed_at, table, run, module, function, calls)) == -signal.SIGKILL
+    assert [int(path.name[5:]) for path in runs.checkpoints(run)] == left
+    assert not (run / runs.RESULT).exists()
+    with pytest.raises(ValueError, match="already holds a run; --resume continues it"):
+        train(tiny(shared), run, say=None)
+    train(tiny(shared), run, resume=True, say=None)
+    assert same(weights(run), weights(whole))
+    assert losses(run) == losses(whole)
+    assert not [path for path in run.rglob(".*") if path.name != runs.LOCK]
+
+
+def test_killed_at_random_moments_and_resumed_gives_the_same_bits(shared: Path, tmp_path: Path) -> None:
+    """benchmarks/kill_resume.py does the same as often as one likes."""
+    recipe = tiny(shared, train={"steps": 60, "checkpoint_every": 7}, growth=[{"at_step": 30, "to": {"ffn": 32}}])
+    began = time.monotonic()
+    train(recipe, tmp_path / "whole", say=None)
+    duration, draw = time.monotonic() - began, random.Random(0)
+    run, kills = tmp_path / "run", 0
+    for _ in range(3):
+        child = start_child(run_in_child, recipe_to_dict(recipe), run, True)
+        child.join(0.2 + draw.random() * duration / 2)
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGKILL)
+        kills += ended(child) == -signal.SIGKILL
+    assert kills > 0
+    train(recipe, run, resume=True, say=None)
+    assert same(weights(run), weights(tmp_path / "whole"))
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_the_comparison_of_bits_can_fail(
+    shared: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controls = {
+        "seed": tiny(shared, train={"seed": 1}),
+        "order of the data": tiny(shared, data={"seed": 1}),
+        "no moments carried": tiny(shared, growth=[{"at_step": 6, "to": {"ffn": 32}, "moments": "drop"}]),
+        "growth one step later": tiny(shared, growth=[{"at_step": 7, "to": {"ffn": 32}}]),
+    }
+    for name, recipe in controls.items():
+        train(recipe, tmp_path / name, say=None)
+        assert not same(weights(tmp_path / name), weights(whole)), name
+    # A resume that forgets the moments: stop at step 8 as a kill would, then go on without them.
+    run, table = tmp_path / "forgetful", recipe_to_dict(tiny(shared))
+    assert ended(start_child(killed_at, table, run, "tokenformer.runs", "prune_checkpoints", 2)) == -signal.SIGKILL
+    monkeypatch.setattr("tokenformer.optim.load_named_state", lambda *_: None)
+    train(tiny(shared), run, resume=True, say=None)
+    assert not same(weights(run), weights(whole))
+
+
+# --- stopped, resumed, refused ---
+
+
+def stopped_by_signal(table: dict[str, Any], folder: Path, number: int, at: int) -> None:
+    """Train as the command line does and get a signal amid step `at`."""
+    from tokenformer import step
+    from tokenformer.cli import main
+
+    real = step.backward
+
+    def backward(run: Any, index: int, wrapped: Any) -> float:
+        if index == at and run.ranks.rank == run.ranks.world - 1:
+            os.kill(os.getpid(), number)
+        return real(run, index, wrapped)
+
+    step.backward = backward
+    path = folder.parent / f"{folder.name}-{os.environ.get('RANK', '0')}.json"
+    path.write_text(json.dumps(table))
+    sys.exit(main(["train", str(path), "--out", str(folder), "--resume"]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_writes_a_checkpoint_and_sets_the_exit_code(
+    shared: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    child = start_child(stopped_by_signal, recipe_to_dict(tiny(shared)), run, int(number), 5)
+    assert ended(child) == 128 + number
+    result = runs.read_json(run / runs.RESULT)
+    assert result["status"] == "stopped" and result["step"] == 6
+    assert result["checkpoint"] == "checkpoints/step-00000006"  # on the boundary where the growth is still to come
+    assert checkpoint.load_checkpoint(run)[0].config.ffn_tokens == 16
+    train(tiny(shared), run, resume=True, say=None)
+    assert same(weights(run), weights(whole))
+    assert losses(run) == losses(whole)
+
+
+def test_a_signal_says_where_the_checkpoint_is(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(line: str) -> None:
+        if line.startswith("step 3/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM after step 4: checkpoint .*step-00000004; --resume") as caught:
+        train(tiny(shared), tmp_path / "run", say=say)
+    assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_resumed_finished_run_returns_its_result_and_trains_nothing(shared: Path, whole: Path) -> None:
+    said: list[str] = []
+    before = (whole / runs.METRICS).read_bytes()
+    assert train(tiny(shared), whole, resume=True, say=said.append) == runs.read_json(whole / runs.RESULT)
+    assert len(said) == 1 and "is finished" in said[0]
+    assert (whole / runs.METRICS).read_bytes() == before
+
+
+def test_a_resume_with_another_recipe_names_the_key(shared: Path, whole: Path) -> None:
+    with pytest.raises(ValueError, match="train.learning_rate is 0.01 there and 0.02 here"):
+        train(tiny(shared, train={"learning_rate": 0.02}), whole, resume=True, say=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"steps": 100_000}}, "data.repeat = true"),
+        ({"train": {"device": "cuda:99"}}, "train.device"),
+        ({"data": {"sequence_length": 4096}}, "sequence_length"),
+        ({"growth": [{"at_step": 6, "to": {"ffn": 8}}]}, "growth.0.to.ffn"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_trained(
+    shared: Path, tmp_path: Path, changes: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        train(tiny(shared, **changes), tmp_path / "run", say=None)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_not_trained_on(shared: Path, whole: Path, tmp_path: Path) -> None:
+    run, table = tmp_path / "run", recipe_to_dict(tiny(shared))
+    assert ended(start_child(killed_at, table, run, "tokenformer.runs", "prune_checkpoints", 1)) == -signal.SIGKILL
+    file = runs.checkpoints(run)[-1] / checkpoint.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="step-00000004/model.safetensors: truncated"):
+        train(tiny(shared), run, resume=True, say=None)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(shared: Path, tmp_path: Path) -> None:
+    recipe = tiny(shared, train={"learning_rate": 1e30, "clip_norm": 0.0, "checkpoint_every": 1, "warmup_steps": 0})
+    with pytest.raises(Diverged, match=r"step (\d): the (loss|gradient norm) is (nan|inf) at learning rate 1e\+30"):
+        train(recipe, tmp_path / "run", say=None)
+    result = runs.read_json(tmp_path / "run" / runs.RESULT)
+    assert result["status"] == "failed"
+    newest = runs.checkpoints(tmp_path / "run")[-1]
+    assert f"the last good checkpoint is {newest}" in result["error"]
+    assert result["step"] == int(newest.name[5:])
+    checkpoint.load_checkpoint(newest)  # which refuses NaN
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(
+    shared: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint.save_tensors
+
+    def fill(tensors: Any, path: Path) -> None:
+        if "step-00000008" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_tensors", fill)
+        with pytest.raises(ValueError, match="no space left on the disk.*the last good checkpoint is") as caught:
+            train(tiny(shared), run, say=None)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (run / runs.CHECKPOINTS).iterdir()] == ["step-00000004"]
+    assert runs.read_json(run / runs.RESULT)["status"] == "failed"
+    train(tiny(shared), run, resume=True, say=None)
+    assert same(weights(run), weights(whole))
+
+
+def test_a_disk_that_is_really_full_during_training_keeps_the_last_good_checkpoint(
+    shared: Path, whole: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True, timeout=20).returncode:
+            pytest.skip("mounting a small disk needs root")
+    except OSError:
+        pytest.skip("this machine has no mount")
+
+    def fill(line: str) -> None:
+        if line.startswith("step 6/"):
+            with open(disk / "filler", "wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
+
+    try:
+        with pytest.raises(ValueError, match="[Nn]o space left on.*the last good checkpoint is .*step-00000004"):
+            train(tiny(shared), disk / "run", say=fill)
+        assert [path.name for path in (disk / "run" / runs.CHECKPOINTS).iterdir()] == ["step-00000004"]
+        (disk / "filler").unlink()
+        train(tiny(shared), disk / "run", resume=True, say=None)
+        assert same(weights(disk / "run"), weights(whole))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], capture_output=True, timeout=20)
+
+
+# --- learning rate, precision, accumulation ---
+
+
+def test_a_growing_run_has_the_same_schedule_over_its_flops(shared: Path) -> None:
+    constant, growing = (
+        tiny(shared, train={"steps": None, "flops": 3e8, "warmup_steps": 0}, growth=growth)
+        for growth in ([], [{"at_fraction": 0.4, "to": {"ffn": 64}}])
+    )
+    first, second = plan(constant), plan(growing)
+    assert first.steps > second.steps
+    for share in (0.0, 0.3, 0.69, 0.8, 0.95):
+        rates = []
+        for recipe, planned in ((constant, first), (growing, second)):
+            step = next(s for s in range(planned.steps) if planned.flops_at(s) >= share * planned.flops)
+            rates.append(learning_rate_at(recipe, planned, step))
+        assert rates[0] == pytest.approx(rates[1], rel=0.1), share
+
+
+def test_rewarming_all_ramps_up_again_from_the_growth(shared: Path) -> None:
+    rates = {}
+    for policy in ("keep", "rewarm_all", "rewarm_new"):
+        growth = [{"at_step": 6, "to": {"ffn": 32}, "learning_rate": policy, "rewarm_steps": 4}]
+        recipe = tiny(shared, growth=growth, train={"schedule": "constant"})
+        rates[policy] = [learning_rate_at(recipe, plan(recipe), step) for step in range(12)]
+    shares = [new / old for new, old in zip(rates["rewarm_all"], rates["keep"], strict=True)]
+    assert shares == [1, 1, 1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert rates["rewarm_new"] == rates["keep"]  # that one is the optimizer's, row by row
+
+
+@pytest.mark.parametrize("policy", ["rewarm_new", "rewarm_all"])
+def test_the_learning_rate_policy_changes_the_run_and_survives_a_resume(
+    shared: Path, whole: Path, tmp_path: Path, policy: str
+) -> None:
+    growth = [{"at_step": 6, "to": {"ffn_tokens": 32}, "learning_rate": policy, "rewarm_steps": 5}]
+    recipe = tiny(shared, growth=growth)
+    train(recipe, tmp_path / "whole", say=None)
+    assert not same(weights(tmp_path / "whole"), weights(whole))
+    run = tmp_path / "run"
+    child = start_child(killed_at, recipe_to_dict(recipe), run, "tokenformer.runs", "prune_checkpoints", 2)
+    assert ended(child) == -signal.SIGKILL
+    train(recipe, run, resume=True, say=None)
+    assert same(weights(run), weights(tmp_path / "whole"))
+
+
+def final_loss(recipe: Recipe, folder: Path) -> float:
+    return train(recipe, folder, say=None)["loss"]
+
+
+def test_accumulation_and_recomputation_change_nothing_but_rounding(shared: Path, whole: Path, tmp_path: Path) -> None:
+    reference = runs.read_json(whole / runs.RESULT)["loss"]
+    parts = final_loss(tiny(shared, train={"accumulation_steps": 4}), tmp_path / "parts")
+    again = final_loss(tiny(shared, train={"gradient_checkpointing": True}), tmp_path / "again")
+    half = final_loss(tiny(shared, train={"dtype": "bfloat16"}), tmp_path / "half")
+    assert parts == pytest.approx(reference, abs=1e-4)
+    assert again == pytest.approx(reference, abs=1e-4)
+    assert half == pytest.approx(reference, abs=0.05) and abs(half - reference) > 1e-6
+
+
+def test_clipping_bounds_the_step_and_zero_turns_it_off(shared: Path, whole: Path, tmp_path: Path) -> None:
+    train(tiny(shared, train={"clip_norm": 0.0}), tmp_path / "off", say=None)
+    train(tiny(shared, train={"clip_norm": 1e9}), tmp_path / "never", say=None)
+    train(tiny(shared, train={"clip_norm": 1e-3}), tmp_path / "tight", say=None)
+    assert same(weights(tmp_path / "off"), weights(tmp_path / "never"))
+    assert not same(weights(tmp_path / "off"), weights(tmp_path / "tight"))
+    assert all(math.isfinite(line["grad_norm"]) for line in lines(tmp_path / "off", "train"))
+
+
+def test_another_architecture_trains_in_the_same_loop(shared: Path, tmp_path: Path) -> None:
+    recipe = tiny(shared, growth=[])
+    recipe.model.architecture = "llama"
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    recipe.model.fields = sizes
+    result = train(recipe, tmp_path / "run", say=None)
+    assert result["status"] == "finished"
+    assert type(checkpoint.load_checkpoint(tmp_path / "run")[0]).__name__ == "LlamaForCausalLM"
+
+
+def test_the_model_is_the_seed_s_and_knows_the_end_mark(shared: Path, whole: Path) -> None:
+    config = checkpoint.load_checkpoint(whole)[0].config
+    assert config.eos_token_id == 0 and config.vocab_size == 256
+    a, b, c = (build_model(model_config(tiny(shared), 256), seed) for seed in (0, 0, 1))
+    assert torch.equal(a.lm_head.weight, b.lm_head.weight) and not torch.equal(a.lm_head.weight, c.lm_head.weight)
+
+
+# --- TensorBoard ---
+
+
+def test_tensorboard_gets_the_metrics(shared: Path, tmp_path: Path) -> None:
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tiny(shared, train={"tensorboard": True}), tmp_path / "run", say=None)
+    events = loading.EventAccumulator(str(tmp_path / "run" / runs.TENSORBOARD)).Reload()
+    assert [entry.step for entry in events.Scalars("train/loss")] == [3, 6, 9, 12]
+    assert events.Scalars("eval/bits_per_byte")[-1].value == pytest.approx(
+        lines(tmp_path / "run", "eval")[-1]["bits_per_byte"]
+    )
+
+
+def test_a_missing_tensorboard_is_one_line_that_says_how_to_get_it(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'tokenformer\[tensorboard\]'"):
+        train(tiny(shared, train={"tensorboard": True}), tmp_path / "run", say=None)
+    assert not (tmp_path / "run").exists()
+
+
+# --- several ranks ---
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def on_two_ranks(work: Any, *arguments: Any) -> list[int]:
+    """Exit codes of two processes that find each other as torchrun's do."""
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    children = [start_child(work, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **port) for rank in range(2)]
+    try:
+        return [ended(child) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    names = [name for name in a if name.startswith("model.safetensors")]
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in names)
+
+
+def test_ranks_and_parts_share_out_a_batch_without_loss(shared: Path, whole: Path) -> None:
+    from tokenformer.distributed import Ranks
+
+    batch = torch.arange(8)
+    rows = [rank_rows(batch, Ranks(rank, 2)).chunk(2) for rank in range(2)]
+    assert sorted(torch.cat([part for parts in rows for part in parts]).tolist()) == list(range(8))
+    assert all(len(part) == 2 for parts in rows for part in parts)
+
+
+def test_two_ranks_end_where_one_does_growth_and_resume_included(shared: Path, whole: Path, tmp_path: Path) -> None:
+    table = recipe_to_dict(tiny(shared))
+    assert on_two_ranks(run_in_child, table, tmp_path / "two", False) == [0, 0]
+    assert largest_difference(weights(tmp_path / "two"), weights(whole)) < 1e-4
+    [grown] = lines(tmp_path / "two", "growth")
+    assert grown["step"] == 6 and grown["max_logit_change"] <= 1e-5
+    one, two = (lines(run, "eval") for run in (whole, tmp_path / "two"))
+    assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], abs=1e-4)
+    # The control: one rank with half of the batch is another run.
+    train(tiny(shared, data={"batch_size": 2}), tmp_path / "half", say=None)
+    assert largest_difference(weights(tmp_path / "half"), weights(whole)) > 1e-3
+    # A signal that reaches one rank stops both after the same step, and both go on from there.
+    stopped = on_two_ranks(stopped_by_signal, table, tmp_path / "stopped", int(signal.SIGTERM), 7)
+    assert stopped == [143, 143]
+    assert runs.read_json(tmp_path / "stopped" / runs.RESULT)["step"] == 8
+    assert on_two_ranks(run_in_child, table, tmp_path / "stopped", True) == [0, 0]
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "two"))
+
+
+def refused(table: dict[str, Any], folder: Path) -> None:
+    try:
+        train(recipe_from_dict(table, "the test"), folder, say=None)
+    except ValueError as error:
+        assert "data.batch_size = 4 is not divisible by 8 (2 ranks times train.accumulation_steps = 4)" in str(error)
+        sys.exit(7)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(shared: Path, tmp_path: Path) -> None:
+    table = recipe_to_dict(tiny(shared, train={"accumulation_steps": 4}))
+    assert on_two_ranks(refused, table, tmp_path / "run") == [7, 7]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_batches_of_a_run_are_the_data_module_s(shared: Path, whole: Path) -> None:
+    """What a resume relies on: a batch is a function of the seed and the step."""
+    tokens = torch.arange(1000).numpy()
+    assert torch.equal(Batches(tokens, 16, 4, 0)[5], Batches(tokens, 16, 4, 0)[5])
+    assert not torch.equal(Batches(tokens, 16, 4, 0)[5], Batches(tokens, 16, 4, 1)[5])

@@ -1,0 +1,296 @@
+"""Checkpoints: a transformers model folder with the state of its training in it. Safetensors and JSON only.
+
+    config.json, model.safetensors, tokenizer    as transformers writes them, for any program that knows it
+    lineage.json                                 the growth that led to this model, oldest first
+    optimizer.safetensors, rng.safetensors, trainer.json    of a run: moments, random states, position
+
+A checkpoint is written into a hidden folder beside its place, flushed to the disk and renamed, so a folder
+with the real name is complete.
+"""
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import runs
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+OPTIMIZER = "optimizer.safetensors"
+RNG = "rng.safetensors"
+TRAINER = "trainer.json"
+LINEAGE = "lineage.json"
+
+
+# --- saving ---
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: Any,
+    tokenizer: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    trainer: dict[str, Any] | None = None,
+    lineage: list[dict[str, Any]] | tuple[()] = (),
+    rng: list[dict[str, Tensor]] | None = None,
+) -> Path:
+    """Write a checkpoint to `folder`, which must not exist, atomically.
+
+    `tokenizer` is anything with `.save(folder)` or `.save_pretrained(folder)`; `trainer` is the JSON-able
+    position of a training run; `rng` holds the random states of every rank (this process's own when None).
+    Raises ValueError with one line when the place is taken, full or not writable; nothing half written is
+    left.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} already exists; choose another place for the checkpoint")
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        with quiet():
+            model.save_pretrained(temporary)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, temporary)
+        if optimizer is not None:
+            from .optim import named_state
+
+            save_tensors(named_state(optimizer, model), temporary / OPTIMIZER)
+        if trainer is not None:
+            states = [rng_state()] if rng is None else rng
+            save_tensors({f"rank{i}.{k}": t for i, s in enumerate(states) for k, t in s.items()}, temporary / RNG)
+            runs.write_json(temporary / TRAINER, trainer)
+        runs.write_json(temporary / LINEAGE, list(lineage))
+        flush_to_disk(temporary)
+        os.rename(temporary, folder)
+        flush_path(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise ValueError(f"{folder}: the checkpoint cannot be written ({write_reason(error)})") from error
+        raise
+    return folder
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    save = getattr(tokenizer, "save", None) or tokenizer.save_pretrained
+    save(folder)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def write_reason(error: OSError | SafetensorError) -> str:
+    """Why a write failed, in words that do not depend on which library met the failure."""
+    code = getattr(error, "errno", None)
+    text = str(error)
+    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
+        return "no space left on the disk"
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM) or "Read-only" in text or "Permission denied" in text:
+        return "the place is read-only"
+    return getattr(error, "strerror", None) or text.splitlines()[0]
+
+
+def flush_to_disk(folder: Path) -> None:
+    """fsync all below `folder`: a rename that survives a power cut must not outlive its contents."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            flush_path(Path(place) / name)
+        flush_path(Path(place))
+
+
+def flush_path(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- loading ---
+
+
+def find_checkpoint(place: str | Path) -> Path:
+    """`place` itself if it is a checkpoint or other model folder; of a run folder, its newest checkpoint."""
+    place = Path(place)
+    if not place.exists():
+        raise ValueError(f"{place}: no such checkpoint")
+    if not place.is_dir():
+        raise ValueError(f"{place} is a file; a checkpoint is a folder with config.json and {WEIGHTS}")
+    if (place / "config.json").exists():
+        return place
+    complete = runs.checkpoints(place)
+    if complete:
+        return complete[-1]
+    raise ValueError(f"{place} is not a checkpoint: it has no config.json")
+
+
+def load_checkpoint(folder: str | Path) -> tuple[Any, list[dict[str, Any]]]:
+    """The model in `folder` (a checkpoint, a run, or any transformers causal model folder) and its lineage.
+
+    The model comes in eval mode and in the dtype it was stored in. Raises ValueError, naming the file, when
+    the folder is no checkpoint, a file is missing, cut short or of the wrong shape, or a weight is NaN or
+    infinite.
+    """
+    folder = find_checkpoint(folder)
+    files = weight_files(folder)
+    stored = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
+    model, info = build_from(folder)
+    # A weight that transformers did not find in the files was filled with random numbers: never go on with
+    # that.
+    mismatched = {str(entry[0]) for entry in info.get("mismatched_keys", ())}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name in sorted(mismatched):
+        wanted = list(named[name].shape) if name in named else "another shape"
+        raise ValueError(f"{files[0]}: {name} has shape {stored.get(name)}, and config.json asks for {wanted}")
+    for name in sorted(info["missing_keys"]):
+        raise ValueError(f"{files[0]}: {name} is missing")
+    for name in sorted(info["unexpected_keys"]):
+        raise ValueError(f"{files[0]}: {name} has no place in the model that config.json describes")
+    require_finite(model, files[0])
+    lineage = runs.read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else []
+    return model, lineage
+
+
+def build_from(folder: Path) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    config = runs.read_json(folder / "config.json")
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"{folder / 'config.json'}: has no model_type, so it is not a model's configuration")
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its table of weights that did not fit; one line says that."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, every one of them present."""
+    if (folder / WEIGHTS_INDEX).exists():
+        index = runs.read_json(folder / WEIGHTS_INDEX)
+        files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        for file in files:
+            if not file.exists():
+                raise ValueError(f"{file}: no such file, and {WEIGHTS_INDEX} names it")
+        if files:
+            return files
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise ValueError(f"{folder} has no {WEIGHTS}; pickled weights are not read, convert them to safetensors first")
+    raise ValueError(f"{folder / WEIGHTS}: no such file")
+
+
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Names and shapes in a safetensors file; ValueError when it is cut short or is none."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from None
+
+
+def require_finite(model: nn.Module, file: Path) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{file}: {name} holds NaN or infinite values")
+
+
+def load_training_state(
+    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
+) -> dict[str, Any]:
+    """Put the stored moments into `optimizer` and the stored random states in force; returns trainer.json."""
+    from .optim import load_named_state
+
+    folder = Path(folder)
+    trainer = runs.read_json(folder / TRAINER)
+    load_named_state(optimizer, model, read_tensors(folder / OPTIMIZER))
+    states = read_tensors(folder / RNG)
+    prefix = f"rank{rank}."
+    mine = {name.removeprefix(prefix): tensor for name, tensor in states.items() if name.startswith(prefix)}
+    if mine:  # a rank that the saving run did not have keeps the state it was seeded with
+        set_rng_state(mine)
+    return trainer
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file, so training cannot continue from this checkpoint")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+
+
+# --- random states ---
+
+
+def seed_all(seed: int) -> None:
+    """Start every random state of this process from `seed`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The random states of python, numpy, torch and every CUDA device of this process, as tensors."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    _, keys, position, has_gauss, cached = numpy_state
+    state = {
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        for i, tensor in enumerate(torch.cuda.get_rng_state_all()):
+            state[f"cuda{i}"] = tensor
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    version, *words = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    *keys, position, has_gauss = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
+    torch.set_rng_state(state["torch"])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda{i}" in state:
+            torch.cuda.set_rng_state(state[f"cuda{i}"], i)

@@ -1,0 +1,252 @@
+"""The command line: the arguments of each verb, their help, the one place where errors become one line.
+
+What a verb does is in verbs.py, which imports what is heavy when it needs it: `tokenformer --help` is quick.
+"""
+
+import argparse
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from . import __version__, verbs
+
+ABOUT = """
+Train language models made of parameter tokens, grow them in place, and see what growth bought.
+
+Start with `tokenformer quickstart`: a few minutes on two CPU cores, nothing to download.
+Then change something: `tokenformer train tiny --out runs/first train.steps=100`.
+"""
+
+# Verb -> its one line, and what its own --help says: what it does, what it leaves behind, an example.
+TEXTS = {
+    "quickstart": (
+        "train, grow, race and report on the text that every Python carries",
+        """
+        Trains a small TokenFormer on the source of the running Python, as bytes; grows it in mid-run with
+        its optimizer state carried over; and races it against three controls at the same total training
+        FLOPs, ancestors included. It leaves a race folder with report.html in it. key=value changes one key
+        of the recipe.
+
+          tokenformer quickstart
+          tokenformer quickstart --out runs/longer train.flops=1e13
+        """,
+    ),
+    "train": (
+        "train what a recipe says, a run or a race, growth included",
+        """
+        RECIPE is a .toml or .json file, or the name of a shipped recipe; `tokenformer recipe` lists those
+        and every key. key=value changes one key of it for this run. The run folder gets the recipe in full,
+        the environment, metrics, checkpoints, the result and report.html. A recipe with [[arm]] tables is a
+        race: each arm is trained. Ctrl-C and SIGTERM write a checkpoint first; --resume goes on from the
+        last one.
+
+          tokenformer train tiny --out runs/first train.steps=100 growth.0.to.ffn_tokens=256
+          tokenformer train runs/first/recipe.json --out runs/first --resume
+          torchrun --nproc-per-node 8 -m tokenformer train gpu_150m --out runs/gpu
+        """,
+    ),
+    "grow": (
+        "grow a checkpoint by parameter tokens, optimizer state included",
+        """
+        CHECKPOINT is a checkpoint or a run folder (then its newest checkpoint). OUT is a new checkpoint with
+        the larger sizes; the old one is not touched. Prints the plan and the largest change of any logit, as
+        measured.
+
+          tokenformer grow runs/first runs/grown --to ffn=256,qkv=64,proj=64
+          tokenformer grow runs/first runs/grown --to ffn_tokens=256 --operator tile
+        """,
+    ),
+    "eval": (
+        "bits per byte of a checkpoint on held-out or on any text",
+        """
+        CHECKPOINT is a checkpoint or a run folder. Without --text, the held-out share of --source is scored,
+        by default that of the run which the checkpoint lies in. With --text, the whole of each file or folder
+        is scored. Loss is in nats per token; bits per byte can be compared between tokenizers.
+
+          tokenformer eval runs/first
+          tokenformer eval runs/first --text README.md --out runs/first/readme.json
+        """,
+    ),
+    "generate": (
+        "continue a prompt",
+        """
+        Prints the prompt and its continuation. Sampling is repeatable: the same --seed gives the same text.
+
+          tokenformer generate runs/first --prompt "def main(" --max-new-tokens 200
+          tokenformer generate runs/first --prompt "import " --greedy
+        """,
+    ),
+    "report": (
+        "write report.html, .png and .json of a run or a race; trains nothing",
+        """
+        FOLDER is a run or a race folder, finished or not. The page is one file and needs no network.
+
+          tokenformer report runs/quickstart
+        """,
+    ),
+    "recipe": (
+        "list the shipped recipes and every key, or print one recipe in full",
+        """
+        Without a name: the shipped recipes, and every key with its default and what it means.
+        With one: that recipe with all its keys as TOML, a start for your own.
+
+          tokenformer recipe
+          tokenformer recipe tiny train.steps=100 > mine.toml
+        """,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 2 for a mistake or a full disk, 130 for an interrupt."""
+    arguments, rest = parser().parse_known_args(argv)
+    # argparse takes no positional arguments on both sides of an option, and people write overrides anywhere.
+    if hasattr(arguments, "overrides") and not any(text.startswith("-") for text in rest):
+        arguments.overrides += rest
+    elif rest:
+        Parser(prog=f"tokenformer {arguments.verb}").error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `tokenformer recipe | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (KeyboardInterrupt, Exception) as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"tokenformer: {one_line(error)}", file=sys.stderr)
+        return code
+    return 0
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The exit code of an error that is a person's or the machine's; None for one that is ours."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if hasattr(error, "exit_code"):  # a run that a signal stopped in good order
+        return error.exit_code
+    return 2 if isinstance(error, ValueError | OSError) else None
+
+
+def one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- arguments ---
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without guesses at shortened options, and with a mistake told in one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    top = Parser(prog="tokenformer", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"tokenformer {__version__}")
+    choices = top.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
+
+    def verb(name: str, run: Callable[[Any], None]) -> Parser:
+        line, text = TEXTS[name]
+        sub = choices.add_parser(
+            name,
+            help=line,
+            description=f"{line[0].upper()}{line[1:]}.\n\n{textwrap.dedent(text).strip()}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--debug", action="store_true", help="on an error, show the whole trace")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = verb("quickstart", verbs.quickstart)
+    override_argument(sub)
+    sub.add_argument(
+        "--out", metavar="FOLDER", default="runs/quickstart", help="the race folder (%(default)s)"
+    )
+    race_arguments(sub)
+
+    sub = verb("train", verbs.train)
+    sub.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    override_argument(sub)
+    sub.add_argument("--out", metavar="RUN", required=True, help="the run folder to make")
+    race_arguments(sub)
+
+    sub = verb("grow", verbs.grow)
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
+    sub.add_argument("out", metavar="OUT", help="the checkpoint to make; it must not exist")
+    sub.add_argument(
+        "--to", action="append", required=True, metavar="AXIS=SIZE,...", help="new sizes; repeatable"
+    )
+    sub.add_argument(
+        "--operator",
+        default="zero_keys",
+        choices=("zero_keys", "tile", "published"),
+        help="zero_keys and tile are exact, published is the release's own way (%(default)s)",
+    )
+    sub.add_argument(
+        "--moments", default="keep", choices=("keep", "drop"), help="Adam's, of the old rows (%(default)s)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the new rows (%(default)s)")
+
+    sub = verb("eval", verbs.evaluate)
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--text", nargs="+", metavar="PATH", help="score all of these text files or folders")
+    what.add_argument(
+        "--source", metavar="SOURCE", help="score the held-out share of this; as data.source in a recipe"
+    )
+    sub.add_argument(
+        "--sequence-length", type=int, metavar="TOKENS", help="of each window (the run's own, or 256)"
+    )
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
+    sub.add_argument("--out", metavar="FILE", help="write the numbers as JSON as well")
+
+    sub = verb("generate", verbs.generate)
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
+    sub.add_argument("--prompt", default="", help="the text to continue (default: none)")
+    sub.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (%(default)s)"
+    )
+    sub.add_argument("--temperature", type=float, help="below 1: safer, above 1: wilder (0.8)")
+    sub.add_argument("--top-k", type=int, help="sample among the K likeliest tokens; 0: all (0)")
+    sub.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
+    sub.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
+
+    sub = verb("report", verbs.report)
+    sub.add_argument("folder", metavar="FOLDER", help="a run or a race folder")
+
+    sub = verb("recipe", verbs.recipe)
+    sub.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="a recipe file, or the name of a shipped one"
+    )
+    override_argument(sub)
+    return top
+
+
+def override_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="a change, such as train.steps=2000"
+    )
+
+
+def race_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    sub.add_argument("--jobs", type=int, metavar="N", help="races only: arms trained side by side (2)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

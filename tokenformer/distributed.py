@@ -1,0 +1,101 @@
+"""The few things that training on several ranks needs. Without torchrun every function here does nothing.
+
+`torchrun --nproc-per-node N -m tokenformer.cli train ...` starts N processes with RANK, LOCAL_RANK and
+WORLD_SIZE in their environment; they meet over gloo on CPUs and over NCCL on GPUs.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WAIT = datetime.timedelta(hours=2)  # the others wait while rank 0 reads the corpus, which may be long
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Rank 0, the only one that writes and speaks."""
+        return self.rank == 0
+
+
+def start(device: str) -> tuple[Ranks, torch.device]:
+    """Join the ranks that torchrun started, if it did, and choose this process's device (`train.device`)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0"))) if world > 1 else Ranks()
+    chosen = choose_device(device, ranks)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if ranks.world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=WAIT)
+    return ranks, chosen
+
+
+def choose_device(device: str, ranks: Ranks) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"train.device = {device!r}: this machine, or this PyTorch, has no CUDA device")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"train.device = {device!r}: this machine, or this PyTorch, has no MPS device")
+    if kind != "cuda":
+        return torch.device(device)
+    chosen = torch.device(f"cuda:{ranks.local}" if device == "cuda" else device)
+    if (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"train.device = {str(chosen)!r}: there are {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def stop(ranks: Ranks) -> None:
+    if ranks.world > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(ranks: Ranks) -> None:
+    if ranks.world > 1:
+        dist.barrier()
+
+
+def sums(values: list[float], ranks: Ranks, device: torch.device) -> list[float]:
+    """Each value summed over the ranks, in float64."""
+    if ranks.world == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def from_main(value: Any, ranks: Ranks) -> Any:
+    """Rank 0's value, on every rank."""
+    if ranks.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gathered(value: Any, ranks: Ranks) -> list[Any]:
+    """Every rank's value in order of rank, on every rank."""
+    if ranks.world == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def data_parallel(model: torch.nn.Module, ranks: Ranks, device: torch.device) -> torch.nn.Module:
+    """The model with gradients averaged over the ranks; DDP must be made anew after a growth."""
+    if ranks.world == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)

@@ -1,0 +1,91 @@
+"""Held-out loss in nats per token and in bits per byte of text, which models with other tokenizers share."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import distributed
+from .distributed import Ranks
+
+PROMPT_BYTES, SAMPLE_BYTES, SAMPLE_TEMPERATURE, SAMPLE_SEED = 32, 200, 0.8, 0
+
+
+def evaluate(
+    model: nn.Module,
+    windows: tuple[Tensor, Tensor],
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    ranks: Ranks | None = None,
+) -> dict[str, float]:
+    """The model's loss on evaluation windows, each token predicted from those before it in its window.
+
+    `windows` are token ids (W, T + 1) and the bytes that each stands for (W, T + 1), as data.eval_windows
+    gives them. Returns loss (nats per predicted token), bits_per_byte (total nats over total bytes of the
+    predicted tokens, in bits; the marks between documents are predicted too and have no bytes), tokens and
+    bytes. Several ranks each take a share of the windows. The model's mode and the random states are left as
+    they were.
+    """
+    tokens, sizes = windows
+    ranks = ranks or Ranks()
+    device = torch.device(device)
+    was_training = model.training
+    model.eval()
+    nats = 0.0
+    try:
+        with torch.inference_mode(), autocast(device, dtype):
+            for batch in tokens[ranks.rank :: ranks.world].split(batch_size):
+                nats += cross_entropy(model, batch.to(device), reduction="none").cpu().double().sum().item()
+    finally:
+        model.train(was_training)
+    [nats] = distributed.sums([nats], ranks, device)
+    predicted, size = tokens[:, 1:].numel(), int(sizes[:, 1:].sum())
+    return {
+        "loss": nats / predicted,
+        "bits_per_byte": nats / math.log(2) / size,
+        "tokens": predicted,
+        "bytes": size,
+    }
+
+
+def cross_entropy(model: nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
+    """Next-token loss in nats, in float32, of windows (B, T + 1): the first T tokens predict the last T."""
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction=reduction)
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The context of train.dtype: bfloat16 matrix products over float32 weights, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def sample_text(model: Any, tokenizer: Any, windows: tuple[Tensor, Tensor]) -> dict[str, str]:
+    """About 200 bytes that the model writes after the first 32 of the held-out text, at a fixed seed."""
+    tokens, sizes = windows
+    prompt_tokens = int((sizes[0, 1:].cumsum(0) < PROMPT_BYTES).sum()) + 1
+    prompt = tokens[:1, 1 : 1 + prompt_tokens].to(model.device)
+    count = math.ceil(SAMPLE_BYTES * sizes[:, 1:].numel() / int(sizes[:, 1:].sum()))
+    longest = getattr(model.config, "max_position_embeddings", None)
+    count = min(count, longest - prompt.shape[1]) if longest else count
+    text = ""
+    if count > 0:
+        was_training = model.training
+        model.eval()
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(SAMPLE_SEED)
+            written = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=SAMPLE_TEMPERATURE,
+                top_k=0,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        model.train(was_training)
+        text = tokenizer.decode(written[0, prompt.shape[1] :].tolist())
+    return {"prompt": tokenizer.decode(prompt[0].tolist()), "text": text}

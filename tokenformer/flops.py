@@ -1,0 +1,141 @@
+"""One ruler for every model: parameters, and floating-point operations counted by matrix products.
+
+A matrix of n entries costs 2n operations per token forward, and its two gradients as much again each.
+Attention among T tokens costs 4 T² H D a layer: the full square, as dense kernels and the usual accounting
+have it. Element-wise work is not counted, nor table look-ups (embedding, positions), nor what gradient
+checkpointing works a second time: the ruler is for what a model is, not for how it was run.
+
+The closed formulas agree to the unit with torch's FlopCounterMode (tests/test_flops.py).
+
+Legend: T positions, C hidden size, H heads, D head size, P parameter tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the formulas need of an architecture: entries of its matrices and vectors, and where they sit."""
+
+    layers: int
+    matrices: int  # entries of one layer's weight matrices, each met once by every token
+    vectors: int  # entries of one layer's norms and biases
+    attention_width: int  # H * D, after grouped keys and values have been repeated
+    final_vectors: int  # entries of the last norm
+    head: int  # entries of the matrix that makes logits
+    tied: bool  # that matrix is the embedding's
+    tables: int  # entries of the look-up tables: token embedding, learned positions
+
+
+def forward_flops(config: PreTrainedConfig, sequence_length: int) -> int:
+    """Operations of one forward pass over one sequence, logits at every position included.
+
+    Raises ValueError on an architecture without a formula or a length below 1.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length: {sequence_length} is too small; it must be at least 1")
+    sizes = _sizes(config)
+    per_token = 2 * (sizes.layers * sizes.matrices + sizes.head)
+    attention = 4 * sequence_length**2 * sizes.attention_width * sizes.layers
+    return per_token * sequence_length + attention
+
+
+def training_flops(config: PreTrainedConfig, sequence_length: int, sequences: int) -> int:
+    """Operations of forward and backward over `sequences` sequences: three times the forward pass."""
+    return 3 * forward_flops(config, sequence_length) * sequences
+
+
+def parameters(config: PreTrainedConfig) -> dict[str, int]:
+    """What `count_parameters` finds in a model of this configuration, without building it."""
+    sizes = _sizes(config)
+    embedding = sizes.tables + (0 if sizes.tied else sizes.head)
+    other = sizes.layers * (sizes.matrices + sizes.vectors) + sizes.final_vectors
+    return {"total": embedding + other, "embedding": embedding, "other": other}
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Entries of a model's parameters: `embedding` (look-up tables, head), `other`, `total`; tied: once."""
+    from torch import nn
+
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings()
+    owned = {id(p): p for module in (*tables, head) if module is not None for p in module.parameters()}
+    embedding = sum(p.numel() for p in owned.values())
+    total = sum(p.numel() for p in model.parameters())
+    return {"total": total, "embedding": embedding, "other": total - embedding}
+
+
+def _tokenformer(config: PreTrainedConfig) -> Sizes:
+    width = config.hidden_size
+    wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+    def projection(fan_in: int, fan_out: int, tokens: int) -> int:
+        return fan_in * fan_out if config.attention_projections == "linear" else tokens * (fan_in + fan_out)
+
+    attention = projection(width, wide, config.qkv_tokens) + 2 * projection(width, narrow, config.qkv_tokens)
+    attention += projection(wide, width, config.proj_tokens)
+    feed_forward = config.ffn_tokens * width * (3 if config.feed_forward == "gated" else 2)
+    rms = config.norm == "rmsnorm"
+    return Sizes(
+        layers=config.num_hidden_layers,
+        matrices=attention + feed_forward,
+        vectors=2 * width if rms else 0,
+        attention_width=wide,
+        final_vectors=width if rms else 2 * width,
+        head=config.vocab_size * width,
+        tied=config.tie_word_embeddings,
+        tables=config.vocab_size * width,
+    )
+
+
+def _llama(config: PreTrainedConfig) -> Sizes:
+    width, inner = config.hidden_size, config.intermediate_size
+    wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention_biases = wide + 2 * narrow + width if config.attention_bias else 0
+    feed_forward_biases = 2 * inner + width if config.mlp_bias else 0
+    return Sizes(
+        layers=config.num_hidden_layers,
+        matrices=2 * width * (wide + narrow) + 3 * width * inner,
+        vectors=2 * width + attention_biases + feed_forward_biases,
+        attention_width=wide,
+        final_vectors=width,
+        head=config.vocab_size * width,
+        tied=config.tie_word_embeddings,
+        tables=config.vocab_size * width,
+    )
+
+
+def _gpt2(config: PreTrainedConfig) -> Sizes:
+    width = config.hidden_size
+    inner = 4 * width if config.n_inner is None else config.n_inner
+    return Sizes(
+        layers=config.num_hidden_layers,
+        matrices=4 * width**2 + 2 * width * inner,
+        vectors=4 * width + 4 * width + inner + width,  # two norms; biases of attention and of feed-forward
+        attention_width=width,
+        final_vectors=2 * width,
+        head=config.vocab_size * width,
+        tied=config.tie_word_embeddings,
+        tables=(config.vocab_size + config.max_position_embeddings) * width,
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], Sizes]] = {
+    "tokenformer": _tokenformer,
+    "llama": _llama,
+    "gpt2": _gpt2,
+}
+
+
+def _sizes(config: PreTrainedConfig) -> Sizes:
+    if config.model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"model.architecture: no FLOPs formula for {config.model_type!r}; known: {known}")
+    return ARCHITECTURES[config.model_type](config)

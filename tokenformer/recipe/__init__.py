@@ -1,0 +1,245 @@
+"""A recipe is a whole run, or a whole race, as one small TOML or JSON file.
+
+It is read into the dataclasses of sections.py, changed by dotted overrides (`train.steps=2000`), checked
+once, and from there on written in full beside whatever it made. `tokenformer recipe` prints every key.
+
+This room imports nothing else of ours and nothing heavy.
+"""
+
+import copy
+import dataclasses
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .check import Where, build, check_value, describe
+from .sections import (
+    ALTERNATIVES,
+    ArmSection,
+    DataSection,
+    GrowthSection,
+    ModelSection,
+    NoiseSection,
+    Recipe,
+    TrainSection,
+)
+from .write import recipe_reference, recipe_to_toml
+
+__all__ = [
+    "ArmSection",
+    "DataSection",
+    "GrowthSection",
+    "ModelSection",
+    "NoiseSection",
+    "Recipe",
+    "TrainSection",
+    "arm_recipe",
+    "load_recipe",
+    "recipe_from_dict",
+    "recipe_reference",
+    "recipe_to_dict",
+    "recipe_to_toml",
+    "shipped_recipes",
+]
+
+# --- reading ---
+
+
+def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a .toml or .json file, or the shipped one of that name, changed by `key=value` overrides.
+
+    Values are read as TOML; bare words are strings. ValueError in one line: the key, where it is from.
+    """
+    path = recipe_path(path_or_name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such recipe file") from None
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: a recipe is a table of keys, not {describe(table)}")
+    table.setdefault("name", path.stem)
+    settings = [parse_override(text) for text in overrides]
+    given = {dotted for dotted, _ in settings}
+    for dotted, value in settings:
+        override(table, dotted, value, given)
+    return resolve(table, lambda k: "the command line" if any(covers(d, k) for d in given) else str(path))
+
+
+def recipe_path(path_or_name: str | Path) -> Path:
+    """A path ending in .toml or .json as it is; any other text is the name of a shipped recipe."""
+    path = Path(path_or_name)
+    if path.suffix in (".toml", ".json"):
+        return path
+    shipped = shipped_recipes()
+    if str(path_or_name) not in shipped:
+        names = ", ".join(shipped)
+        raise ValueError(f"{path_or_name}: neither a .toml or .json file nor a shipped recipe ({names})")
+    return shipped[str(path_or_name)]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of each recipe that came along: in the package when installed, beside it in a checkout."""
+    here = Path(__file__).resolve().parent.parent
+    folder = next((f for f in (here / "recipes", here.parent / "recipes") if f.is_dir()), here / "recipes")
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def recipe_from_dict(table: dict[str, Any], origin: str) -> Recipe:
+    """The recipe that a nested table says (the inverse of `recipe_to_dict`); `origin` names it in errors."""
+    return resolve(table, lambda _: origin)
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe in full, in the layout of the file; JSON can hold it, `recipe_from_dict` gives it back."""
+    table: dict[str, Any] = {"name": recipe.name, "description": recipe.description}
+    model = dataclasses.asdict(recipe.model)
+    fields = model.pop("fields")
+    table["model"] = {**model, **fields}
+    table["data"] = dataclasses.asdict(recipe.data)
+    table["train"] = dataclasses.asdict(recipe.train)
+    table["growth"] = [dataclasses.asdict(event) for event in recipe.growth]
+    table["arm"] = [
+        {"name": arm.name, "description": arm.description, **copy.deepcopy(arm.overrides)}
+        for arm in recipe.arms
+    ]
+    table["noise"] = dataclasses.asdict(recipe.noise) if recipe.noise else None
+    return table
+
+
+def arm_recipe(recipe: Recipe, arm: ArmSection) -> Recipe:
+    """The run of one arm: the race's recipe with the arm's tables merged in key by key.
+
+    An arm's `growth` replaces the whole list. An arm of another architecture starts from an empty [model],
+    since the fields of one architecture mean nothing to the next.
+    """
+    table = recipe_to_dict(recipe)
+    table |= {"name": f"{recipe.name}/{arm.name}", "description": arm.description, "arm": [], "noise": None}
+    origin = f"arm {arm.name} of {recipe.name}"
+    for section, values in copy.deepcopy(arm.overrides).items():
+        if section == "growth":
+            table["growth"] = values
+            continue
+        if not isinstance(values, dict):
+            raise ValueError(f"{section}: must be a table, not {describe(values)} (from {origin})")
+        if section == "model" and values.get("architecture") not in (None, recipe.model.architecture):
+            table["model"] = {}
+        for name, value in values.items():
+            if name in ALTERNATIVES and ALTERNATIVES[name] not in values:
+                table[section].pop(ALTERNATIVES[name], None)
+            table[section][name] = value
+    return resolve(table, lambda _: origin)
+
+
+# --- overrides ---
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`train.steps=2000` -> ("train.steps", 2000). What is not TOML is a string as it stands."""
+    dotted, equals, raw = text.partition("=")
+    dotted = dotted.strip()
+    if not equals or not dotted or not all(dotted.split(".")):
+        raise ValueError(f"{text!r}: an override is written key=value, such as train.steps=2000")
+    try:
+        parsed = tomllib.loads(f"value = {raw}")
+    except tomllib.TOMLDecodeError:
+        return dotted, raw.strip()
+    return dotted, parsed["value"] if parsed.keys() == {"value"} else raw.strip()
+
+
+def override(table: dict[str, Any], dotted: str, value: Any, given: Iterable[str] = ()) -> None:
+    """Set one dotted key of a nested table in place; entries of a list go by number or by name.
+
+    `given`: the dotted keys of all overrides; of an either-or pair, the one not among them is taken out.
+    """
+    *parents, last = dotted.split(".")
+    node: Any = table
+    for depth, name in enumerate([*parents, last]):
+        final = depth == len(parents)
+        if isinstance(node, list):
+            position = list_position(node, name, dotted)
+            if final:
+                node[position] = value
+            node = node[position]
+        elif not isinstance(node, dict):
+            raise ValueError(f"{dotted}: {'.'.join(parents[:depth])} is not a table (from the command line)")
+        elif final:
+            node[name] = value
+            if name in ALTERNATIVES and ".".join([*parents, ALTERNATIVES[name]]) not in given:
+                node.pop(ALTERNATIVES[name], None)
+        else:
+            node = node.setdefault(name, {})
+
+
+def list_position(entries: list[Any], name: str, dotted: str) -> int:
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < len(entries):
+        return int(name)
+    known = [str(n if n is not None else i) for i, n in enumerate(names)]
+    raise ValueError(f"{dotted}: no entry {name}; there are {len(entries)}: {', '.join(known) or 'none'}")
+
+
+def covers(dotted: str, path: str) -> bool:
+    """Whether an override of `dotted` is what put `path` (the same key, a parent or a child of it) there."""
+    return dotted == path or dotted.startswith(path + ".") or path.startswith(dotted + ".")
+
+
+# --- checking what keys must be true together ---
+
+
+def resolve(table: dict[str, Any], where: Where) -> Recipe:
+    """Every key known, of its type and in its range; then what keys must be true together."""
+    recipe = build(Recipe, copy.deepcopy(table), "", where)
+
+    exactly_one(recipe.train, "steps", "flops", "train", where)
+    if recipe.data.batch_size % recipe.train.accumulation_steps:
+        raise ValueError(
+            f"train.accumulation_steps: {recipe.train.accumulation_steps} does not divide "
+            f"data.batch_size = {recipe.data.batch_size} (from {where('train.accumulation_steps')})"
+        )
+    check_growth(recipe, where)
+    names = [arm.name for arm in recipe.arms]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"arm: two arms are named {name} (from {where('arm')})")
+    for arm in recipe.arms:
+        arm_recipe(recipe, arm)  # a mistake in the last arm is found before the first one has run
+    return recipe
+
+
+def check_growth(recipe: Recipe, where: Where) -> None:
+    for i, event in enumerate(recipe.growth):
+        path = f"growth.{i}"
+        exactly_one(event, "at_step", "at_fraction", path, where)
+        if not event.to:
+            raise ValueError(f"{path}.to: names nothing that grows (from {where(path)})")
+        for axis, size in event.to.items():
+            check_value(f"{path}.to.{axis}", size, int, {"low": 1}, where)
+        if event.at_step and recipe.train.steps and event.at_step >= recipe.train.steps:
+            raise ValueError(
+                f"{path}.at_step: {event.at_step} is not before the end, train.steps = {recipe.train.steps} "
+                f"(from {where(path)})"
+            )
+        before = recipe.growth[i - 1] if i else event
+        for unit in ("at_step", "at_fraction"):
+            earlier, later = getattr(before, unit), getattr(event, unit)
+            if i and earlier is not None and later is not None and later <= earlier:
+                origin = where(path)
+                raise ValueError(
+                    f"{path}.{unit}: {later} is not after the one before it, {earlier} (from {origin})"
+                )
+
+
+def exactly_one(section: Any, one: str, other: str, path: str, where: Where) -> None:
+    count = (getattr(section, one) is not None) + (getattr(section, other) is not None)
+    if count != 1:
+        said = "both are" if count else "neither is"
+        raise ValueError(
+            f"{path}: exactly one of {one} and {other} must be given; {said} (from {where(f'{path}.{one}')})"
+        )

@@ -1,0 +1,137 @@
+"""Every key of a recipe, declared once: its type, its default, its range, its one line of explanation."""
+
+import dataclasses
+from typing import Any
+
+
+def key(
+    doc: str, *, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING, **limits: Any
+) -> Any:
+    """A dataclass field with its explanation and its limits: low, high, above, below, choices, pattern.
+
+    `file` is its name in a file where that differs; `rest` makes it take the keys that no other field claims.
+    """
+    return dataclasses.field(default=default, default_factory=factory, metadata={"doc": doc, **limits})
+
+
+# Two ways to say one thing: setting one of a pair in an override or an arm replaces the other.
+ALTERNATIVES = {"steps": "flops", "flops": "steps", "at_step": "at_fraction", "at_fraction": "at_step"}
+ARM_TABLES = ("model", "data", "train", "growth")
+
+
+@dataclasses.dataclass
+class ModelSection:
+    architecture: str = key(
+        "tokenformer, or a model type of transformers such as llama", default="tokenformer", pattern=r".+"
+    )
+    preset: str | None = key("a published size to start from: 150m, 450m, 900m, 1.5b", default=None)
+    fields: dict[str, Any] = key(
+        "every other key of [model]: the architecture's own configuration", factory=dict, rest=True
+    )
+
+
+@dataclasses.dataclass
+class DataSection:
+    source: str = key(
+        '"embedded" (the source of the running Python), a text file or folder, or "hf:NAME/CONFIG"',
+        default="embedded",
+        pattern=r".+",
+    )
+    tokenizer: str = key(
+        '"bytes", or the name or folder of a Hugging Face tokenizer', default="bytes", pattern=r".+"
+    )
+    text_field: str = key("hf only: the column that holds the text", default="text")
+    split: str = key("hf only: the split to read", default="train")
+    document_separator: str = key("splits one text file into documents; empty: a built-in rule", default="")
+    sequence_length: int = key("tokens per sequence", default=256, low=1)
+    batch_size: int = key(
+        "sequences per optimizer step, over all ranks and accumulation steps", default=8, low=1
+    )
+    valid_fraction: float = key("share of the documents held out", default=0.02, above=0, below=1)
+    valid_tokens: int = key("at most so many held-out tokens are evaluated", default=100_000, low=1)
+    repeat: bool = key("allow more than one pass over the data", default=False)
+    seed: int = key("order of the sequences", default=0, low=0, high=2**32 - 1)
+
+
+@dataclasses.dataclass
+class TrainSection:
+    steps: int | None = key("optimizer steps; give this or flops", default=None, low=1)
+    flops: float | None = key(
+        "total training FLOPs, ancestors included; give this or steps", default=None, above=0
+    )
+    learning_rate: float = key("the peak", default=2e-3, above=0)
+    min_learning_rate_ratio: float = key("last learning rate over the peak", default=0.1, low=0, high=1)
+    schedule: str = key(
+        "wsd (warm up, stay, decay), cosine or constant", default="wsd", choices=("wsd", "cosine", "constant")
+    )
+    warmup_steps: int = key("steps of linear warm-up", default=30, low=0)
+    decay_fraction: float = key(
+        "wsd only: share of the FLOPs at the end in which it decays", default=0.3, low=0, high=1
+    )
+    weight_decay: float = key("on matrices only", default=0.1, low=0)
+    beta1: float = key("Adam's decay of the mean", default=0.9, low=0, below=1)
+    beta2: float = key("Adam's decay of the square", default=0.95, low=0, below=1)
+    epsilon: float = key("Adam's epsilon", default=1e-8, above=0)
+    clip_norm: float = key("largest gradient norm; 0 = off", default=1.0, low=0)
+    accumulation_steps: int = key("a step's batch is passed in so many parts", default=1, low=1)
+    dtype: str = key("float32, or bfloat16 autocast", default="float32", choices=("float32", "bfloat16"))
+    compile: bool = key("torch.compile the model", default=False)
+    gradient_checkpointing: bool = key("recompute activations: less memory, more time", default=False)
+    evaluate_every: int = key("steps between evaluations", default=100, low=1)
+    log_every: int = key("steps between lines of metrics", default=10, low=1)
+    checkpoint_every: int = key("steps between checkpoints", default=500, low=1)
+    keep_checkpoints: int = key("how many of the newest are kept", default=2, low=1)
+    tensorboard: bool = key("write TensorBoard events as well (tokenformer[tensorboard])", default=False)
+    seed: int = key("initial weights", default=0, low=0, high=2**32 - 1)
+    device: str = key("auto, cpu, cuda, cuda:N or mps", default="auto", pattern=r"auto|cpu|mps|cuda(:\d+)?")
+    threads: int = key("CPU threads; 0 = torch's default", default=0, low=0)
+
+
+@dataclasses.dataclass
+class GrowthSection:
+    to: dict[str, int] = key("what grows, to which size: { ffn_tokens = 512, qkv_tokens = 128 }")
+    at_step: int | None = key("when: before this step; give this or at_fraction", default=None, low=1)
+    at_fraction: float | None = key("when: at this share of the total FLOPs", default=None, above=0, below=1)
+    operator: str = key(
+        "zero_keys and tile are exact; published is the release's own way",
+        default="zero_keys",
+        choices=("zero_keys", "tile", "published"),
+    )
+    moments: str = key("Adam's moments of the old rows", default="keep", choices=("keep", "drop"))
+    learning_rate: str = key(
+        "keep, or warm up again: new rows only, or all",
+        default="keep",
+        choices=("keep", "rewarm_new", "rewarm_all"),
+    )
+    rewarm_steps: int = key("steps of that warm-up", default=100, low=1)
+    seed: int = key("the new rows' values", default=0, low=0, high=2**32 - 1)
+
+
+@dataclasses.dataclass
+class ArmSection:
+    name: str = key("its folder's name", pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*")
+    description: str = key("one line for the report", default="")
+    overrides: dict[str, Any] = key(
+        "what differs: [arm.model], [arm.data], [arm.train], [[arm.growth]]", factory=dict, rest=ARM_TABLES
+    )
+
+
+@dataclasses.dataclass
+class NoiseSection:
+    standard_deviation_bits_per_byte: float = key("of the final figure of one arm between seeds", above=0)
+    runs: int = key("seeds that it was measured over", low=2)
+    source: str = key("where that is shown", default="")
+
+
+@dataclasses.dataclass
+class Recipe:
+    name: str = key("a name; the file's own if left out", pattern=r".+")
+    description: str = key("one line for the report", default="")
+    model: ModelSection = key("the model; a preset, and any field of its configuration", factory=ModelSection)
+    data: DataSection = key("text -> documents -> tokens -> batches", factory=DataSection)
+    train: TrainSection = key("the schedule", factory=TrainSection)
+    growth: list[GrowthSection] = key("growth in mid-run; any number, in order of time", factory=list)
+    arms: list[ArmSection] = key(
+        "makes the recipe a race: one run per arm; any number", factory=list, file="arm"
+    )
+    noise: NoiseSection | None = key("races: what a gap between arms is held against", default=None)

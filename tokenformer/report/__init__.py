@@ -1,0 +1,51 @@
+"""Run and race folders -> report.html, report.png and report.json beside them. Reads files; never trains.
+
+read.py reads the folders, verdict.py says what the numbers support, charts.py chooses what is drawn,
+svg.py and png.py draw, page.py lays out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_report", "write_report"]
+
+
+def read_report(folder: Path | str) -> dict[str, Any]:
+    """Every number and sentence of the page for a run or race folder, as report.json holds it.
+
+    Arms stand in the race's own order and carry their `rank` (1 = lowest bits per byte, None = not finished).
+    Raises ValueError, one line naming the file, for a folder that is neither and for a broken piece.
+    """
+    from .read import read_folder
+    from .verdict import judge
+
+    return judge(read_folder(Path(folder)))
+
+
+def write_report(folder: Path | str) -> dict[str, Path]:
+    """Writes the page of a run or race into its folder; returns {"html", "png", "json"} -> path.
+
+    Each file appears whole or not at all. Raises ValueError as `read_report` does, or where it cannot write.
+    """
+    from .page import page, png_texts, top_charts
+    from .png import write_png
+
+    folder = Path(folder)
+    report = read_report(folder)
+    paths = {kind: folder / f"report.{kind}" for kind in ("html", "png", "json")}
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as staging:
+            made = {kind: Path(staging) / path.name for kind, path in paths.items()}
+            made["json"].write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            made["html"].write_text(page(report), encoding="utf-8", errors="replace")
+            write_png(report, top_charts(report), *png_texts(report), made["png"])
+            for kind, path in paths.items():
+                os.replace(made[kind], path)
+    except OSError as error:
+        raise ValueError(f"{folder}: the report cannot be written here ({error.strerror})") from None
+    return paths

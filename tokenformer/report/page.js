@@ -1,0 +1,58 @@
+"use strict";
+const tip = document.getElementById("tip");
+const toggle = document.getElementById("logx");
+const body = document.body;
+toggle.parentElement.hidden = false;
+toggle.addEventListener("change", () => body.classList.toggle("logx", toggle.checked));
+
+// The point nearest to the pointer is read out.
+for (const drawing of document.querySelectorAll(".drawing")) {
+  const points = JSON.parse(drawing.dataset.points);
+  const notes = JSON.parse(drawing.closest("figure").dataset.notes);
+  const svg = drawing.querySelector("svg");
+  const cursor = svg.querySelector(".cursor");
+  const hide = () => { tip.hidden = true; cursor.style.visibility = "hidden"; };
+  const show = ([x, y, arm, index]) => {
+    const box = svg.getBoundingClientRect();
+    const scale = box.width / svg.viewBox.baseVal.width;
+    cursor.setAttribute("cx", x);
+    cursor.setAttribute("cy", y);
+    cursor.style.visibility = "visible";
+    tip.textContent = notes[arm][index];
+    tip.hidden = false;
+    const left = Math.min(box.left + x * scale + 14, document.documentElement.clientWidth - tip.offsetWidth - 6);
+    const above = box.top + y * scale - tip.offsetHeight - 12;
+    tip.style.left = Math.max(6, left) + window.scrollX + "px";
+    tip.style.top = (above < 4 ? box.top + y * scale + 14 : above) + window.scrollY + "px";
+  };
+  const seek = (event) => {
+    const box = svg.getBoundingClientRect();
+    const scale = box.width / svg.viewBox.baseVal.width;
+    const [px, py] = [(event.clientX - box.left) / scale, (event.clientY - box.top) / scale];
+    const distance = ([x, y]) => (x - px) ** 2 + (y - py) ** 2;
+    if (points.length) show(points.reduce((a, b) => (distance(b) < distance(a) ? b : a)));
+  };
+  svg.addEventListener("pointermove", seek);
+  svg.addEventListener("pointerdown", seek);
+  svg.addEventListener("pointerleave", hide);
+}
+
+// Pointing at an arm's name brings its lines forward in every chart.
+for (const item of document.querySelectorAll("li[data-arm], text.name")) {
+  const arm = item.closest("[data-arm]").dataset.arm;
+  const pick = (on) => () => {
+    body.classList.toggle("picked", on);
+    for (const g of document.querySelectorAll(`.arm[data-arm="${arm}"]`)) g.classList.toggle("on", on);
+  };
+  item.addEventListener("pointerenter", pick(true));
+  item.addEventListener("pointerleave", pick(false));
+}
+
+const copy = document.querySelector(".command button");
+if (copy && navigator.clipboard) {
+  copy.hidden = false;
+  copy.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(document.querySelector(".command code").textContent);
+    copy.textContent = "copied";
+  });
+}

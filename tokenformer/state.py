@@ -1,0 +1,194 @@
+"""A run in progress: what stays the same (`Run`), what a step changes (`State`), how both are written."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, distributed, runs
+from .data import Batches, Corpus
+from .distributed import Ranks
+from .flops import count_parameters
+from .optim import AdamW, parameter_groups
+from .plan import Plan
+from .recipe import GrowthSection, Recipe
+from .runs import Say
+
+
+@dataclasses.dataclass
+class Run:
+    """What stays the same from the first step to the last."""
+
+    recipe: Recipe
+    folder: Path
+    plan: Plan
+    corpus: Corpus
+    batches: Batches
+    windows: tuple[Tensor, Tensor]  # held out: token ids and bytes, (W, T + 1) each
+    device: torch.device
+    ranks: Ranks
+    say: Say
+    metrics: runs.Metrics | None = None  # rank 0 only, as is the writer
+    writer: Any = None
+
+    def tell(self, line: str) -> None:
+        if self.say is not None and self.ranks.main:
+            self.say(line)
+
+
+@dataclasses.dataclass
+class State:
+    """What a step changes, and a checkpoint holds."""
+
+    model: Any
+    optimizer: AdamW
+    step: int = 0  # steps done
+    grown: int = 0  # growths done
+    seconds: float = 0.0  # spent in training steps and growths; evaluation and saving are left out
+    lineage: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    evaluation: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest
+    logged: tuple[int, float] = (0, 0.0)  # step and seconds at the last line of progress
+
+
+def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> AdamW:
+    section = recipe.train
+    groups = parameter_groups(model, section.weight_decay)
+    return AdamW(groups, lr=section.learning_rate, betas=(section.beta1, section.beta2), eps=section.epsilon)
+
+
+def set_rewarm(optimizer: AdamW, event: GrowthSection) -> None:
+    """Let the rows that growth added warm up on their own, if that is the event's policy."""
+    for group in optimizer.param_groups:
+        group["rewarm_steps"] = event.rewarm_steps if event.learning_rate == "rewarm_new" else 0
+
+
+# --- position and metrics ---
+
+
+def position(run: Run, state: State) -> dict[str, Any]:
+    """Steps, training FLOPs, tokens and training seconds so far, those before a resume included."""
+    return {
+        "step": state.step,
+        "flops": run.plan.flops_at(state.step),
+        "tokens": state.step * run.plan.tokens_per_step,
+        "seconds": round(state.seconds, 3),
+    }
+
+
+def record(run: Run, state: State, kind: str, values: dict[str, Any]) -> None:
+    """One line of metrics.jsonl, and its numbers to TensorBoard."""
+    if run.metrics is not None:
+        try:
+            run.metrics.write({"kind": kind, **position(run, state), **values})
+        except OSError as error:
+            raise ValueError(f"{run.metrics.path}: {error.strerror}; {last_good(run)}") from error
+    if run.writer is not None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                run.writer.add_scalar(f"{kind}/{name}", value, state.step)
+
+
+def progress(run: Run, state: State, loss: float) -> None:
+    """Say one line: step, share of the FLOPs, loss, held-out bits per byte, speed, time left at it."""
+    here = position(run, state)
+    steps, seconds = state.step - state.logged[0], max(state.seconds - state.logged[1], 1e-9)
+    speed = (here["flops"] - run.plan.flops_at(state.logged[0])) / seconds
+    left = int((run.plan.flops - here["flops"]) / speed)
+    state.logged = (state.step, state.seconds)
+    run.tell(
+        f"step {state.step}/{run.plan.steps} · {here['flops'] / run.plan.flops:.0%} of the FLOPs · "
+        f"loss {loss:.4f} · {state.evaluation.get('bits_per_byte', math.nan):.3f} bits per byte · "
+        f"{steps * run.plan.tokens_per_step / seconds:,.0f} tokens/s · {left // 60}:{left % 60:02d} left"
+    )
+
+
+def short(count: float) -> str:
+    """98304 -> 98.3k"""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(int(count))
+
+
+# --- checkpoints ---
+
+
+def save_state(run: Run, state: State) -> Path:
+    """The checkpoint of this step, written by rank 0 while the others wait; the oldest are removed."""
+    folder = runs.checkpoint_folder(run.folder, state.step)
+    states = distributed.gathered(checkpoint.rng_state(), run.ranks)
+    if run.metrics is not None:
+        trainer = {
+            **position(run, state),
+            "seconds": state.seconds,
+            "grown": state.grown,
+            "evaluation": state.evaluation,
+            "metrics_lines": run.metrics.lines,
+        }
+        try:
+            run.metrics.sync()
+            checkpoint.save_checkpoint(
+                folder, state.model, run.corpus.tokenizer, state.optimizer, trainer, state.lineage, states
+            )
+            runs.prune_checkpoints(run.folder, run.recipe.train.keep_checkpoints)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error}; {last_good(run)}") from error
+    distributed.barrier(run.ranks)
+    return folder
+
+
+def load_state(run: Run, folder: Path) -> tuple[State, int]:
+    """The state that a checkpoint of this run holds, and how many lines of metrics belong to it."""
+    model, lineage = checkpoint.load_checkpoint(folder)
+    model = model.to(run.device).train()
+    optimizer = build_optimizer(run.recipe, model)
+    trainer = checkpoint.load_training_state(folder, model, optimizer, run.ranks.rank)
+    state = State(
+        model,
+        optimizer,
+        trainer["step"],
+        trainer["grown"],
+        trainer["seconds"],
+        lineage,
+        trainer["evaluation"],
+    )
+    state.logged = (state.step, state.seconds)
+    if state.grown:
+        set_rewarm(optimizer, run.recipe.growth[state.grown - 1])
+    return state, trainer["metrics_lines"]
+
+
+def last_good(run: Run) -> str:
+    complete = runs.checkpoints(run.folder)
+    return f"the last good checkpoint is {complete[-1]}" if complete else "there is no checkpoint yet"
+
+
+# --- the result ---
+
+
+def result_of(run: Run, state: State, status: str, **more: Any) -> dict[str, Any]:
+    """What result.json says: how the run ended, what it cost and what it saw."""
+    here = position(run, state)
+    complete = runs.checkpoints(run.folder)
+    phase = max((p for p in run.plan.phases if p.first_step <= state.step), key=lambda p: p.first_step)
+    return {
+        "name": run.recipe.name,
+        "status": status,
+        "step": state.step,
+        "steps": run.plan.steps,
+        "bits_per_byte": state.evaluation.get("bits_per_byte"),
+        "loss": state.evaluation.get("loss"),
+        "flops": here["flops"],
+        "tokens": here["tokens"],
+        "unique_tokens": run.batches.unique_tokens(state.step),
+        "epochs": run.batches.epochs(state.step),
+        "seconds": here["seconds"],
+        "parameters": count_parameters(state.model),
+        "flops_per_token": phase.flops_per_step // run.plan.tokens_per_step,
+        "growth": state.lineage,
+        "checkpoint": complete[-1].relative_to(run.folder).as_posix() if complete else None,
+        **more,
+    }

@@ -1,0 +1,95 @@
+"""One optimizer step: its rows of text, the mean loss and its gradients, the learning rate, the update.
+
+All that a step does follows from the recipe and the step's number, so a resumed run repeats it exactly.
+"""
+
+import contextlib
+import math
+import signal
+import time
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .distributed import Ranks
+from .evaluate import autocast, cross_entropy
+from .optim import learning_rate
+from .plan import Plan
+from .recipe import Recipe
+from .state import Run, State, last_good, progress, record
+
+
+class Diverged(ValueError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+def wrap(run: Run, model: nn.Module) -> nn.Module:
+    """The model as training steps call it: data-parallel, compiled. Made anew after each growth."""
+    wrapped = distributed.data_parallel(model, run.ranks, run.device)
+    if run.recipe.train.compile:
+        torch._dynamo.reset()
+        return torch.compile(wrapped)  # type: ignore[return-value]
+    return wrapped
+
+
+def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> int:
+    """One optimizer step; returns the signal that some rank has caught, 0 without one."""
+    section = run.recipe.train
+    began = time.perf_counter()
+    rate = learning_rate_at(run.recipe, run.plan, state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    own_loss = backward(run, state.step, wrapped)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), section.clip_norm or math.inf).item()
+    # One exchange says to every rank the mean loss and whether any rank was told to stop, so all act alike.
+    total, signals = distributed.sums([own_loss, float(stop[0]) if stop else 0.0], run.ranks, run.device)
+    loss = total / run.ranks.world
+    require_finite(run, state, loss, norm, rate)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.seconds += time.perf_counter() - began
+    if state.step % section.log_every == 0 or state.step == run.plan.steps:
+        record(run, state, "train", {"loss": loss, "learning_rate": rate, "grad_norm": norm})
+        progress(run, state, loss)
+    if not signals:
+        return 0
+    return stop[0] if stop else signal.SIGTERM
+
+
+def backward(run: Run, step: int, wrapped: nn.Module) -> float:
+    """Gradients of the mean loss over this rank's rows of batch `step`, part by part; returns that loss."""
+    parts = rank_rows(run.batches[step], run.ranks).chunk(run.recipe.train.accumulation_steps)
+    total = 0.0
+    for i, part in enumerate(parts):
+        # Gradients are averaged over the ranks once, with the last part.
+        last = i == len(parts) - 1
+        alone = last or run.ranks.world == 1
+        with contextlib.nullcontext() if alone else wrapped.no_sync():  # type: ignore[operator]
+            with autocast(run.device, run.recipe.train.dtype):
+                loss = cross_entropy(wrapped, part.to(run.device)) / len(parts)
+            loss.backward()
+        total += loss.item()
+    return total
+
+
+def rank_rows(batch: Tensor, ranks: Ranks) -> Tensor:
+    """This rank's share of a global batch: every world-th row."""
+    return batch[ranks.rank :: ranks.world]
+
+
+def learning_rate_at(recipe: Recipe, planned: Plan, step: int) -> float:
+    """The schedule at the share of FLOPs spent before `step`, warmed up again after growth if asked for."""
+    rate = learning_rate(recipe.train, planned.flops_at(step) / planned.flops, step)
+    for event, grown_step in zip(recipe.growth, planned.growth_steps, strict=True):
+        if event.learning_rate == "rewarm_all" and step >= grown_step:
+            rate *= min(1.0, (step - grown_step + 1) / event.rewarm_steps)
+    return rate
+
+
+def require_finite(run: Run, state: State, loss: float, norm: float, rate: float) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+    raise Diverged(f"step {state.step + 1}: {what} at learning rate {rate:.3g}; {last_good(run)}")

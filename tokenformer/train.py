@@ -1,0 +1,327 @@
+"""train(recipe, folder): one run from its recipe to its result, the loop as a list of small named steps.
+
+    prepare     corpus, plan and model; what can be refused is refused here, before anything is trained
+    loop        at every step boundary: grow if it is time; train a step; log; evaluate; save
+    finish      the result, with a sample of the model's text
+
+What a run does at step s is a function of its recipe and of s alone: the batch, the learning rate, the
+growth. So a checkpoint needs the weights, the moments and the random states, and a resumed run takes the same
+path bit for bit.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, distributed, runs
+from .data import Batches, Corpus, eval_windows, load_tokenizer, prepare
+from .distributed import Ranks
+from .evaluate import evaluate, sample_text
+from .flops import count_parameters
+from .growth import grow
+from .models import build_model
+from .optim import AdamW
+from .plan import Plan, model_config, plan
+from .recipe import Recipe, recipe_to_dict
+from .runs import Say
+from .state import (
+    Run,
+    State,
+    build_optimizer,
+    load_state,
+    position,
+    record,
+    result_of,
+    save_state,
+    set_rewarm,
+    short,
+)
+from .step import train_step, wrap
+
+PROBE_WINDOWS = 4  # held-out windows on which a growth is measured
+
+
+class Stopped(Exception):
+    """A signal ended the run after a whole step, its checkpoint written; `exit_code` is the shell's."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def train(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say = print) -> dict[str, Any]:
+    """Train what the recipe says into the run folder (see runs.py), and return what its result.json says.
+
+    With `resume` the run goes on from its newest complete checkpoint, or from step 0 without one. On a CPU it
+    ends with the weights, bit for bit, of a run that was never stopped. `say` gets one line of progress at a
+    time. Under torchrun every rank calls this. Raises ValueError for what cannot be done, `Diverged` when the
+    loss is no longer finite, and `Stopped` after SIGTERM or SIGINT, once the step is finished and the
+    checkpoint written.
+    """
+    folder = Path(folder)
+    ranks, device = distributed.start(recipe.train.device)
+    try:
+        # A run that was told to stop may still be writing its checkpoint: only a resume waits for that.
+        seconds = runs.LOCK_SECONDS if resume else 0
+        with runs.locked(folder, seconds) if ranks.main else contextlib.nullcontext():
+            return train_locked(recipe, folder, resume, say, ranks, device)
+    finally:
+        distributed.stop(ranks)
+
+
+def train_locked(
+    recipe: Recipe, folder: Path, resume: bool, say: Say, ranks: Ranks, device: torch.device
+) -> dict[str, Any]:
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    if ranks.main:
+        runs.check_folder(folder, recipe_to_dict(recipe), resume)
+    distributed.barrier(ranks)
+    done = finished_result(folder)
+    if done:
+        if say and ranks.main:
+            say(f"{folder} is finished: {done['bits_per_byte']:.4f} bits per byte after {done['step']} steps")
+        return done
+    run = prepare_run(recipe, folder, say, ranks, device)
+    if ranks.main:  # not before the run is known to be possible
+        runs.open_run(folder, recipe_to_dict(recipe), run.corpus.info)
+    state = start(run)
+    try:
+        loop(run, state)
+        result = finish(run, state)
+    except Stopped:
+        raise
+    except Exception as error:
+        with contextlib.suppress(OSError):  # on a full disk this may fail as well, and the first error counts
+            write_result(run, result_of(run, state, "failed", error=str(error)))
+        raise
+    finally:
+        if run.metrics is not None:
+            run.metrics.close()
+        if run.writer is not None:
+            run.writer.close()
+    return distributed.from_main(result, ranks)
+
+
+# --- before the first step ---
+
+
+def finished_result(folder: Path) -> dict[str, Any] | None:
+    path = folder / runs.RESULT
+    result = runs.read_json(path) if path.exists() else {}
+    return result if result.get("status") == "finished" else None
+
+
+def prepare_run(recipe: Recipe, folder: Path, say: Say, ranks: Ranks, device: torch.device) -> Run:
+    """The corpus, the plan and the batches of a run; ValueError when they do not fit together."""
+    require_divisible(recipe, ranks)
+    if recipe.train.tensorboard:
+        tensorboard_writer()
+    if not ranks.main:
+        distributed.barrier(ranks)  # rank 0 has the corpus then, and the others find it in the cache
+    planned, corpus, batches, windows = require_feasible(recipe, say if ranks.main else None)
+    if ranks.main:
+        distributed.barrier(ranks)
+    return Run(recipe, folder, planned, corpus, batches, windows, device, ranks, say)
+
+
+def require_feasible(recipe: Recipe, say: Say) -> tuple[Plan, Corpus, Batches, tuple[Tensor, Tensor]]:
+    """Plan, corpus, batches and held-out windows; ValueError if the corpus is too small for the plan."""
+    planned = plan(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
+    corpus = prepare(recipe.data, planned.tokens, progress=say)
+    data = recipe.data
+    batches = Batches(corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat)
+    batches.require(planned.steps)
+    return planned, corpus, batches, eval_windows(corpus, data.sequence_length)
+
+
+def require_divisible(recipe: Recipe, ranks: Ranks) -> None:
+    parts = ranks.world * recipe.train.accumulation_steps
+    if recipe.data.batch_size % parts:
+        raise ValueError(
+            f"data.batch_size = {recipe.data.batch_size} is not divisible by {parts} "
+            f"({ranks.world} ranks times train.accumulation_steps = {recipe.train.accumulation_steps})"
+        )
+
+
+def start(run: Run) -> State:
+    """The state at step 0, or that of the newest complete checkpoint; metrics past it are dropped."""
+    checkpoint.seed_all(run.recipe.train.seed + run.ranks.rank)
+    complete = runs.checkpoints(run.folder)
+    state, lines = load_state(run, complete[-1]) if complete else (fresh_state(run), 0)
+    enable_checkpointing(run, state.model)
+    if run.ranks.main:
+        (run.folder / runs.RESULT).unlink(missing_ok=True)  # of the part that was stopped or failed
+        run.metrics = runs.Metrics(run.folder, keep_lines=lines)
+        if run.recipe.train.tensorboard:
+            purge = state.step + 1 if state.step else None
+            run.writer = tensorboard_writer()(str(run.folder / runs.TENSORBOARD), purge_step=purge)
+    counts = count_parameters(state.model)
+    run.tell(
+        f"{run.recipe.name}: {short(counts['total'])} parameters, "
+        f"{short(counts['embedding'])} of them embedding · "
+        f"{run.plan.steps} steps, {short(run.plan.tokens)} tokens, {run.plan.flops:.3g} FLOPs · {run.device}"
+    )
+    if complete:
+        run.tell(f"resumed from {complete[-1]}")
+    return state
+
+
+def fresh_state(run: Run) -> State:
+    tokenizer = run.corpus.tokenizer
+    marks = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = model_config(run.recipe, tokenizer.vocab_size, **marks)
+    model = build_model(config, run.recipe.train.seed).to(run.device)
+    return State(model, build_optimizer(run.recipe, model))
+
+
+def tensorboard_writer() -> Any:
+    """The class that writes TensorBoard's files; ValueError, in time, when it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        needs = "train.tensorboard needs TensorBoard: pip install 'tokenformer[tensorboard]'"
+        raise ValueError(needs) from None
+    return SummaryWriter
+
+
+def enable_checkpointing(run: Run, model: Any) -> None:
+    if run.recipe.train.gradient_checkpointing:
+        # transformers 5.23 renames it and warns about the old name, which 5.0 still needs.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+# --- the loop ---
+
+
+def loop(run: Run, state: State) -> None:
+    section = run.recipe.train
+    with stop_signals() as stop:
+        if state.step == 0 and state.grown == 0:
+            evaluate_now(run, state)
+        wrapped = wrap(run, state.model)
+        while state.step < run.plan.steps:
+            if state.grown < len(run.plan.growth_steps) and state.step == run.plan.growth_steps[state.grown]:
+                grow_now(run, state)
+                evaluate_now(run, state)
+                wrapped = wrap(run, state.model)
+            stopped_by = train_step(run, state, wrapped, stop)
+            last = state.step == run.plan.steps
+            if last or state.step % section.evaluate_every == 0 or state.step in run.plan.growth_steps:
+                evaluate_now(run, state)
+            if last or stopped_by or state.step % section.checkpoint_every == 0:
+                save_state(run, state)
+            if stopped_by and not last:
+                stop_now(run, state, stopped_by)
+
+
+def evaluate_now(run: Run, state: State) -> None:
+    data, section = run.recipe.data, run.recipe.train
+    state.evaluation = evaluate(state.model, run.windows, data.batch_size, run.device, section.dtype, run.ranks)
+    record(run, state, "eval", {key: state.evaluation[key] for key in ("loss", "bits_per_byte")})
+    run.tell(f"step {state.step}/{run.plan.steps}: {state.evaluation['bits_per_byte']:.4f} bits per byte held out")
+
+
+def stop_now(run: Run, state: State, signal_number: int) -> None:
+    """Say where the checkpoint lies and leave, by `Stopped`."""
+    write_result(run, result_of(run, state, "stopped"))
+    name = signal.Signals(signal_number).name
+    folder = runs.checkpoint_folder(run.folder, state.step)
+    raise Stopped(f"stopped by {name} after step {state.step}: checkpoint {folder}; --resume continues", signal_number)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT put their number into. A second SIGINT interrupts at once."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: whoever runs this there deals with signals
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- growth ---
+
+
+def grow_now(run: Run, state: State) -> None:
+    """The next growth: weights and moments grown, measured on held-out text, written down, said."""
+    event = run.recipe.growth[state.grown]
+    before, before_count = probe_logits(run, state.model), count_parameters(state.model)["total"]
+    began = time.perf_counter()
+    grown = grow(
+        state.model,
+        operator=event.operator,
+        to=event.to,
+        optimizer=state.optimizer,
+        seed=event.seed,
+        moments=event.moments,
+    )
+    assert isinstance(grown.optimizer, AdamW)
+    state.model, state.optimizer = grown.model.train(), grown.optimizer
+    enable_checkpointing(run, state.model)
+    set_rewarm(state.optimizer, event)
+    state.seconds += time.perf_counter() - began
+    state.grown += 1
+    moved = (probe_logits(run, state.model) - before).abs().max().item()
+    after_count = count_parameters(state.model)["total"]
+    line = {
+        **{key: grown.event[key] for key in ("operator", "from", "to", "promise")},
+        "max_logit_change": moved,
+        "parameters_before": before_count,
+        "parameters_after": after_count,
+    }
+    state.lineage.append({**grown.event, **line, **position(run, state), "learning_rate": event.learning_rate})
+    record(run, state, "growth", line)
+    sizes = ", ".join(f"{axis} {old} -> {grown.event['to'][axis]}" for axis, old in grown.event["from"].items())
+    run.tell(
+        f"grown at step {state.step}: {sizes}, {short(before_count)} -> {short(after_count)} parameters, "
+        f"logits moved by at most {moved:.0e}"
+    )
+
+
+@torch.no_grad()
+def probe_logits(run: Run, model: Any) -> Tensor:
+    """Float32 logits (W, T, V) on the first held-out windows, in eval mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        return model(input_ids=run.windows[0][:PROBE_WINDOWS, :-1].to(run.device), use_cache=False).logits.float()
+    finally:
+        model.train(was_training)
+
+
+# --- the end ---
+
+
+def finish(run: Run, state: State) -> dict[str, Any]:
+    """result.json of a run that took all its steps, with a sample of the model's text."""
+    if not run.ranks.main:
+        return {}
+    result = result_of(run, state, "finished", sample=sample_text(state.model, run.corpus.tokenizer, run.windows))
+    write_result(run, result)
+    run.tell(f"finished: {result['bits_per_byte']:.4f} bits per byte after {state.step} steps; {run.folder}")
+    return result
+
+
+def write_result(run: Run, result: dict[str, Any]) -> None:
+    if run.ranks.main:
+        runs.write_json(run.folder / runs.RESULT, result)
