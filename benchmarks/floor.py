@@ -1,7 +1,7 @@
 """A model's matrix-product floor: what its training step would take if it were nothing but its products.
 
-The products and attention kernels of one real forward and backward pass are recorded with their shapes and strides,
-then run again bare: products into memory that is there already, no weights updated, nothing in between.
+The products and attention kernels of one real forward and backward pass are recorded with their shapes and
+strides, then run again bare: products into memory that is there already, no weights updated, nothing between.
 """
 
 from __future__ import annotations

@@ -41,9 +41,8 @@ def main() -> int:
             finish(run)
             same = contents(run) == contents(whole)
             bad += not same
-            print(
-                f"kill {trial + 1}: after {moment:.2f} s, newest checkpoint {step}: {'same bits' if same else 'DIFFERENT'}"
-            )
+            verdict = "same bits" if same else "DIFFERENT"
+            print(f"kill {trial + 1}: after {moment:.2f} s, newest checkpoint {step}: {verdict}", flush=True)
         differs = contents(control) != contents(whole)
         print(
             f"control, another seed: {'different, as it must be' if differs else 'THE SAME: the comparison is blind'}"

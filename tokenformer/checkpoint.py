@@ -159,6 +159,9 @@ def load_checkpoint(folder: str | Path) -> tuple[Any, list[dict[str, Any]]]:
     for name in sorted(info["unexpected_keys"]):
         raise ValueError(f"{files[0]}: {name} has no place in the model that config.json describes")
     require_finite(model, files[0])
+    # The file's bytes are mapped at any address, and matrix products round by alignment: take memory of our own.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     lineage = runs.read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else []
     return model, lineage
 

@@ -132,4 +132,4 @@ def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors
         p = parameters[name]
         if key not in ("step", "birth") and tensor.shape != p.shape:
             raise ValueError(f"optimizer state {full_name!r} has shape {tuple(tensor.shape)}, not {tuple(p.shape)}")
-        optimizer.state[p][key] = tensor.to(p.device)
+        optimizer.state[p][key] = tensor.to(p.device, copy=True)
