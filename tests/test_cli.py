@@ -76,7 +76,6 @@ def test_overrides_may_stand_on_either_side_of_an_option(monkeypatch: pytest.Mon
         ("generate", "a", "--seed", "x"),
         ("eval", "a", "--text", "b", "--source", "c"),
         ("report",),
-        ("quickstart", "train.steps=5"),
     ],
 )
 def test_a_command_that_does_not_parse_gets_one_line_and_code_2(

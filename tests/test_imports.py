@@ -27,7 +27,7 @@ ARROW: dict[str, set[str]] = {
     "optim": {"pattention", "models", "growth"},
     "checkpoint": {"pattention", "models", "growth", "optim", "runs"},
     "grow_checkpoint": {"growth", "optim", "checkpoint"},
-    "plan": {"models", "growth", "flops", "recipe"},
+    "plan": {"models", "growth", "flops", "recipe", "checkpoint"},
 }
 ARROW["state"] = {*ARROW} - {"report", "grow_checkpoint"}
 ARROW["step"] = {*ARROW} - {"report"}

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import ended, losses, same, start_child, tiny, weights
 
 from tokenformer import checkpoint, runs
 from tokenformer.data import Batches
+from tokenformer.grow_checkpoint import grow_checkpoint
 from tokenformer.models import build_model
 from tokenformer.plan import model_config, plan
 from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
@@ -519,3 +521,50 @@ def test_the_batches_of_a_run_are_the_data_module_s(shared: Path, whole: Path) -
     tokens = torch.arange(1000).numpy()
     assert torch.equal(Batches(tokens, 16, 4, 0)[5], Batches(tokens, 16, 4, 0)[5])
     assert not torch.equal(Batches(tokens, 16, 4, 0)[5], Batches(tokens, 16, 4, 1)[5])
+
+# --- going on from a checkpoint ---
+
+
+def test_a_run_goes_on_from_a_grown_checkpoint_with_its_moments_and_its_cost(
+    shared: Path, whole: Path, tmp_path: Path
+) -> None:
+    before = runs.read_json(whole / runs.RESULT)
+    grow_checkpoint(whole, tmp_path / "grown", "zero_keys", {"ffn": 48}, say=lambda line: None)
+    seen = before["unique_tokens"]
+    table = recipe_to_dict(tiny(shared)) | {"model": {"checkpoint": str(tmp_path / "grown")}, "growth": []}
+    table["data"] |= {"skip_tokens": seen}
+    table["train"] |= {"steps": 4, "warmup_steps": 0, "learning_rate": 1e-9}
+    recipe = recipe_from_dict(table, "test")
+    result = train(recipe, tmp_path / "on", say=None)
+    assert result["flops"] == before["flops"] + plan(recipe).flops
+    assert result["unique_tokens"] == seen + 4 * 4 * 16
+    assert [event["operator"] for event in result["growth"]] == ["zero_keys", "zero_keys"]
+    first, last = lines(tmp_path / "on", "eval")[0], lines(whole, "eval")[-1]
+    assert first["bits_per_byte"] == pytest.approx(last["bits_per_byte"], abs=1e-4)
+    moments = load_file(tmp_path / "on" / result["checkpoint"] / checkpoint.OPTIMIZER)
+    assert moments["step.model.norm.weight"] == 12 + 4
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, r"data.skip_tokens = 0: model.checkpoint has seen the first 768 tokens; set it to 768"),
+        ({"skip_tokens": 768, "seed": 1}, "has seen 768 tokens of this text in another order"),
+        ({"skip_tokens": 10_000_000}, "take fewer steps or a larger data.source"),
+    ],
+)
+def test_text_that_an_ancestor_saw_is_not_seen_again(
+    data: dict[str, Any], message: str, shared: Path, whole: Path, tmp_path: Path
+) -> None:
+    table = recipe_to_dict(tiny(shared)) | {"model": {"checkpoint": str(whole)}, "growth": []}
+    table["data"] |= data
+    with pytest.raises(ValueError, match=message):
+        train(recipe_from_dict(table, "test"), tmp_path / "on", say=None)
+    assert not (tmp_path / "on").exists()
+
+
+def test_a_checkpoint_brings_the_whole_model(shared: Path, whole: Path) -> None:
+    table = recipe_to_dict(tiny(shared))
+    table["model"]["checkpoint"] = str(whole)
+    with pytest.raises(ValueError, match="model.checkpoint: brings the whole model, so hidden_size"):
+        recipe_from_dict(table, "test")

@@ -166,12 +166,23 @@ def load_checkpoint(folder: str | Path) -> tuple[Any, list[dict[str, Any]]]:
     return model, lineage
 
 
-def build_from(folder: Path) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
+def load_config(folder: Path) -> Any:
+    """The transformers configuration in a model folder; ValueError if there is none that makes sense."""
+    from transformers import AutoConfig
 
     config = runs.read_json(folder / "config.json")
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"{folder / 'config.json'}: has no model_type, so it is not a model's configuration")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # validation errors of many kinds, which share no class
+        raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())[:200]}") from error
+
+
+def build_from(folder: Path) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    load_config(folder)
     try:
         with quiet():
             return AutoModelForCausalLM.from_pretrained(
@@ -225,6 +236,19 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: truncated or not a safetensors file ({error})") from None
+
+
+def ancestry(folder: Path) -> dict[str, Any]:
+    """What a checkpoint has cost and seen: {"flops": training FLOPs, "stream": what text, how much of it, or None}.
+
+    Of a run's checkpoint, from its trainer.json; of one that `tokenformer grow` made, from its lineage.
+    """
+    if (folder / TRAINER).exists():
+        trainer = runs.read_json(folder / TRAINER)
+        return {"flops": trainer["flops"], "stream": trainer["stream"]}
+    lineage = runs.read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else []
+    known = [event["ancestor"] for event in lineage if "ancestor" in event]
+    return known[-1] if known else {"flops": 0, "stream": None}
 
 
 def require_finite(model: nn.Module, file: Path) -> None:

@@ -41,10 +41,12 @@ TEXTS = {
         and every key. key=value changes one key of it for this run. The run folder gets the recipe in full,
         the environment, metrics, checkpoints, the result and report.html. A recipe with [[arm]] tables is a
         race: each arm is trained. Ctrl-C and SIGTERM write a checkpoint first; --resume goes on from the
-        last one.
+        last one. model.checkpoint goes on from a checkpoint, its moments and its cost included; what it has
+        seen of the text is skipped.
 
           tokenformer train tiny --out runs/first train.steps=100 growth.0.to.ffn_tokens=256
           tokenformer train runs/first/recipe.json --out runs/first --resume
+          tokenformer train tiny --out runs/second model.checkpoint=runs/grown 'growth=[]' data.skip_tokens=25600
           torchrun --nproc-per-node 8 -m tokenformer train gpu_150m --out runs/gpu
         """,
     ),

@@ -49,7 +49,7 @@ def grow_checkpoint(
     moved, alive = largest_logit_change(model, growth.model, ids), live_share(growth, ids)
     shares = ", ".join(f"{table} {share:.0%}" for table, share in alive.items())
     say(f"measured: logits moved by at most {moved:.1e}; new entries that get gradient at once: {shares}")
-    event |= {"max_logit_change": moved, "live_at_once": alive}
+    event |= {"max_logit_change": moved, "live_at_once": alive, "ancestor": files.ancestry(folder)}
     moved_state = "none stored" if optimizer is None else event["moments"]
     say(f"optimizer moments: {moved_state}")
     written = files.save_checkpoint(

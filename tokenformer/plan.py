@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from .checkpoint import ancestry, find_checkpoint, load_config
 from .flops import training_flops
 from .growth.engine import target_sizes
 from .growth.tokens import OPERATORS
@@ -30,6 +31,7 @@ class Phase:
 class Plan:
     phases: tuple[Phase, ...]
     tokens_per_step: int
+    ancestor_flops: int = 0  # of the checkpoint that the run starts from
 
     @property
     def steps(self) -> int:
@@ -37,7 +39,7 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Training FLOPs of the whole run, the smaller ancestors included."""
+        """Training FLOPs of the whole run, its smaller sizes included; what `ancestor_flops` says comes on top."""
         return self.flops_at(self.steps)
 
     @property
@@ -60,16 +62,21 @@ def plan(recipe: Recipe, vocab_size: int = 256) -> Plan:
     first boundary at or past it. Raises ValueError when a growth falls outside the run, names an unknown axis
     or shrinks one, and when the budget is less than one step.
     """
+    start = recipe.model.checkpoint
+    ancestors = int(ancestry(find_checkpoint(start))["flops"]) if start else 0
     configs = phase_configs(recipe, vocab_size)
     length, batch = recipe.data.sequence_length, recipe.data.batch_size
     costs = [training_flops(config, length, batch) for config, _ in configs]
     if recipe.train.flops is not None:
-        budget = int(recipe.train.flops)
+        budget = int(recipe.train.flops) - ancestors
         boundaries = growth_boundaries(recipe, costs, budget)
         left = budget - spent(boundaries, costs)
         steps = (boundaries[-1] if boundaries else 0) + max(0, left) // costs[-1]
         if steps < 1:
-            raise ValueError(f"train.flops = {recipe.train.flops:g} is less than one step, {costs[0]:.3g} FLOPs")
+            after = f" after the {ancestors:.3g} that model.checkpoint has cost" if ancestors else ""
+            raise ValueError(
+                f"train.flops = {recipe.train.flops:g} is less than one step, {costs[0]:.3g} FLOPs{after}"
+            )
         said = f"train.flops = {recipe.train.flops:g} ({steps} steps)"
     else:
         assert recipe.train.steps is not None
@@ -83,16 +90,19 @@ def plan(recipe: Recipe, vocab_size: int = 256) -> Plan:
     edges = [0, *boundaries, steps]
     stretches = zip(edges, edges[1:], configs, costs, strict=False)
     phases = (Phase(first, end, sizes, cost) for first, end, (_, sizes), cost in stretches)
-    return Plan(tuple(phases), length * batch)
+    return Plan(tuple(phases), length * batch, ancestors)
 
 
 def model_config(recipe: Recipe, vocab_size: int, **fields: Any) -> Any:
     """The transformers configuration of the model before any growth; `fields` are defaults of [model]."""
     section = recipe.model
-    settings = {"vocab_size": vocab_size, **fields, **section.fields}
-    if settings["vocab_size"] < vocab_size:
-        raise ValueError(f"model.vocab_size = {settings['vocab_size']} is less than the tokenizer's {vocab_size}")
-    config = build_config(section.architecture, section.preset, settings)
+    if section.checkpoint:
+        config = load_config(find_checkpoint(section.checkpoint))
+    else:
+        settings = {"vocab_size": vocab_size, **fields, **section.fields}
+        config = build_config(section.architecture, section.preset, settings)
+    if config.vocab_size < vocab_size:
+        raise ValueError(f"model.vocab_size = {config.vocab_size} is less than the tokenizer's {vocab_size}")
     longest = getattr(config, "max_position_embeddings", None)
     if longest and recipe.data.sequence_length > longest:
         raise ValueError(

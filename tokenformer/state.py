@@ -72,7 +72,7 @@ def position(run: Run, state: State) -> dict[str, Any]:
     """Steps, training FLOPs, tokens and training seconds so far, those before a resume included."""
     return {
         "step": state.step,
-        "flops": run.plan.flops_at(state.step),
+        "flops": run.plan.ancestor_flops + run.plan.flops_at(state.step),
         "tokens": state.step * run.plan.tokens_per_step,
         "seconds": round(state.seconds, 3),
     }
@@ -93,13 +93,12 @@ def record(run: Run, state: State, kind: str, values: dict[str, Any]) -> None:
 
 def progress(run: Run, state: State, loss: float) -> None:
     """Say one line: step, share of the FLOPs, loss, held-out bits per byte, speed, time left at it."""
-    here = position(run, state)
+    done = run.plan.flops_at(state.step)
     steps, seconds = state.step - state.logged[0], max(state.seconds - state.logged[1], 1e-9)
-    speed = (here["flops"] - run.plan.flops_at(state.logged[0])) / seconds
-    left = int((run.plan.flops - here["flops"]) / speed)
+    left = int((run.plan.flops - done) / (done - run.plan.flops_at(state.logged[0])) * seconds)
     state.logged = (state.step, state.seconds)
     run.tell(
-        f"step {state.step}/{run.plan.steps} · {here['flops'] / run.plan.flops:.0%} of the FLOPs · "
+        f"step {state.step}/{run.plan.steps} · {done / run.plan.flops:.0%} of the FLOPs · "
         f"loss {loss:.4f} · {state.evaluation.get('bits_per_byte', math.nan):.3f} bits per byte · "
         f"{steps * run.plan.tokens_per_step / seconds:,.0f} tokens/s · {left // 60}:{left % 60:02d} left"
     )
@@ -127,6 +126,7 @@ def save_state(run: Run, state: State) -> Path:
             "grown": state.grown,
             "evaluation": state.evaluation,
             "metrics_lines": run.metrics.lines,
+            "stream": {**stream_of(run), "tokens": run.batches.unique_tokens(state.step)},
         }
         try:
             run.metrics.sync()
@@ -138,6 +138,35 @@ def save_state(run: Run, state: State) -> Path:
             raise ValueError(f"{error}; {last_good(run)}") from error
     distributed.barrier(run.ranks)
     return folder
+
+
+def stream_of(run: Run) -> dict[str, Any]:
+    """What text a run is trained on, in what order; two runs of which this is equal see the same windows."""
+    data = run.recipe.data
+    return {
+        "sha256": run.corpus.info["sha256"],
+        "sequence_length": data.sequence_length,
+        "seed": data.seed,
+    }
+
+
+def require_unseen(run: Run, stream: dict[str, Any] | None) -> None:
+    """ValueError when the checkpoint that a run starts from has seen text that the run would see again."""
+    data, mine = run.recipe.data, stream_of(run)
+    if stream is None or stream["sha256"] != mine["sha256"] or data.repeat:
+        return
+    seen = stream["tokens"]
+    if {**mine, "tokens": seen} != stream:
+        order = f"data.seed = {stream['seed']} and data.sequence_length = {stream['sequence_length']}"
+        raise ValueError(
+            f"model.checkpoint: has seen {seen:,} tokens of this text in another order; take its {order} and "
+            f"data.skip_tokens = {seen}, or data.repeat = true"
+        )
+    if data.skip_tokens < seen:
+        raise ValueError(
+            f"data.skip_tokens = {data.skip_tokens}: model.checkpoint has seen the first {seen:,} tokens; set it to "
+            f"{seen}, or data.repeat = true"
+        )
 
 
 def load_state(run: Run, folder: Path) -> tuple[State, int]:

@@ -26,7 +26,7 @@ from .evaluate import evaluate, sample_text
 from .flops import count_parameters
 from .growth import grow
 from .models import build_model
-from .optim import AdamW
+from .optim import AdamW, load_named_state
 from .plan import Plan, model_config, plan
 from .recipe import Recipe, recipe_to_dict
 from .runs import Say
@@ -37,6 +37,7 @@ from .state import (
     load_state,
     position,
     record,
+    require_unseen,
     result_of,
     save_state,
     set_rewarm,
@@ -128,15 +129,20 @@ def prepare_run(recipe: Recipe, folder: Path, say: Say, ranks: Ranks, device: to
     planned, corpus, batches, windows = require_feasible(recipe, say if ranks.main else None)
     if ranks.main:
         distributed.barrier(ranks)
-    return Run(recipe, folder, planned, corpus, batches, windows, device, ranks, say)
+    run = Run(recipe, folder, planned, corpus, batches, windows, device, ranks, say)
+    if recipe.model.checkpoint:
+        require_unseen(run, checkpoint.ancestry(checkpoint.find_checkpoint(recipe.model.checkpoint))["stream"])
+    return run
 
 
 def require_feasible(recipe: Recipe, say: Say) -> tuple[Plan, Corpus, Batches, tuple[Tensor, Tensor]]:
     """Plan, corpus, batches and held-out windows; ValueError if the corpus is too small for the plan."""
     planned = plan(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
-    corpus = prepare(recipe.data, planned.tokens, progress=say)
+    corpus = prepare(recipe.data, recipe.data.skip_tokens + planned.tokens, progress=say)
     data = recipe.data
-    batches = Batches(corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat)
+    batches = Batches(
+        corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat, data.skip_tokens
+    )
     batches.require(planned.steps)
     return planned, corpus, batches, eval_windows(corpus, data.sequence_length)
 
@@ -173,7 +179,19 @@ def start(run: Run) -> State:
     return state
 
 
+def continued_state(run: Run, folder: Path) -> State:
+    """The state at step 0 of a run that goes on from a checkpoint: its weights in float32, its moments, its lineage."""
+    model, lineage = checkpoint.load_checkpoint(folder)
+    model = model.float().to(run.device).train()
+    optimizer = build_optimizer(run.recipe, model)
+    if (folder / checkpoint.OPTIMIZER).exists():
+        load_named_state(optimizer, model, checkpoint.read_tensors(folder / checkpoint.OPTIMIZER))
+    return State(model, optimizer, lineage=lineage)
+
+
 def fresh_state(run: Run) -> State:
+    if run.recipe.model.checkpoint:
+        return continued_state(run, checkpoint.find_checkpoint(run.recipe.model.checkpoint))
     tokenizer = run.corpus.tokenizer
     marks = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = model_config(run.recipe, tokenizer.vocab_size, **marks)

@@ -70,7 +70,7 @@ def evaluate(arguments: Any) -> None:
     if arguments.sequence_length is not None and arguments.sequence_length < 1:
         raise ValueError(f"--sequence-length {arguments.sequence_length}: must be 1 or more")
     from .checkpoint import find_checkpoint, load_checkpoint
-    from .data import eval_windows, load_tokenizer, prepare
+    from .data import eval_windows, load_tokenizer, prepare, text_windows
     from .distributed import Ranks, choose_device
     from .evaluate import evaluate
     from .recipe import DataSection
@@ -109,26 +109,6 @@ def run_section(checkpoint: Path) -> Any:
 
     path = checkpoint.resolve().parent.parent / RECIPE
     return recipe_from_dict(read_json(path), str(path)).data if path.exists() else None
-
-
-def text_windows(paths: Sequence[str], tokenizer: Any, sequence_length: int) -> Any:
-    """Evaluation windows over all of some files, each a document; of a short text, one shorter window."""
-    import numpy as np
-
-    from .data import Corpus, eval_windows, files_below, read_blocks
-
-    ids: list[Any] = []
-    counts: list[Any] = []
-    for file in (file for path in paths for file in files_below(Path(path), path)):
-        tokens, text_bytes = tokenizer.encode_with_bytes("".join(read_blocks(file)).replace("\0", ""))
-        ids += [tokens, [tokenizer.eos_token_id]]
-        counts += [text_bytes, [0]]
-    stream, stream_bytes = (np.concatenate([[], *parts]).astype(np.int64) for parts in (ids, counts))
-    if not stream_bytes.sum():
-        raise ValueError(f"--text {' '.join(paths)}: holds no text")
-    return eval_windows(
-        Corpus(stream[:0], stream, stream_bytes, tokenizer, {}), min(sequence_length, len(stream))
-    )
 
 
 def generate(arguments: Any) -> None:

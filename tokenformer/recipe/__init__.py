@@ -65,6 +65,8 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Reci
     table.setdefault("name", path.stem)
     settings = [parse_override(text) for text in overrides]
     given = {dotted for dotted, _ in settings}
+    if "model.checkpoint" in given:
+        table["model"] = {}  # a checkpoint brings all of it
     for dotted, value in settings:
         override(table, dotted, value, given)
     return resolve(table, lambda k: "the command line" if any(covers(d, k) for d in given) else str(path))
@@ -114,8 +116,8 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 def arm_recipe(recipe: Recipe, arm: ArmSection) -> Recipe:
     """The run of one arm: the race's recipe with the arm's tables merged in key by key.
 
-    An arm's `growth` replaces the whole list. An arm of another architecture starts from an empty [model],
-    since the fields of one architecture mean nothing to the next.
+    An arm's `growth` replaces the whole list. An arm of another architecture, or one that starts from a checkpoint,
+    has an empty [model] to begin with, since the fields of one model mean nothing to the next.
     """
     table = recipe_to_dict(recipe)
     table |= {"name": f"{recipe.name}/{arm.name}", "description": arm.description, "arm": [], "noise": None}
@@ -126,7 +128,8 @@ def arm_recipe(recipe: Recipe, arm: ArmSection) -> Recipe:
             continue
         if not isinstance(values, dict):
             raise ValueError(f"{section}: must be a table, not {describe(values)} (from {origin})")
-        if section == "model" and values.get("architecture") not in (None, recipe.model.architecture):
+        other = values.get("architecture") not in (None, recipe.model.architecture)
+        if section == "model" and (other or "checkpoint" in values):
             table["model"] = {}
         for name, value in values.items():
             if name in ALTERNATIVES and ALTERNATIVES[name] not in values:
@@ -203,6 +206,10 @@ def resolve(table: dict[str, Any], where: Where) -> Recipe:
             f"train.accumulation_steps: {recipe.train.accumulation_steps} does not divide "
             f"data.batch_size = {recipe.data.batch_size} (from {where('train.accumulation_steps')})"
         )
+    model = recipe.model
+    if model.checkpoint is not None and (model.fields or model.preset or model.architecture != "tokenformer"):
+        others = ", ".join([*model.fields, *(["preset"] if model.preset else [])]) or "architecture"
+        raise ValueError(f"model.checkpoint: brings the whole model, so {others} has no effect beside it")
     check_growth(recipe, where)
     names = [arm.name for arm in recipe.arms]
     for name in names:

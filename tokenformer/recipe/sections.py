@@ -24,6 +24,9 @@ class ModelSection:
     architecture: str = key(
         "tokenformer, or a model type of transformers such as llama", default="tokenformer", pattern=r".+"
     )
+    checkpoint: str | None = key(
+        "a checkpoint to go on from, moments included; it brings all else of [model]", default=None, pattern=r".+"
+    )
     preset: str | None = key("a published size to start from: 150m, 450m, 900m, 1.5b", default=None)
     fields: dict[str, Any] = key(
         "every other key of [model]: the architecture's own configuration", factory=dict, rest=True
@@ -49,6 +52,7 @@ class DataSection:
     )
     valid_fraction: float = key("share of the documents held out", default=0.02, above=0, below=1)
     valid_tokens: int = key("at most so many held-out tokens are evaluated", default=100_000, low=1)
+    skip_tokens: int = key("pass over so many: an ancestor of this run has seen them", default=0, low=0)
     repeat: bool = key("allow more than one pass over the data", default=False)
     seed: int = key("order of the sequences", default=0, low=0, high=2**32 - 1)
 
