@@ -24,11 +24,11 @@ from rounds import Check, all_right, interleave, ratio, surroundings
 from sides import SIDES, Size, build_sides, parse_size, sizes_agree
 from torch import Tensor
 
+THREADS = torch.get_num_threads()
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(sys.argv[1:] if argv is None else argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
         sizes = [parse_size(text) for text in args.size]
         if not 0 < args.prompt < args.tokens:
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(size: Size, args: argparse.Namespace) -> dict[str, Any] | None:
     """Seconds a generation by side and round; None when the check was red."""
+    torch.set_num_threads(args.threads or size.threads or THREADS)
     print(f"\n== {size.describe()}, {args.tokens} tokens")
     print(f"   {surroundings(args.device, args.clock)}")
     torch.manual_seed(0)
@@ -110,7 +111,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--check-tokens", type=int, default=64, help="tokens that the check has written (default: 64)")
     add("--rounds", type=int, default=5, help="rounds of the interleaved run (default: 5)")
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--threads", type=int, default=0, help="CPU threads (default: torch's own number)")
+    add("--threads", type=int, default=0, help="CPU threads (default: the size's own, or torch's)")
     add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time, on a machine that is shared")
     add("--json", metavar="FILE", help="write the seconds of every round")
     add("--break-cache", action="store_true", help="spoil the cached text: the check must turn red")

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from tokenformer.flops import count_parameters, parameters
 from tokenformer.models import TokenFormerConfig, build_config, build_model
-from tokenformer.pattention import Pattention, default_scale
-from tokenformer.plan import phase_configs
+from tokenformer.pattention import Pattention
 from tokenformer.recipe import arm_recipe, load_recipe
 
 SIDES = ("ours", "published", "llama", "gpt2")
@@ -33,6 +32,7 @@ class Size:
     config: Any
     sequences: int
     length: int
+    threads: int = 0  # of a CPU; 0 is torch's own number
 
     def describe(self) -> str:
         c = self.config
@@ -44,7 +44,7 @@ class Size:
 
 
 def parse_size(text: str, sequences: int | None = None, length: int | None = None) -> Size:
-    """`quickstart` (grown size and batch of that recipe) or LAYERSxWIDTH, such as 12x768.
+    """`quickstart` (grown size, batch and threads of that recipe) or LAYERSxWIDTH, such as 12x768.
 
     A LAYERSxWIDTH model is the published block: heads of 64, C parameter tokens, 4C in the feed-forward.
     Below a width of 512 it reads bytes, 8 x 256 a step; from there on a vocabulary of 50304, 2 x 256 a
@@ -54,10 +54,12 @@ def parse_size(text: str, sequences: int | None = None, length: int | None = Non
         recipe = load_recipe("quickstart")
         arms = [recipe, *(arm_recipe(recipe, arm) for arm in recipe.arms)]
         recipe = next((arm for arm in arms if arm.growth), recipe)
-        config = phase_configs(recipe, 256)[-1][0]
-        for kind in ("qkv", "proj", "ffn"):  # growth keeps the first scale; the published form derives it
-            setattr(config, f"{kind}_scale", default_scale(config.theta, getattr(config, f"{kind}_tokens")))
-        return Size(text, config, sequences or recipe.data.batch_size, length or recipe.data.sequence_length)
+        fields = {"vocab_size": 256, **recipe.model.fields}
+        for growth in recipe.growth:  # of the grown sizes as if from the start: the published form derives scales
+            fields |= {f"{axis.removesuffix('_tokens')}_tokens": size for axis, size in growth.to.items()}
+        config = build_config(recipe.model.architecture, recipe.model.preset, fields)
+        sequences, length = sequences or recipe.data.batch_size, length or recipe.data.sequence_length
+        return Size(text, config, sequences, length, recipe.train.threads)
     layers, x, width = text.partition("x")
     if not (x and layers.isdigit() and width.isdigit() and int(layers) and int(width)):
         raise ValueError(f"--size: {text!r}; allowed: quickstart, or LAYERSxWIDTH such as 12x768")

@@ -42,13 +42,13 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # our epsilon, which the publis
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
         size = parse_size(args.size, args.sequences, args.length)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    if args.threads or size.threads:
+        torch.set_num_threads(args.threads or size.threads)
     settings = ["as-is", "tuned"] if args.allocator == "both" else [args.allocator]
     if args.device == "cuda":
         settings = ["as-is"]  # CUDA's tensors do not come from malloc
@@ -190,7 +190,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--allocator", choices=["both", "as-is", "tuned"], default="both", help="default: both")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
-    add("--threads", type=int, default=0, help="CPU threads (default: torch's own number)")
+    add("--threads", type=int, default=0, help="CPU threads (default: the size's own, or torch's)")
     add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time, on a machine that is shared")
     add("--json", metavar="FILE", help="write the seconds of every round and the bytes kept")
     add("--break", dest="break_side", choices=SIDES, help="make a side wrong: the check must turn red")

@@ -143,7 +143,7 @@ def indexed(folder: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "is not a checkpoint"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
         (lambda f: (f / "config.json").write_text("{}"), "config.json: has no model_type"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "unheard"}'), "cannot be loaded.*unheard"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "unheard"}'), "config.json: .*unheard"),
         (lambda f: (f / WEIGHTS).unlink(), "model.safetensors: no such file"),
         (pickled, "pickled weights are not read"),
         (indexed, "model-00001.safetensors: no such file"),
@@ -155,6 +155,13 @@ def indexed(folder: Path) -> None:
         (lambda f: alter(f, lambda t: t[UP][0].fill_(float("nan"))), f"{UP} holds NaN or infinite"),
         (lambda f: alter(f, lambda t: t[UP][0].fill_(float("inf"))), f"{UP} holds NaN or infinite"),
         (lambda f: (f / "lineage.json").write_text("["), "lineage.json: cannot be read"),
+        (lambda f: (f / "lineage.json").write_text("5"), "lineage.json: is not a list of growth events"),
+        (lambda f: (f / "lineage.json").write_text("[5]"), "lineage.json: is not a list of growth events"),
+        (lambda f: (f / checkpoint.WEIGHTS_INDEX).write_text("[]"), "index.json: must be a JSON object"),
+        (
+            lambda f: (f / checkpoint.WEIGHTS_INDEX).write_text('{"weight_map": {"a": 1}}'),
+            "index.json: weight_map must give the name of a file",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_file(good: Path, spoil: Any, message: str) -> None:
@@ -179,6 +186,37 @@ def test_training_does_not_go_on_without_a_part_of_its_state(tmp_path: Path, nam
         load_training_state(folder, model, optimizer)
 
 
+COST = {"flops": 1, "tokens": 2, "seconds": 3.0, "streams": []}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("trainer.json", {}, "trainer.json: flops must be of type int, and is missing"),
+        ("trainer.json", 5, "trainer.json: must be a JSON object, and is 5"),
+        ("trainer.json", COST | {"streams": "x"}, "trainer.json: streams must be of type list, and is x"),
+        ("lineage.json", [{"ancestor": {}}], "lineage.json: 0.ancestor: flops must be"),
+    ],
+)
+def test_what_a_checkpoint_has_cost_is_read_or_refused(tmp_path: Path, file: str, content: Any, message: str) -> None:
+    assert checkpoint.ancestry(tmp_path) == {"flops": 0, "tokens": 0, "seconds": 0.0, "streams": []}
+    (tmp_path / file).write_text(json.dumps([{"ancestor": COST}] if file == "lineage.json" else COST))
+    assert checkpoint.ancestry(tmp_path) == COST
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.ancestry(tmp_path)
+
+
+def test_moments_that_do_not_fit_are_one_line_that_names_the_file(tmp_path: Path) -> None:
+    model = llama()
+    optimizer = trained(model)
+    folder = save_checkpoint(tmp_path / "a", model, optimizer=optimizer, trainer={})
+    checkpoint.load_moments(folder, model, optimizer)  # the control
+    save_file({"exp_avg.nothing": torch.zeros(1)}, folder / checkpoint.OPTIMIZER)
+    with pytest.raises(ValueError, match="optimizer.safetensors: "):
+        checkpoint.load_moments(folder, model, optimizer)
+
+
 def test_an_existing_place_is_refused_and_left_alone(good: Path) -> None:
     before = {path.name: path.read_bytes() for path in good.iterdir()}
     with pytest.raises(ValueError, match="already exists"):
@@ -201,8 +239,8 @@ def test_a_failed_save_is_one_line_and_leaves_nothing(
 
     monkeypatch.setattr(checkpoint, moment, fail)
     with pytest.raises(ValueError, match=reason) as caught:
-        save_checkpoint(tmp_path / "a", model, optimizer=optimizer, trainer={})
-    assert str(tmp_path / "a") in str(caught.value)
+        save_checkpoint(tmp_path / "b" / "c" / "a", model, optimizer=optimizer, trainer={})
+    assert str(tmp_path / "b" / "c" / "a") in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,10 @@
 """The command line: what it parses, what it says when it is asked and when it is given something wrong."""
 
 import errno
+import json
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +103,16 @@ def test_a_command_that_does_not_parse_gets_one_line_and_code_2(
         (("grow", "a", "b", "--to", "ffn=0"), "--to ffn=0: write AXIS=SIZE"),
         (("grow", "a", "b", "--to", "ffn=8", "--to", "ffn=9"), "--to ffn=9: ffn is given twice"),
         (("generate", "a", "--greedy", "--top-k", "3"), "--temperature and --top-k have no effect"),
-        (("generate", "a", "--temperature", "0"), "--temperature 0.0: must be above 0"),
-        (("generate", "a", "--temperature", "nan"), "--temperature nan: must be above 0"),
+        (("grow", "a", "b", "--to", f"ffn={10**20}"), "--to ffn=100000000000000000000: write AXIS=SIZE"),
+        (("grow", "a", "b", "--to", "ffn=8", "--seed", "-1"), "--seed -1: allowed is a whole number from 0 to"),
+        (("grow", "a", "b", "--to", "ffn=8", "--seed", str(2**64)), f"--seed {2**64}: allowed is a whole number"),
+        (("generate", "a", "--seed", str(2**32)), "--seed 4294967296: allowed is a whole number from 0 to"),
+        (("generate", "a", "--temperature", "0"), "--temperature 0.0: must be 0.001 or more"),
+        (("generate", "a", "--temperature", "nan"), "--temperature nan: must be 0.001 or more"),
+        (("generate", "a", "--temperature", "1e-320"), "--temperature 1e-320: must be 0.001 or more"),
+        (("generate", "a", "--prompt", "caf\udce9"), "--prompt 'caf\\udce9': is not UTF-8 text"),
+        (("eval", "a", "--out", "no/such/x.json"), "--out no/such/x.json: there is no folder no/such"),
+        (("eval", "a", "--out", "."), "--out .: is a folder"),
         (("generate", "a", "--top-k", "-1"), "--top-k -1: must be 0"),
         (("generate", "a", "--max-new-tokens", "0"), "--max-new-tokens 0: must be 1 or more"),
         (("eval", "a", "--sequence-length", "0"), "--sequence-length 0: must be 1 or more"),
@@ -125,6 +136,25 @@ def test_a_mistake_gets_one_line_and_code_2_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("grow", "a", "b", "--to", f"ffn={10**12 - 1}", "--seed", str(2**32 - 1)),
+        ("generate", "a", "--seed", str(2**32 - 1), "--temperature", "0.001", "--prompt", "café"),
+        ("eval", "a", "--out", "x.json"),
+    ],
+)
+def test_what_is_just_allowed_gets_as_far_as_the_checkpoint(
+    arguments: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    assert "a: no such checkpoint" in capsys.readouterr().err
+
+
 class Stopped(Exception):
     exit_code = 128 + signal.SIGTERM
 
@@ -137,6 +167,9 @@ class Stopped(Exception):
         (OSError(errno.EROFS, "Read-only file system", "runs/x"), 2, "runs/x: Read-only file system"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 2, "not enough memory"),
+        (RuntimeError("CUDA error: out of memory"), 2, "not enough memory"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "Broken pipe"),  # not that of say: an arm's, a file's
         (Stopped("stopped at step 7"), 143, "stopped at step 7"),
     ],
 )
@@ -154,10 +187,160 @@ def test_an_error_becomes_one_line_and_its_code(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_error_of_ours_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    replaced(monkeypatch, "report", AssertionError("our own mistake"))
-    with pytest.raises(AssertionError, match="our own"):
+@pytest.mark.parametrize("error", [AssertionError("our own mistake"), RuntimeError("our own shapes do not fit")])
+def test_an_error_of_ours_keeps_its_trace(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, "report", error)
+    with pytest.raises(type(error), match="our own"):
         run("report", "x")
+
+
+def test_what_torch_and_numpy_raise_when_memory_is_short_is_told_in_one_line() -> None:
+    import numpy as np
+    import torch
+
+    cuda = "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 8 GiB of which"
+    for ask, line in (
+        (lambda: torch.empty(10**15), ": 4000000000000000 bytes were asked for at once"),
+        (lambda: torch.empty(10**18, 64), ""),
+        (lambda: np.empty(10**15), ": 7.11 PiB were asked for at once"),
+        (lambda: raise_(torch.OutOfMemoryError(cuda)), ": 20.50 GiB were asked for at once"),
+    ):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            ask()
+        assert cli.exit_code(caught.value) == 2 and cli.one_line(caught.value) == f"not enough memory{line}"
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2) @ torch.ones(3)
+    assert cli.exit_code(caught.value) is None
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+# --- verbs on a checkpoint ---
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that lies in no run."""
+    from tokenformer.checkpoint import save_checkpoint
+    from tokenformer.data import ByteTokenizer
+    from tokenformer.models import build_config, build_model
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    tables = {"vocab_size": 256, "qkv_tokens": 4, "proj_tokens": 4, "ffn_tokens": 8}
+    model = build_model(build_config("tokenformer", fields=sizes | tables), seed=0)
+    return save_checkpoint(tmp_path_factory.mktemp("models") / "grown", model, ByteTokenizer())
+
+
+def test_growth_beyond_the_memory_is_one_line_and_leaves_nothing(
+    grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("grow", str(grown), str(tmp_path / "out"), "--to", "ffn=100000000000") == 2
+    assert capsys.readouterr().err.startswith("tokenformer: not enough memory: ")
+    assert list(tmp_path.iterdir()) == []
+    assert run("grow", str(grown), str(tmp_path / "out"), "--to", "ffn=10") == 0
+
+
+def test_eval_scores_the_whole_of_a_text_its_last_short_window_too(
+    grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import math
+
+    import torch
+
+    from tokenformer.checkpoint import load_checkpoint
+
+    text = "Every byte counts, the last ones too: größer."
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    ids = [0, *text.encode(), 0]
+    model, _ = load_checkpoint(grown)
+    for length in (len(ids) - 2, 10, 64):  # a rest that is an end mark alone; one of a few bytes; nothing but a rest
+        out = tmp_path / f"{length}.json"
+        words = ("--text", str(tmp_path / "text"), "--sequence-length", str(length), "--out", str(out))
+        assert run("eval", str(grown), *words) == 0
+        measured = json.loads(out.read_text())
+        nats, whole = 0.0, 0.0  # the reference: every window by itself, through transformers' own loss
+        for start in range(0, len(ids) - 1, length):
+            window = torch.tensor([ids[start : start + length + 1]])
+            with torch.no_grad():
+                part = float(model(window, labels=window).loss) * (window.shape[1] - 1)
+            nats += part
+            whole += part if window.shape[1] == length + 1 else 0.0
+        assert (measured["tokens"], measured["bytes"]) == (len(ids) - 1, len(text.encode()))
+        assert measured["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+        assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / measured["bytes"], rel=1e-5)
+        assert whole / math.log(2) / measured["bytes"] < 0.999 * measured["bits_per_byte"]  # the control
+    capsys.readouterr()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    assert run("eval", str(grown), "--text", str(tmp_path / "binary")) == 2
+    assert capsys.readouterr().err.startswith(f"tokenformer: --text {tmp_path / 'binary'}: is not UTF-8 text")
+
+
+def test_eval_outside_a_run_scores_what_the_last_training_held_out(
+    grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tiny_corpora import texts, write_folder
+
+    from tokenformer import checkpoint
+
+    monkeypatch.setenv("TOKENFORMER_CACHE", str(tmp_path / "cache"))
+    text = write_folder(tmp_path / "text", texts(60))
+
+    def held_out_bytes(*streams: dict[str, Any]) -> int:
+        monkeypatch.setattr(checkpoint, "ancestry", lambda folder: {"streams": list(streams)})
+        assert run("eval", str(grown), "--out", str(tmp_path / "out.json")) == 0
+        return json.loads((tmp_path / "out.json").read_text())["bytes"]
+
+    stream = {"source": str(text), "valid_fraction": 0.5, "sequence_length": 1, "seed": 3, "tokenizer": "an identity"}
+    large, small = held_out_bytes(stream), held_out_bytes(stream | {"valid_fraction": 0.1})
+    assert 2 * small < large
+    assert held_out_bytes(stream | {"valid_fraction": 0.1}, stream) == large  # the newest of them
+    capsys.readouterr()
+    for nothing in ({}, {"streams": []}, {"streams": None}):
+        monkeypatch.setattr(checkpoint, "ancestry", lambda folder, nothing=nothing: nothing)
+        assert run("eval", str(grown)) == 2
+        assert "names no text that it was trained on, so say what to score" in capsys.readouterr().err
+
+
+def test_generate_prints_no_control_characters_of_the_model(
+    grown: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenformer.data import HFTokenizer
+
+    monkeypatch.setattr(HFTokenizer, "decode", lambda self, ids: "a\x1b[2J\tb\n\u3000\r")
+    assert run("generate", str(grown), "--max-new-tokens", "1") == 0
+    assert capsys.readouterr().out == "a\ufffd[2J\tb\n\u3000\ufffd\n"
+
+
+# --- a reader that goes away ---
+
+
+def train_into_a_closed_pipe(recipe: Path, out: Path, silent: bool) -> None:
+    if not silent:
+        verbs.say = lambda line: print(line, flush=True)  # the control
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    os._exit(cli.main(["train", str(recipe), "--out", str(out)]))
+
+
+@pytest.mark.parametrize(("silent", "code"), [(True, 0), (False, 2)], ids=["say", "control"])
+def test_training_goes_on_when_the_reader_of_its_output_has_gone(
+    silent: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_runs import ended, start_child, tiny
+
+    from tokenformer.recipe import recipe_to_dict
+
+    monkeypatch.setenv("TOKENFORMER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.json").write_text(json.dumps(recipe_to_dict(tiny(tmp_path, train={"steps": 2}, growth=[]))))
+    child = start_child(train_into_a_closed_pipe, tmp_path / "tiny.json", tmp_path / "run", silent)
+    assert ended(child) == code
+    result = tmp_path / "run" / "result.json"
+    assert (result.exists() and json.loads(result.read_text())["status"] == "finished") == silent
+    assert (tmp_path / "run" / "report.html").exists() == silent
 
 
 def test_sizes_are_read_from_one_option_or_several() -> None:

@@ -327,15 +327,35 @@ def test_text_windows_hold_every_token_of_files_and_folders_once_with_its_bytes(
     for name, text in zip(("one", "two"), documents[4:], strict=True):
         (tmp_path / name).write_text(f"\0{text}", encoding="utf-8")
     paths = [str(tmp_path / "two"), str(folder), str(tmp_path / "one")]
-    tokens, text_bytes = text_windows(paths, ByteTokenizer(), 7)
     stream = b"".join(text.encode() + b"\0" for text in [documents[5], *documents[:4], documents[4]])
-    assert bytes(tokens[:, 1:].flatten().tolist()) == stream[: len(stream) // 7 * 7]
-    assert torch.equal(text_bytes[:, 1:], (tokens[:, 1:] != 0).long())
-    # a text shorter than the window is one window of its own length
-    tokens, text_bytes = text_windows(paths[:1], ByteTokenizer(), 10**6)
-    assert bytes(tokens[0].tolist()) == b"\0" + documents[5].encode() + b"\0" and len(tokens) == 1
+    divisor = next(length for length in range(2, len(stream)) if len(stream) % length == 0)
+    for length in (1, 7, divisor, len(stream) - 1, len(stream), len(stream) + 1, 10**6):
+        parts = text_windows(paths, ByteTokenizer(), length)
+        assert b"".join(bytes(tokens[:, 1:].flatten().tolist()) for tokens, _ in parts) == stream
+        contexts = bytes(token for tokens, _ in parts for token in tokens[:, 0].tolist())
+        assert contexts == (b"\0" + stream[:-1])[:: length]
+        assert all(torch.equal(sizes[:, 1:], (tokens[:, 1:] != 0).long()) for tokens, sizes in parts)
+        assert len(parts) == (1 if length > len(stream) or len(stream) % length == 0 else 2)
+    # the control: held-out windows, which are all of one length, leave the rest out
+    ids = np.frombuffer(stream, np.uint8)
+    held_out = eval_windows(Corpus(ids[:0], ids, (ids != 0).astype(np.uint32), ByteTokenizer(), {}), len(ids) - 1)
+    assert held_out[0][:, 1:].numel() == len(stream) - 1
     (tmp_path / "blank").write_text("\0")
     with pytest.raises(ValueError, match="blank: holds no text"):
         text_windows([str(tmp_path / "blank")], ByteTokenizer(), 7)
-    with pytest.raises(ValueError, match="nowhere' does not exist"):
-        text_windows([str(tmp_path / "nowhere")], ByteTokenizer(), 7)
+
+
+def test_a_file_that_text_windows_cannot_read_is_named_and_no_recipe_key_is_blamed(tmp_path):
+    write_folder(tmp_path / "a", texts(2))
+    assert text_windows([str(tmp_path / "a")], ByteTokenizer(), 7)
+    (tmp_path / "a" / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "broken.gz").write_bytes(b"not gzip")
+    for path, message in (
+        ("nowhere", "nowhere: no such file or folder"),
+        ("a/binary", "binary: is not UTF-8 text"),
+        ("a", "binary: is not UTF-8 text"),
+        ("broken.gz", "broken.gz cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=f"^--text.*{message}") as caught:
+            text_windows([str(tmp_path / path)], ByteTokenizer(), 7)
+        assert "data." not in str(caught.value)

@@ -24,12 +24,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tokenformer-gated": ("tokenformer", ODD | TOKENS | GATED),
     "tokenformer-linear": (
         "tokenformer",
-        ODD | TOKENS | {"attention_projections": "linear", "num_key_value_heads": 1, "head_dim": 8},
+        ODD | {"ffn_tokens": 65, "attention_projections": "linear", "num_key_value_heads": 1, "head_dim": 8},
     ),
     "tokenformer-modern": (
         "tokenformer",
         ODD
-        | TOKENS
+        | {"ffn_tokens": 65}
         | GATED
         | {"attention_projections": "linear", "norm": "rmsnorm", "tie_word_embeddings": False},
     ),

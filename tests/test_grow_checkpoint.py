@@ -73,6 +73,7 @@ def cut_moments(folder):
         (None, ["--to", "ffn=50", "--operator", "tile"], "50 is not a multiple of the model's 30"),
         (None, ["--to", "fn=50"], "to.fn: tokenformer has no such axis"),
         (None, ["--to", "ffn=a"], "write AXIS=SIZE"),
+        (None, ["--to", "ffn=999999999999"], "not enough memory"),
         (spoil_weights, ["--to", "ffn=45"], "model.layers.0.mlp.key holds NaN"),
         (cut_short, ["--to", "ffn=45"], "truncated or not a safetensors file"),
         (wrong_shape, ["--to", "ffn=45"], "has shape"),
@@ -96,6 +97,12 @@ def test_a_full_disk_leaves_nothing(small, tmp_path, capsys, monkeypatch):
     assert main(["grow", str(small), str(tmp_path / "grown"), "--to", "ffn=45"]) == 2
     assert "no space left on the disk" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_place_inside_the_source_is_refused(small, tmp_path, capsys):
+    assert main(["grow", str(small), str(small / "grown"), "--to", "ffn=45"]) == 2
+    assert "lies inside" in capsys.readouterr().err and not (small / "grown").exists()
+    assert main(["grow", str(small), str(tmp_path / "small-grown"), "--to", "ffn=45"]) == 0  # the control
 
 
 def test_an_existing_place_is_refused(small, tmp_path, capsys):

@@ -36,7 +36,8 @@ def ids():
 
 def trained(ids, dtype=torch.float64, optimizer_class=AdamW, **fields):
     """A model and its optimizer after three steps, so that weights, scores and moments are nobody's initial values."""
-    model = build_model(build_config("tokenformer", fields=SIZES | TOKENS | fields), seed=0).to(dtype)
+    tokens = {"ffn_tokens": 30} if fields.get("attention_projections") == "linear" else TOKENS
+    model = build_model(build_config("tokenformer", fields=SIZES | tokens | fields), seed=0).to(dtype)
     optimizer = optimizer_class(parameter_groups(model, 0.1), lr=1e-2)
     for _ in range(3):
         step(model, optimizer, ids)
@@ -170,6 +171,103 @@ def test_an_optimizer_with_one_count_per_tensor_gets_the_mean_second_moment(ids)
     step(growth.model, growth.optimizer, ids)
 
 
+def state_of(optimizer_class, ids, operator, to, **settings):
+    """States of the first feed-forward value table before and after growth, and the plan's factor for its moments."""
+    model, _ = trained(ids)
+    optimizer = optimizer_class(model.parameters(), lr=1e-2, **settings)
+    for _ in range(3):
+        step(model, optimizer, ids)
+    growth = grow(model, operator, to, optimizer=optimizer)
+    assert type(growth.optimizer) is optimizer_class
+    old, new = (m.model.layers[0].mlp.key for m in (model, growth.model))
+    step_before = {key: copy.deepcopy(value) for key, value in growth.optimizer.state[new].items()}
+    step(growth.model, growth.optimizer, ids)
+    factor = OPERATORS[operator](model.config, growth.event["to"]).fill("model.layers.0.mlp.key", "ffn_tokens").moment
+    return optimizer.state[old], step_before, factor
+
+
+def test_sgds_momentum_moves_as_the_gradient_does(ids):
+    before, after, share = state_of(torch.optim.SGD, ids, "tile", {"ffn": 60}, momentum=0.9)
+    tiled = before["momentum_buffer"].repeat(2, 1)
+    assert torch.equal(after["momentum_buffer"], tiled * share[:, None])
+    assert not torch.allclose(after["momentum_buffer"], tiled)  # the control: copies as they are would be too large
+
+
+def test_the_largest_second_moment_moves_as_the_second_moment_does(ids):
+    before, after, share = state_of(torch.optim.AdamW, ids, "tile", {"ffn": 60}, amsgrad=True)
+    tiled = before["max_exp_avg_sq"].repeat(2, 1)
+    assert torch.equal(after["max_exp_avg_sq"], tiled * (share**2)[:, None]) and not torch.equal(
+        after["max_exp_avg_sq"], tiled * share[:, None]
+    )
+    _, after, _ = state_of(torch.optim.AdamW, ids, "zero_keys", {"ffn": 50}, amsgrad=True)
+    assert torch.allclose(after["max_exp_avg_sq"][30:], after["max_exp_avg_sq"][:30].mean())
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "message"),
+    [
+        (torch.optim.Adagrad, r"Adagrad keeps a state 'sum' of shape \(30, 32\)"),
+        (torch.optim.Adafactor, r"Adafactor keeps a state 'row_var' of shape \(30, 1\)"),
+    ],
+)
+def test_a_state_that_growth_does_not_know_is_refused(optimizer_class, message, ids):
+    model, _ = trained(ids)
+    optimizer = optimizer_class(model.parameters())
+    step(model, optimizer, ids)
+    with pytest.raises(ValueError, match=message):
+        grow(model, "tile", {"ffn": 60}, optimizer=optimizer)
+    dropped = grow(model, "tile", {"ffn": 60}, optimizer=optimizer, moments="drop")  # the control
+    step(dropped.model, dropped.optimizer, ids)
+
+
+def test_an_optimizers_own_arguments_are_kept_and_its_local_names_are_not_passed(ids):
+    class Named(AdamW):
+        def __init__(self, params, lr=0.1, weight_decay=0.0):
+            betas = (0.5, 0.6)  # a local name that is one of the defaults too
+            super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+
+    model, optimizer = trained(ids, optimizer_class=Named)
+    growth = grow(model, "zero_keys", {"ffn": 50}, optimizer=optimizer)
+    assert growth.optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+    assert growth.optimizer.param_groups[0]["lr"] == 1e-2 and growth.optimizer.defaults["lr"] == 1e-2
+
+
+def test_a_plan_says_whether_it_adds_entries():
+    config = build_config("tokenformer", fields=SIZES | TOKENS)
+    adds = {name: operator(config, {"ffn_tokens": 60}).adds_entries for name, operator in OPERATORS.items()}
+    assert adds == {"zero_keys": True, "tile": False, "published": True}
+
+
+def test_growth_of_a_model_read_in_bfloat16_is_exact_at_long_range(tmp_path):
+    """Rotary frequencies stay in float32, as from_pretrained leaves them; rounded ones turn far positions elsewhere."""
+    from transformers import AutoModelForCausalLM
+
+    fields = SIZES | TOKENS | {"initialization": "unit", "max_position_embeddings": 1024}
+    whole = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}
+    small = build_model(build_config("tokenformer", fields=fields | whole), seed=0)
+    with torch.no_grad():
+        for layer in small.model.layers:
+            layer.self_attn.q_proj.value *= 10  # so that attention depends on where a token stands
+    small.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    long = torch.randint(1, 61, (1, 640), generator=torch.Generator().manual_seed(0))
+    grown = grow(model, "zero_keys", {"ffn": 60}).model
+    before, after = (dict(m.named_buffers()) for m in (model, grown))
+    assert before.keys() == after.keys() and before["model.rotary_emb.inv_freq"].dtype == torch.float32
+    assert all(
+        after[name].dtype == buffer.dtype and torch.equal(after[name], buffer) for name, buffer in before.items()
+    )
+    assert after["model.rotary_emb.inv_freq"] is not before["model.rotary_emb.inv_freq"]
+    for m in (model, grown):  # the same weights in float32, so that only what growth did is left to see
+        for p in m.parameters():
+            assert p.dtype == torch.bfloat16
+            p.data = p.data.float()
+    assert largest_logit_change(model, grown, long) <= TOLERANCE[torch.float32]
+    rounded = grown.model.rotary_emb
+    rounded.inv_freq = rounded.inv_freq.bfloat16()
+    assert largest_logit_change(model, grown, long) > 0.1  # the control
+
+
 def test_training_goes_on_as_if_nothing_had_happened(ids):
     """Losses of the first step after growth equal those of the model that did not grow; dropped moments change them."""
     model, optimizer = trained(ids)
@@ -234,6 +332,7 @@ def test_zero_keys_refuses_softmax(ids):
         ("zero_keys", {}, "to: no target size given"),
         ("zero_keys", {"ffn": 29}, "to.ffn: 29 is smaller than the model's 30"),
         ("zero_keys", {"ffn": 30}, "is the size that the model already has"),
+        ("zero_keys", {"ffn": 40, "ffn_tokens": 50}, "to.ffn_tokens: ffn_tokens is given twice, as 40 and as 50"),
         ("zero_keys", {"tokens": 60}, "to.tokens: tokenformer has no such axis; allowed: ffn"),
         ("zero_keys", {"hidden_size": 64}, "to.hidden_size: parameter tokens grow along ffn, qkv and proj only"),
         ("tile", {"ffn": 50}, "to.ffn_tokens: 50 is not a multiple of the model's 30; for tile, nearest: 30 or 60"),
@@ -246,7 +345,7 @@ def test_bad_targets_are_refused_in_one_line(operator, to, message):
 
 
 def test_linear_projections_have_no_tokens_to_grow():
-    fields = SIZES | TOKENS | {"attention_projections": "linear"}
+    fields = SIZES | {"attention_projections": "linear"}
     model = build_model(build_config("tokenformer", fields=fields), seed=0)
     with pytest.raises(ValueError, match="attention projections are linear"):
         grow(model, "zero_keys", {"qkv": 60})

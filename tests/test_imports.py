@@ -19,15 +19,19 @@ ARROW: dict[str, set[str]] = {
     "flops": set(),
     "distributed": set(),
     "recipe": set(),
-    "runs": {"recipe"},
+    "environment": set(),
+    "random_states": set(),
+    "runs": {"recipe", "environment"},
     "report": {"runs"},
     "evaluate": {"models", "data", "distributed"},
     "models": {"pattention"},
     "growth": {"pattention", "models"},
     "optim": {"pattention", "models", "growth"},
-    "checkpoint": {"pattention", "models", "growth", "optim", "runs"},
-    "grow_checkpoint": {"growth", "optim", "checkpoint"},
-    "plan": {"models", "growth", "flops", "recipe", "checkpoint"},
+    "checkpoint": {"pattention", "models", "growth", "optim", "runs", "random_states"},
+    "event": {"growth"},
+    "grow_checkpoint": {"growth", "event", "optim", "checkpoint"},
+    "start": {"models", "runs", "checkpoint", "data", "recipe"},
+    "plan": {"models", "growth", "flops", "recipe", "start"},
 }
 ARROW["state"] = {*ARROW} - {"report", "grow_checkpoint"}
 ARROW["step"] = {*ARROW} - {"report"}
@@ -153,6 +157,17 @@ print(type(AutoModelForCausalLM.from_config(config)).__name__)
 )
 def test_the_auto_classes_know_tokenformer_in_any_order(first: str) -> None:
     assert python(first + KNOWN) == "TokenFormerForCausalLM\n"
+
+
+def test_without_the_hook_transformers_would_not_know_tokenformer() -> None:
+    asked = """
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+print("tokenformer" in CONFIG_MAPPING)"""
+    unhooked = """
+import sys, tokenformer
+sys.meta_path.remove(next(finder for finder in sys.meta_path if type(finder).__module__ == "tokenformer"))"""
+    assert python(f"import tokenformer{asked}") == "True\n"
+    assert python(unhooked + asked) == "False\n"
 
 
 def test_every_public_name_is_there_and_stays_what_it_is() -> None:

@@ -19,7 +19,8 @@ OPTIONS = {
     "modern": {"norm": "rmsnorm", "rope_parameters": FULL_ROTARY, "initialization": "unit"},
     "grouped": {"num_key_value_heads": 2, "head_dim": 16},
     "gated": {"feed_forward": "gated"},
-    "linear": {"attention_projections": "linear"},
+    "linear": {"attention_projections": "linear", "qkv_tokens": None, "proj_tokens": None},
+    "without positions": {"rope_parameters": FULL_ROTARY | {"partial_rotary_factor": 0}},
     "gelu first": {"theta": "gelu_l2_norm"},
     "softmax": {"theta": "softmax"},
     "untied": {"tie_word_embeddings": False},
@@ -191,6 +192,39 @@ def test_a_model_is_a_function_of_its_seed_and_leaves_the_random_state_alone():
         ("tokenformer", None, {"num_key_value_heads": 5}, "num_key_value_heads: 5 does not divide"),
         ("tokenformer", None, {"theta": "relu"}, "theta: 'relu' is not known"),
         ("tokenformer", None, {"ffn_tokens": -4}, "ffn_tokens: -4 is too small"),
+        ("tokenformer", None, {"ffn_tokens": 0}, "ffn_tokens: 0 is too small"),
+        ("tokenformer", None, {"qkv_tokens": 0}, "qkv_tokens: 0 is too small"),
+        ("tokenformer", None, {"num_key_value_heads": 0}, "num_key_value_heads: 0 is too small"),
+        ("tokenformer", None, {"num_attention_heads": 0}, "num_attention_heads: 0 is too small"),
+        ("tokenformer", None, {"head_dim": 0}, "head_dim: 0 is too small"),
+        (
+            "tokenformer",
+            None,
+            {"hidden_size": 33, "num_attention_heads": 4},
+            "hidden_size: 33 is not a multiple of num_attention_heads 4",
+        ),
+        ("tokenformer", None, {"pattention_eps": -1.0}, "pattention_eps: -1.0 is out of range"),
+        ("tokenformer", None, {"norm_eps": -1.0}, "norm_eps: -1.0 is out of range"),
+        ("tokenformer", None, {"norm_eps": float("nan")}, "norm_eps: nan is out of range"),
+        ("tokenformer", None, {"initializer_range": -1.0}, "initializer_range: -1.0 is out of range"),
+        ("tokenformer", None, {"attention_dropout": 1.5}, "attention_dropout: 1.5 is out of range"),
+        ("tokenformer", None, {"ffn_scale": -3.0}, "ffn_scale: -3.0 is not a scale; allowed: a finite number above 0"),
+        ("tokenformer", None, {"qkv_scale": 0.0}, "qkv_scale: 0.0 is not a scale"),
+        (
+            "tokenformer",
+            None,
+            {"theta": "relu", "qkv_scale": 2.0, "proj_scale": 2.0, "ffn_scale": 2.0},
+            "theta: 'relu' is not known; allowed: l2_norm_gelu, gelu_l2_norm, softmax",
+        ),
+        ("tokenformer", None, {"rope_parameters": {"partial_rotary_factor": 2.0}}, "partial_rotary_factor: 2.0 is no"),
+        ("tokenformer", None, {"rope_parameters": {"partial_rotary_factor": "a"}}, "partial_rotary_factor: 'a' is no"),
+        (
+            "tokenformer",
+            None,
+            {"attention_projections": "linear", "qkv_tokens": 12},
+            "^model.qkv_tokens: 12 has no effect beside attention_projections = 'linear'$",
+        ),
+        ("tokenformer", None, {"attention_projections": "linear", "proj_scale": 2.0}, "model.proj_scale: 2.0 has no"),
         ("tokenformer", "2b", {}, "model.preset: '2b' is not known; allowed: 150m"),
         ("llama", "150m", {}, "model.preset: '150m' is for tokenformer"),
         ("llama", None, {"hidden_size": 30, "num_attention_heads": 4}, "^model: The hidden size .30. is not a mul"),
@@ -200,3 +234,24 @@ def test_bad_configurations_are_refused_in_one_line(architecture, preset, fields
     with pytest.raises(ValueError, match=message) as error:
         build_config(architecture, preset, fields)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": 33, "num_attention_heads": 4, "head_dim": 8},
+        {"pattention_eps": 0.0, "norm_eps": 0.0, "initializer_range": 0.0, "attention_dropout": 0.0},
+        {"ffn_tokens": 1, "qkv_tokens": 1, "num_key_value_heads": 1, "ffn_scale": 0.5},
+        {"attention_projections": "linear", "ffn_tokens": 12},
+        {"rope_parameters": {"partial_rotary_factor": 1}},
+    ],
+)
+def test_the_edges_of_what_is_allowed_are_allowed(fields, tmp_path):
+    """The control of the refusals; and what was accepted once is read back, sizes without effect included."""
+    config = build_config("tokenformer", fields=SIZES | fields)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert all(getattr(config, key) == getattr(again, key) for key in config.to_dict() if key.endswith(ENDINGS))
+
+
+ENDINGS = ("_tokens", "_scale", "_heads", "_dim", "_eps", "_projections", "_size")

@@ -131,6 +131,69 @@ def test_state_by_name_round_trips_and_goes_on_alike():
     assert torch.equal(models[0].weight, models[1].weight)
 
 
+WIDE = {"step": torch.tensor(7.0), "exp_avg": torch.ones(5, 3), "exp_avg_sq": torch.ones(5, 3)}
+WIDE_NAMED = {f"{key}.weight": value for key, value in WIDE.items()}
+
+
+def with_nan(shape, value=float("nan")):
+    tensor = torch.ones(shape)
+    tensor.view(-1)[-1] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step.weight": None, "exp_avg.weight": None, "exp_avg_sq.weight": None}, "'step.weight' is missing"),
+        ({"step.weight": None}, "'step.weight' is missing"),
+        ({"exp_avg.weight": None}, "'exp_avg.weight' is missing"),
+        ({"exp_avg_sq.weight": None}, "'exp_avg_sq.weight' is missing"),
+        ({"exp_avg.weight": None, "exp_avg_sq.weight": None}, "'exp_avg.weight' is missing"),  # a step above 0
+        ({"exp_avg.weight": with_nan((5, 3))}, "'exp_avg.weight' holds NaN"),
+        ({"exp_avg_sq.weight": with_nan((5, 3), float("inf"))}, "'exp_avg_sq.weight' holds NaN or infinite"),
+        ({"exp_avg_sq.weight": with_nan((5, 3), -1.0)}, "'exp_avg_sq.weight' holds negative"),
+        ({"step.weight": torch.tensor(float("nan"))}, "'step.weight' holds NaN"),
+        ({"step.weight": torch.ones(5)}, r"'step.weight' has shape \(5,\), and a step is one number"),
+        ({"birth.weight": torch.ones(4, 1)}, r"'birth.weight' has shape \(4, 1\), which does not spread over"),
+        ({"birth.weight": torch.ones(5)}, r"'birth.weight' has shape \(5,\), which does not spread over"),
+        ({"birth.weight": with_nan((5, 1))}, "'birth.weight' holds NaN"),
+        ({"birth.weight": torch.full((5, 1), 8.0)}, "'birth.weight' lies after its step 7"),
+        ({"exp_avg.weight": torch.ones(5, 3, dtype=torch.long)}, "'exp_avg.weight' is of torch.int64"),
+        ({"junk": torch.ones(1)}, "'junk' belongs to no parameter"),
+        ({"junk.weight": torch.ones(5, 3)}, "'junk.weight' is no state of AdamW"),
+    ],
+)
+def test_damaged_state_is_refused_in_one_line_and_changes_nothing(change, message):
+    model = nn.Linear(3, 5, bias=False)
+    optimizer = AdamW(model.parameters())
+    tensors = {key: value for key, value in (WIDE_NAMED | change).items() if value is not None}
+    with pytest.raises(ValueError, match=f"^optimizer state {message}") as error:
+        load_named_state(optimizer, model, tensors)
+    assert "\n" not in str(error.value) and not optimizer.state
+    load_named_state(optimizer, model, WIDE_NAMED | {"birth.weight": torch.ones(5, 1)})  # the control
+    assert set(optimizer.state[model.weight]) == {"step", "exp_avg", "exp_avg_sq", "birth"}
+
+
+def test_a_parameter_without_state_is_told_from_a_lost_one():
+    """Unused so far, dropped, or frozen: written as step 0 and read back as no state. Lost from the file: refused."""
+    model = nn.ModuleDict({"used": nn.Linear(3, 5, bias=False), "unused": nn.Linear(2, 2)})
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    run(model["used"].weight, optimizer, range(2))
+    tensors = named_state(optimizer, model)
+    assert {name for name in tensors if "unused" in name} == {"step.unused.weight", "step.unused.bias"}
+    again = AdamW(model.parameters(), lr=0.1)
+    load_named_state(again, model, tensors)
+    assert set(again.state) == {model["used"].weight}
+    lost = {name: tensor for name, tensor in tensors.items() if "unused" not in name}
+    with pytest.raises(ValueError, match=r"'step.unused.weight' is missing"):
+        load_named_state(again, model, lost)
+    model["unused"].requires_grad_(False)
+    load_named_state(again, model, lost)
+    fresh = AdamW(model.parameters())
+    load_named_state(fresh, model, named_state(AdamW(model.parameters()), model))  # moments dropped by a growth
+    assert not fresh.state
+
+
 @pytest.mark.parametrize("name", ["exp_avg.other", "exp_avg.weight"])
 def test_state_of_another_model_is_refused(name):
     model = nn.Linear(3, 5, bias=False)

@@ -69,10 +69,12 @@ def test_fast_path_equals_reference_in_values_and_gradients(theta, gated, dtype,
             torch.testing.assert_close(g, w, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size)
 
 
+@pytest.mark.parametrize("entries", [1, 2**19])
 @pytest.mark.parametrize("theta", THETAS)
 @pytest.mark.parametrize("gated", [False, True])
-def test_bfloat16_is_as_close_to_float64_as_the_plain_formula(theta, gated):
-    exact = [None if t is None else t.double() for t in tensors((150,), 16, 63, 8, gated, torch.bfloat16)]
+def test_bfloat16_is_as_close_to_float64_as_the_plain_formula(theta, gated, entries, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ENTRIES", entries)  # 1: sixteen pieces
+    exact = [None if t is None else t.double() for t in tensors((2048,), 16, 63, 8, gated, torch.bfloat16)]
     leaves = [None if t is None else t.detach().bfloat16().requires_grad_() for t in exact]
     exact = [None if t is None else t.detach().requires_grad_() for t in exact]
     scale = default_scale(theta, 63)
@@ -84,8 +86,8 @@ def test_bfloat16_is_as_close_to_float64_as_the_plain_formula(theta, gated):
 
     truth, fast, slow = run(pattention_reference, exact), run(pattention, leaves), run(pattention_reference, leaves)
     for t, f, s in zip(truth, fast, slow, strict=True):
-        assert relative(f, t) < max(2 * relative(s, t), 0.01)
-    assert relative(fast[0] * 1.05, truth[0]) > max(2 * relative(slow[0], truth[0]), 0.01)
+        assert relative(f, t) < max(2 * relative(s, t), 0.006)
+    assert relative(fast[0] * 1.05, truth[0]) > max(2 * relative(slow[0], truth[0]), 0.006)
 
 
 @pytest.mark.parametrize("theta", THETAS)
@@ -149,7 +151,7 @@ def test_less_is_saved_for_backward_than_by_the_plain_formulation(theta):
     fast = saved_bytes(lambda: pattention(x, key, value, 7.0, theta), [x, key, value])
     plain = saved_bytes(lambda: published(x, key, value, theta), [x, key, value])
     assert fast <= 0.6 * plain
-    assert fast == 64 * 63 * 4  # the scores and nothing else
+    assert fast == 64 * (63 + 1) * 4  # one number for each score and one for each row
 
 
 def test_the_scale_is_stored_not_derived():
@@ -181,7 +183,7 @@ def test_compiles_without_graph_breaks():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"theta": "relu"}, "theta: 'relu' is not known; allowed: l2_norm_gelu, gelu_l2_norm, softmax"),
+        ({"theta": "relu", "scale": 1.0}, "theta: 'relu' is not known; allowed: l2_norm_gelu, gelu_l2_norm, softmax"),
         ({"tokens": 0}, "tokens: 0 is too small"),
     ],
 )

@@ -96,6 +96,10 @@ def test_a_fraction_that_falls_on_a_boundary_is_that_boundary(recipe: Any) -> No
             {"growth": [{"at_step": 6, "to": {"ffn": 32}, "moments": "drop", "learning_rate": "rewarm_new"}]},
             "rewarm_new' has no effect",
         ),
+        (
+            {"growth": [{"at_step": 6, "to": {"ffn": 32}, "operator": "tile", "learning_rate": "rewarm_new"}]},
+            "rewarm_new' has no effect with operator = 'tile'",
+        ),
         ({"model": {"vocab_size": 100}}, "model.vocab_size = 100 is less than the tokenizer's 256"),
         ({"model": {"max_position_embeddings": 8}}, "data.sequence_length = 16 is more than"),
         ({"model": {"hiden_size": 8}}, "hidden_size"),
@@ -115,6 +119,12 @@ def test_what_cannot_be_done_is_refused_in_one_line_before_training(recipe: Any,
     with pytest.raises(ValueError, match=message) as caught:
         plan(changed)
     assert "\n" not in str(caught.value)
+
+
+def test_operators_that_add_rows_or_warm_up_all_are_planned(recipe: Any) -> None:
+    for operator, policy in (("zero_keys", "rewarm_new"), ("tile", "rewarm_all"), ("tile", "keep")):
+        growth = [{"at_step": 6, "to": {"ffn": 32}, "operator": operator, "learning_rate": policy}]
+        assert plan(recipe(growth=growth)).growth_steps == [6]
 
 
 def test_a_model_that_cannot_grow_can_be_planned_without_growth(recipe: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_runs import ended, start_child, tiny
 
-from tokenformer import race, runs
+from tokenformer import environment, race, runs
 from tokenformer.race import run_arms, run_race
 from tokenformer.recipe import Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
 from tokenformer.train import Stopped
@@ -52,7 +52,7 @@ def test_a_race_runs_every_arm_and_can_be_taken_up_again(shared: Path, tmp_path:
     assert len(results["grown"]["growth"]) == 1 and results["large"]["growth"] == []
     assert results["grown"]["flops"] < results["large"]["flops"]
     threads = runs.read_json(folder / "arms" / "grown" / runs.RECIPE)["train"]["threads"]
-    assert threads == max(1, runs.usable_cores() // 2)
+    assert threads == max(1, environment.usable_cores() // 2)
     for name in results:  # live, line by line, the arms mixed
         assert any(line.startswith(name) and "| step 6/6" in line for line in said)
     order = [line.split()[0] for line in said if " | " in line]
@@ -233,7 +233,7 @@ def test_arms_stop_when_their_race_is_killed(stand_in: Any, tmp_path: Path) -> N
 
 def test_an_arm_that_was_begun_keeps_its_number_of_threads(shared: Path, tmp_path: Path) -> None:
     arm = tiny(shared, train={"threads": 0})
-    assert race.with_threads(arm, tmp_path, 1).train.threads == runs.usable_cores()
+    assert race.with_threads(arm, tmp_path, 1).train.threads == environment.usable_cores()
     assert race.with_threads(arm, tmp_path, 10_000).train.threads == 1
     assert arm.train.threads == 0
     (tmp_path / runs.RECIPE).write_text(json.dumps({"train": {"threads": 7}}))

@@ -379,8 +379,16 @@ def change_json(path, **values):
 
 
 def test_a_broken_promise_of_exactness_is_flagged(tmp_path):
-    for moved, flagged in ((3e-3, True), (2e-6, False)):
-        folder = write_run(tmp_path / str(moved))
+    for dtype, moved, flagged in (
+        ("float32", 3e-3, True),
+        ("float32", 2e-5, True),  # the acceptance is 1e-5
+        ("float32", 9e-6, False),
+        ("bfloat16", 2e-5, True),  # measured in float32 there too
+        ("bfloat16", 9e-6, False),
+    ):
+        folder = write_run(tmp_path / f"{dtype} {moved}")
+        recipe = json.loads((folder / "recipe.json").read_text())
+        change_json(folder / "recipe.json", train={**recipe.get("train", {}), "dtype": dtype})
         metrics = folder / "metrics.jsonl"
         metrics.write_text(
             metrics.read_text().replace('"max_logit_change": 2.4e-07', f'"max_logit_change": {moved}')
@@ -573,3 +581,13 @@ def test_units_are_written_for_people():
         "12 min 34 s",
         "3 h 20 min",
     ]
+
+
+def test_printable_text_keeps_every_character_but_those_that_a_terminal_obeys():
+    from tokenformer.report.units import printable
+
+    kept = "plain\n\ttext \u00a0\u3000語 \u200d\u200c🙂 é"
+    assert printable(kept) == kept
+    assert "".join(c for c in kept if c.isprintable()) != kept  # the control: Python's own word would drop some
+    obeyed = "".join(map(chr, [*range(9), *range(11, 32), *range(127, 160), 0xD800, 0xDFFF]))
+    assert printable(obeyed) == "\ufffd" * len(obeyed)

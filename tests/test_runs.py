@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenformer import runs
+from tokenformer import environment, runs
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -116,6 +116,24 @@ def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_refused_run_leaves_folders_that_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path / "mine", tmp_path / "mine" / "a" / "b"):
+        with pytest.raises(ValueError, match="no such corpus"), runs.locked(folder):
+            raise ValueError("no such corpus")
+        assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        runs.open_run(tmp_path, {"name": "a"}, {})
+    assert caught.value.filename == str(tmp_path / runs.ENVIRONMENT)
+
+
 def test_the_environment_says_where_a_run_ran_and_a_resume_is_added(tmp_path: Path) -> None:
     runs.record_environment(tmp_path)
     runs.record_environment(tmp_path)
@@ -129,4 +147,4 @@ def test_the_environment_says_where_a_run_ran_and_a_resume_is_added(tmp_path: Pa
 
 def test_a_package_outside_a_repository_has_no_commit(tmp_path: Path) -> None:
     (tmp_path / "__init__.py").write_text("")
-    assert runs.source_commit(tmp_path) == (None, None)
+    assert environment.source_commit(tmp_path) == (None, None)

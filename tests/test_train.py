@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from tokenformer.grow_checkpoint import grow_checkpoint
 from tokenformer.models import build_model
 from tokenformer.plan import model_config, plan
 from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from tokenformer.start import start_of
 from tokenformer.step import Diverged, learning_rate_at, rank_rows
 from tokenformer.train import Stopped, train
 
@@ -373,18 +375,57 @@ def test_rewarming_all_ramps_up_again_from_the_growth(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["rewarm_new", "rewarm_all"])
-def test_the_learning_rate_policy_changes_the_run_and_survives_a_resume(
+def test_the_learning_rate_policy_survives_a_resume(
     shared: Path, whole: Path, tmp_path: Path, policy: str
 ) -> None:
     growth = [{"at_step": 6, "to": {"ffn_tokens": 32}, "learning_rate": policy, "rewarm_steps": 5}]
     recipe = tiny(shared, growth=growth)
     train(recipe, tmp_path / "whole", say=None)
-    assert not same(weights(tmp_path / "whole"), weights(whole))
     run = tmp_path / "run"
     child = start_child(killed_at, recipe_to_dict(recipe), run, "tokenformer.runs", "prune_checkpoints", 2)
     assert ended(child) == -signal.SIGKILL
     train(recipe, run, resume=True, say=None)
     assert same(weights(run), weights(tmp_path / "whole"))
+
+
+def last_step(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """How the last of 7 steps, the first after the growth, moved the old rows of a table of keys and the new ones."""
+    train(recipe, folder, say=None)
+    before, after = (load_file(path / checkpoint.WEIGHTS) for path in runs.checkpoints(folder))
+    key = "model.layers.0.mlp.key"
+    return after[key][:16] - before[key], after[key][16:]  # new keys start at zero
+
+
+def test_a_policy_slows_the_rows_that_it_names_and_no_others(shared: Path, tmp_path: Path) -> None:
+    moved = {}
+    for policy in ("keep", "rewarm_new", "rewarm_all"):
+        growth = [{"at_step": 6, "to": {"ffn_tokens": 32}, "learning_rate": policy, "rewarm_steps": 5}]
+        changes = {"steps": 7, "checkpoint_every": 6, "schedule": "constant", "evaluate_every": 100}
+        moved[policy] = last_step(tiny(shared, growth=growth, train=changes), tmp_path / policy)
+    old, new = moved["keep"]
+    assert old.abs().max() > 1e-3 and new.abs().max() > 1e-3
+    torch.testing.assert_close(moved["rewarm_new"][0], old, rtol=0, atol=0)
+    torch.testing.assert_close(moved["rewarm_new"][1], new / 5, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(moved["rewarm_all"][0], old / 5, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(moved["rewarm_all"][1], new / 5, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(("parts", "rows"), [(1, 4), (4, 1)])
+def test_no_pass_holds_more_rows_than_one_of_training(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, rows: int
+) -> None:
+    from tokenformer.models import TokenFormerForCausalLM
+
+    forward, seen = TokenFormerForCausalLM.forward, []
+
+    def counted(self: Any, input_ids: Any = None, **keywords: Any) -> Any:
+        seen.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **keywords)
+
+    monkeypatch.setattr(TokenFormerForCausalLM, "forward", counted)
+    growth = [{"at_step": 1, "to": {"ffn_tokens": 32}}]
+    train(tiny(shared, train={"steps": 2, "accumulation_steps": parts}, growth=growth), tmp_path / "run", say=None)
+    assert max(seen) == rows
 
 
 def final_loss(recipe: Recipe, folder: Path) -> float:
@@ -516,6 +557,25 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(shared: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def refused_together(table: dict[str, Any], folder: Path, full_disk: bool) -> None:
+    if full_disk:
+        checkpoint.flush_to_disk = lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    try:
+        train(recipe_from_dict(table, "the test"), folder, say=None)
+    except ValueError as error:
+        assert ("no space left on the disk" if full_disk else "holds files but no run") in str(error)
+        sys.exit(8 if getattr(error, "silent", False) else 7)
+
+
+@pytest.mark.parametrize("full_disk", [False, True])
+def test_what_rank_0_meets_all_ranks_raise_and_one_says(shared: Path, tmp_path: Path, full_disk: bool) -> None:
+    if not full_disk:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    table = recipe_to_dict(tiny(shared, train={"steps": 1}, growth=[]))
+    assert on_two_ranks(refused_together, table, tmp_path / "run", full_disk) == [7, 8]
+
+
 def test_the_batches_of_a_run_are_the_data_module_s(shared: Path, whole: Path) -> None:
     """What a resume relies on: a batch is a function of the seed and the step."""
     tokens = torch.arange(1000).numpy()
@@ -537,7 +597,12 @@ def test_a_run_goes_on_from_a_grown_checkpoint_with_its_moments_and_its_cost(
     recipe = recipe_from_dict(table, "test")
     result = train(recipe, tmp_path / "on", say=None)
     assert result["flops"] == before["flops"] + plan(recipe).flops
-    assert result["unique_tokens"] == seen + 4 * 4 * 16
+    assert result["unique_tokens"] == result["tokens"] == seen + 4 * 4 * 16
+    assert result["seconds"] > before["seconds"]
+    assert lines(tmp_path / "on", "eval")[0]["tokens"] == before["tokens"]
+    cost = checkpoint.ancestry(tmp_path / "on" / result["checkpoint"])
+    assert (cost["flops"], cost["tokens"]) == (result["flops"], result["tokens"])
+    assert [stream["tokens"] for stream in cost["streams"]] == [result["tokens"]]
     assert [event["operator"] for event in result["growth"]] == ["zero_keys", "zero_keys"]
     first, last = lines(tmp_path / "on", "eval")[0], lines(whole, "eval")[-1]
     assert first["bits_per_byte"] == pytest.approx(last["bits_per_byte"], abs=1e-4)
@@ -545,11 +610,40 @@ def test_a_run_goes_on_from_a_grown_checkpoint_with_its_moments_and_its_cost(
     assert moments["step.model.norm.weight"] == 12 + 4
 
 
+@pytest.mark.parametrize("change", ["gains a checkpoint", "is removed"])
+def test_a_resume_reads_nothing_of_its_ancestor(shared: Path, whole: Path, tmp_path: Path, change: str) -> None:
+    ancestor, run = tmp_path / "ancestor", tmp_path / "run"
+    shutil.copytree(whole, ancestor)
+    table = recipe_to_dict(tiny(shared)) | {"model": {"checkpoint": str(ancestor)}, "growth": []}
+    table["data"] |= {"skip_tokens": 768}
+    recipe = recipe_from_dict(table, "test")
+    train(recipe, tmp_path / "unbroken", say=None)
+    before = start_of(recipe)
+
+    def say(line: str) -> None:
+        if line.startswith("step 3/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(recipe, run, say=say)
+    if change == "is removed":
+        shutil.rmtree(ancestor)
+        with pytest.raises(ValueError, match="no such checkpoint"):  # the control
+            start_of(recipe)
+    else:
+        shutil.copytree(runs.checkpoints(whole)[0], runs.checkpoint_folder(ancestor, 99))  # smaller and cheaper
+        assert start_of(recipe) != before
+    assert start_of(recipe, run) == before
+    result = train(recipe, run, resume=True, say=None)
+    assert same(weights(run), weights(tmp_path / "unbroken"))
+    assert result["flops"] == runs.read_json(tmp_path / "unbroken" / runs.RESULT)["flops"]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ({}, r"data.skip_tokens = 0: model.checkpoint has seen the first 768 tokens; set it to 768"),
-        ({"skip_tokens": 768, "seed": 1}, "has seen 768 tokens of this text in another order"),
+        ({"skip_tokens": 768, "seed": 1}, r"has seen 768 tokens of .* with data.seed = 0, and here it is 1;"),
         ({"skip_tokens": 10_000_000}, "take fewer steps or a larger data.source"),
     ],
 )

@@ -11,19 +11,18 @@ with the real name is complete.
 import contextlib
 import errno
 import os
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import runs
+from .random_states import rng_state, set_rng_state
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -56,6 +55,7 @@ def save_checkpoint(
     if folder.exists():
         raise ValueError(f"{folder} already exists; choose another place for the checkpoint")
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    made = runs.missing(folder.parent)
     try:
         temporary.mkdir(parents=True)
         with quiet():
@@ -76,6 +76,7 @@ def save_checkpoint(
         flush_path(folder.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        runs.remove_empty(made)
         if isinstance(error, (OSError, SafetensorError)):
             raise ValueError(f"{folder}: the checkpoint cannot be written ({write_reason(error)})") from error
         raise
@@ -162,8 +163,16 @@ def load_checkpoint(folder: str | Path) -> tuple[Any, list[dict[str, Any]]]:
     # The file's bytes are mapped at any address, and matrix products round by alignment: take memory of our own.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    lineage = runs.read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else []
-    return model, lineage
+    return model, read_lineage(folder)
+
+
+def read_lineage(folder: Path) -> list[dict[str, Any]]:
+    """The growth that led to a checkpoint, oldest first; none in a folder that another program wrote."""
+    path = folder / LINEAGE
+    lineage = runs.read_json(path) if path.exists() else []
+    if not isinstance(lineage, list) or not all(isinstance(event, dict) for event in lineage):
+        raise ValueError(f"{path}: is not a list of growth events")
+    return lineage
 
 
 def load_config(folder: Path) -> Any:
@@ -215,8 +224,10 @@ def quiet() -> Iterator[None]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, every one of them present."""
     if (folder / WEIGHTS_INDEX).exists():
-        index = runs.read_json(folder / WEIGHTS_INDEX)
-        files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        names = runs.read_object(folder / WEIGHTS_INDEX, {"weight_map": dict})["weight_map"].values()
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{folder / WEIGHTS_INDEX}: weight_map must give the name of a file for every weight")
+        files = [folder / name for name in sorted(set(names))]
         for file in files:
             if not file.exists():
                 raise ValueError(f"{file}: no such file, and {WEIGHTS_INDEX} names it")
@@ -239,16 +250,21 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def ancestry(folder: Path) -> dict[str, Any]:
-    """What a checkpoint has cost and seen: {"flops": training FLOPs, "stream": what text, how much of it, or None}.
+    """What led to a checkpoint, ancestors included: training "flops", "tokens", "seconds", and the "streams" of text,
+    newest last (see start.py).
 
     Of a run's checkpoint, from its trainer.json; of one that `tokenformer grow` made, from its lineage.
     """
     if (folder / TRAINER).exists():
-        trainer = runs.read_json(folder / TRAINER)
-        return {"flops": trainer["flops"], "stream": trainer["stream"]}
-    lineage = runs.read_json(folder / LINEAGE) if (folder / LINEAGE).exists() else []
-    known = [event["ancestor"] for event in lineage if "ancestor" in event]
-    return known[-1] if known else {"flops": 0, "stream": None}
+        known = runs.read_object(folder / TRAINER, runs.COST)
+    else:
+        path = folder / LINEAGE
+        events = [(i, event["ancestor"]) for i, event in enumerate(read_lineage(folder)) if "ancestor" in event]
+        if not events:
+            return {"flops": 0, "tokens": 0, "seconds": 0.0, "streams": []}
+        i, ancestor = events[-1]
+        known = runs.require_object(ancestor, runs.COST, f"{path}: {i}.ancestor")
+    return {key: known[key] for key in runs.COST}
 
 
 def require_finite(model: nn.Module, file: Path) -> None:
@@ -261,17 +277,30 @@ def load_training_state(
     folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
 ) -> dict[str, Any]:
     """Put the stored moments into `optimizer` and the stored random states in force; returns trainer.json."""
-    from .optim import load_named_state
-
     folder = Path(folder)
-    trainer = runs.read_json(folder / TRAINER)
-    load_named_state(optimizer, model, read_tensors(folder / OPTIMIZER))
+    trainer = runs.read_object(folder / TRAINER, {})
+    load_moments(folder, model, optimizer)
     states = read_tensors(folder / RNG)
     prefix = f"rank{rank}."
     mine = {name.removeprefix(prefix): tensor for name, tensor in states.items() if name.startswith(prefix)}
     if mine:  # a rank that the saving run did not have keeps the state it was seeded with
-        set_rng_state(mine)
+        try:
+            set_rng_state(mine)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder / RNG}: holds no random state ({' '.join(str(error).split())})") from error
     return trainer
+
+
+def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's optimizer state into `optimizer`; ValueError, naming the file, when it does not fit."""
+    from .optim import load_named_state
+
+    path = folder / OPTIMIZER
+    tensors = read_tensors(path)
+    try:
+        load_named_state(optimizer, model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -281,43 +310,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
-
-
-# --- random states ---
-
-
-def seed_all(seed: int) -> None:
-    """Start every random state of this process from `seed`."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def rng_state() -> dict[str, Tensor]:
-    """The random states of python, numpy, torch and every CUDA device of this process, as tensors."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state()
-    _, keys, position, has_gauss, cached = numpy_state
-    state = {
-        "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        for i, tensor in enumerate(torch.cuda.get_rng_state_all()):
-            state[f"cuda{i}"] = tensor
-    return state
-
-
-def set_rng_state(state: dict[str, Tensor]) -> None:
-    version, *words = state["python"].tolist()
-    gauss = state["python_gauss"].tolist()
-    random.setstate((version, tuple(words), gauss[0] if gauss else None))
-    *keys, position, has_gauss = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
-    torch.set_rng_state(state["torch"])
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda{i}" in state:
-            torch.cuda.set_rng_state(state[f"cuda{i}"], i)

@@ -4,7 +4,7 @@ What a verb does is in verbs.py, which imports what is heavy when it needs it: `
 """
 
 import argparse
-import os
+import re
 import sys
 import textwrap
 import traceback
@@ -65,8 +65,8 @@ TEXTS = {
         "bits per byte of a checkpoint on held-out or on any text",
         """
         CHECKPOINT is a checkpoint or a run folder. Without --text, the held-out share of --source is scored,
-        by default that of the run which the checkpoint lies in. With --text, the whole of each file or folder
-        is scored. Loss is in nats per token; bits per byte can be compared between tokenizers.
+        by default that of the run which the checkpoint lies in or comes from. With --text, the whole of each
+        file or folder is scored. Loss is in nats per token; bits per byte can be compared between tokenizers.
 
           tokenformer eval runs/first
           tokenformer eval runs/first --text README.md --out runs/first/readme.json
@@ -103,7 +103,7 @@ TEXTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 2 for a mistake or a full disk, 130 for an interrupt."""
+    """Run one verb; returns the exit code: 0, 2 for a mistake or a full disk or memory, 130 for an interrupt."""
     arguments, rest = parser().parse_known_args(argv)
     # argparse takes no positional arguments on both sides of an option, and people write overrides anywhere.
     if hasattr(arguments, "overrides") and not any(text.startswith("-") for text in rest):
@@ -112,16 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         Parser(prog=f"tokenformer {arguments.verb}").error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `tokenformer recipe | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, Exception) as error:
         code = exit_code(error)
         if code is None:
             raise
         if arguments.debug:
             traceback.print_exc()
-        print(f"tokenformer: {one_line(error)}", file=sys.stderr)
+        if not getattr(error, "silent", False):  # another rank of torchrun's says it
+            print(f"tokenformer: {one_line(error)}", file=sys.stderr)
         return code
     return 0
 
@@ -132,10 +130,20 @@ def exit_code(error: BaseException) -> int | None:
         return 130
     if hasattr(error, "exit_code"):  # a run that a signal stopped in good order
         return error.exit_code
-    return 2 if isinstance(error, ValueError | OSError) else None
+    return 2 if isinstance(error, ValueError | OSError) or is_out_of_memory(error) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch says so by RuntimeErrors of many texts, on the CPU and on a GPU."""
+    texts = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Storage size calculation overflowed")
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def one_line(error: BaseException) -> str:
+    if is_out_of_memory(error):
+        asked = re.search(r"allocate (\d[\d.]* \w+)", str(error))
+        return "not enough memory" + (f": {asked[1]} were asked for at once" if asked else "")
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, OSError) and error.strerror:

@@ -6,6 +6,7 @@ WORLD_SIZE in their environment; they meet over gloo on CPUs and over NCCL on GP
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,35 @@ def gathered(value: Any, ranks: Ranks) -> list[Any]:
     values: list[Any] = [None] * ranks.world
     dist.all_gather_object(values, value)
     return values
+
+
+class Refused(ValueError):
+    """What another rank's ValueError says; that rank prints it, so this one is `silent`."""
+
+    silent = True
+
+
+def together(work: Callable[[], Any], ranks: Ranks) -> Any:
+    """`work()` on every rank, each with its own answer; where it fails on any, all raise the same ValueError."""
+    if ranks.world == 1:
+        return work()
+    answer, failed = None, None
+    try:
+        answer = work()
+    except (ValueError, OSError) as error:
+        failed = error
+    said = gathered(None if failed is None else str(failed), ranks)
+    first = next((rank for rank, line in enumerate(said) if line is not None), None)
+    if first is None:
+        return answer
+    if failed is not None and first == ranks.rank:
+        raise failed
+    raise Refused(said[first])
+
+
+def on_main(work: Callable[[], Any], ranks: Ranks) -> Any:
+    """What `work` answers on rank 0, which alone runs it, on every rank; its ValueError too."""
+    return from_main(together(work if ranks.main else lambda: None, ranks), ranks)
 
 
 def data_parallel(model: torch.nn.Module, ranks: Ranks, device: torch.device) -> torch.nn.Module:

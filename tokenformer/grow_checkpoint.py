@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from . import checkpoint as files
-from .growth import grow, largest_logit_change, live_share
-from .optim import AdamW, load_named_state, parameter_groups
+from .event import change_text, grow_measured, sizes_text
+from .optim import AdamW, parameter_groups
 
 PROBE = (2, 64)  # sequences and tokens of the batch that a growth is measured on
 NOT_TOKENIZER = ("config.json", "generation_config.json", files.TRAINER, files.LINEAGE)
@@ -35,21 +35,20 @@ def grow_checkpoint(
     folder, out = files.find_checkpoint(checkpoint), Path(out)
     if out.exists():
         raise ValueError(f"{out} already exists; choose another place for the checkpoint")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} lies inside {folder}, which is not touched; choose a place outside")
     model, lineage = files.load_checkpoint(folder)
     optimizer = None
     if (folder / files.OPTIMIZER).exists():
         optimizer = AdamW(parameter_groups(model, weight_decay=0.1))
-        load_named_state(optimizer, model, files.read_tensors(folder / files.OPTIMIZER))
-    growth = grow(model, operator, to, optimizer=optimizer, seed=seed, moments=moments)
-    event = growth.event
-    sizes = ", ".join(f"{axis} {old} -> {event['to'][axis]}" for axis, old in event["from"].items())
-    say(f"{operator}: {sizes}; {event['parameters_before']:,} -> {event['parameters_after']:,} parameters")
-    say(f"promise: {growth.promise}" + (f" ({event['note']})" if event["note"] else ""))
+        files.load_moments(folder, model, optimizer)
     ids = torch.randint(model.config.vocab_size, PROBE, generator=torch.Generator().manual_seed(0))
-    moved, alive = largest_logit_change(model, growth.model, ids), live_share(growth, ids)
-    shares = ", ".join(f"{table} {share:.0%}" for table, share in alive.items())
-    say(f"measured: logits moved by at most {moved:.1e}; new entries that get gradient at once: {shares}")
-    event |= {"max_logit_change": moved, "live_at_once": alive, "ancestor": files.ancestry(folder)}
+    growth = grow_measured(model, operator, to, ids, optimizer, seed, moments)
+    event = {**growth.event, "ancestor": files.ancestry(folder)}
+    say(f"{operator}: {sizes_text(event)}")
+    say(f"promise: {growth.promise}" + (f" ({event['note']})" if event["note"] else ""))
+    shares = ", ".join(f"{table} {share:.0%}" for table, share in event["live_at_once"].items())
+    say(f"measured: {change_text(event)}; new entries that get gradient at once: {shares}")
     moved_state = "none stored" if optimizer is None else event["moments"]
     say(f"optimizer moments: {moved_state}")
     written = files.save_checkpoint(

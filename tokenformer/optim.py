@@ -114,22 +114,62 @@ def learning_rate(section: Schedule, progress: float, step: int) -> float:
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors, "exp_avg.model.norm.weight" and so on."""
+    """The optimizer's state as flat tensors, "exp_avg.model.norm.weight" and so on.
+
+    A parameter that has no state, since it has had no gradient or its moments were dropped, is written as step 0 alone.
+    """
     return {
         f"{key}.{name}": value
         for name, p in model.named_parameters()
-        for key, value in optimizer.state.get(p, {}).items()
+        for key, value in (optimizer.state.get(p) or {"step": torch.zeros(())}).items()
     }
 
 
 def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put tensors from `named_state` back; ValueError on a name or shape that does not belong to the model."""
+    """Put AdamW's state from `named_state` back, all of it or, when something is wrong, nothing.
+
+    Raises ValueError unless every parameter that is trained has its step and both moments, or step 0 alone, and
+    everything belongs to the model, is finite and of the right shape. Which file it came from is the caller's to say.
+    """
     parameters = dict(model.named_parameters())
+    states: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
-        key, name = full_name.split(".", 1)
+        key, _, name = full_name.partition(".")
         if name not in parameters:
             raise ValueError(f"optimizer state {full_name!r} belongs to no parameter of the model")
+        wrong = _what_is_wrong(key, tensor, parameters[name])
+        if wrong:
+            raise ValueError(f"optimizer state {full_name!r} {wrong}")
+        states.setdefault(name, {})[key] = tensor
+    for name, p in parameters.items():
+        state = states.get(name, {})
+        if set(state) == {"step"} and not state["step"]:
+            del states[name]
+        elif state or p.requires_grad:
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if key not in state:
+                    raise ValueError(f"optimizer state '{key}.{name}' is missing")
+            if "birth" in state and state["birth"].max() > state["step"]:
+                raise ValueError(f"optimizer state 'birth.{name}' lies after its step {state['step'].item():g}")
+    for name, state in states.items():
         p = parameters[name]
-        if key not in ("step", "birth") and tensor.shape != p.shape:
-            raise ValueError(f"optimizer state {full_name!r} has shape {tuple(tensor.shape)}, not {tuple(p.shape)}")
-        optimizer.state[p][key] = tensor.to(p.device, copy=True)
+        optimizer.state[p] = {key: tensor.to(p.device, copy=True) for key, tensor in state.items()}
+
+
+def _what_is_wrong(key: str, tensor: Tensor, p: Tensor) -> str | None:
+    """Why `tensor` cannot be the state `key` of a parameter; None if it can."""
+    if key not in ("step", "exp_avg", "exp_avg_sq", "birth"):
+        return "is no state of AdamW; allowed: step, exp_avg, exp_avg_sq, birth"
+    shape = tuple(tensor.shape)
+    if key == "step" and shape:
+        return f"has shape {shape}, and a step is one number"
+    if key == "birth":
+        if len(shape) != p.ndim or any(n not in (1, wide) for n, wide in zip(shape, p.shape, strict=True)):
+            return f"has shape {shape}, which does not spread over {tuple(p.shape)}"
+    elif key != "step" and tensor.shape != p.shape:
+        return f"has shape {shape}, not {tuple(p.shape)}"
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        return "holds NaN or infinite values" if tensor.is_floating_point() else f"is of {tensor.dtype}, not of floats"
+    if key != "exp_avg" and bool((tensor < 0).any()):
+        return "holds negative values"
+    return None

@@ -18,7 +18,9 @@ Legend: B rows of the flattened input, P parameter tokens, C widths.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -78,8 +80,8 @@ def pattention(
 ) -> Tensor:
     """The same function as `pattention_reference`, faster and with less kept for the backward pass.
 
-    Only the scores (..., P) are kept (and the second scores of a gated layer); everything else of that size is worked
-    again in the backward pass, a cache-sized piece at a time. First derivatives only. Under torch.compile the plain
+    One tensor of the scores' size is kept (two for a gated layer); everything else of that size is worked again in the
+    backward pass, a cache-sized piece at a time. First derivatives only. Under torch.compile the plain
     formula is used, which the compiler fuses by itself. Takes part in autocast as a matrix product does.
     """
     if torch.compiler.is_compiling():
@@ -94,116 +96,142 @@ def pattention(
     return y.view(*x.shape[:-1], value.shape[1])
 
 
-def _inverse_norm(t: Tensor, scale: float, eps: float) -> Tensor:
-    """scale / ||t|| per row, (B, 1), in float32 or wider."""
-    wide = torch.float32 if t.dtype in HALF else t.dtype
-    norm = torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=wide)
-    return norm.square_().add_(eps * scale**2).rsqrt_().mul_(scale)
-
-
-def _weights(s: Tensor, scale: float, theta: str, eps: float, out: Tensor) -> Tensor:
-    """theta(s) written into `out` (B, P); returns the per-row factor of the norm (unused for softmax)."""
-    if theta == "softmax":
-        wide = torch.float32 if s.dtype in HALF else s.dtype
-        out.copy_(torch.softmax(s, dim=-1, dtype=wide).mul_(scale))
-        return s.new_empty(0)
-    if theta == "gelu_l2_norm":
-        torch.ops.aten.gelu.out(s, out=out)
-        r = _inverse_norm(out, scale, eps)
-        out.mul_(r)
-        return r
-    r = _inverse_norm(s, scale, eps)
-    torch.mul(s, r, out=out)
-    torch.ops.aten.gelu_(out)
-    return r
-
-
-def _scores_gradient(s: Tensor, dw: Tensor, w: Tensor, r: Tensor, scale: float, theta: str, z: Tensor) -> Tensor:
-    """The gradient at the scores, given that at the weights dw = dL/dw, w = theta(s) and r from `_weights`.
-
-    With unit vector u = z / scale:  d(scale t/||t||) = r (dz - u (u·dz)). Overwrites dw, w and the buffer z (B, P).
-    """
-    if theta == "softmax":
-        mean = (w * dw).sum(-1, keepdim=True, dtype=torch.float32 if s.dtype in HALF else None).div_(scale)
-        return dw.sub_(mean).mul_(w)
-    if theta == "gelu_l2_norm":
-        dot = torch.linalg.vecdot(w, dw).unsqueeze(-1).div_(scale**2)
-        torch.ops.aten.gelu_backward.grad_input(dw.addcmul_(w, dot, value=-1).mul_(r), s, grad_input=z)
-        return z
-    torch.mul(s, r, out=z)
-    dz = torch.ops.aten.gelu_backward.grad_input(dw, z, grad_input=w)
-    dot = torch.linalg.vecdot(dz, z).unsqueeze(-1).div_(scale**2)
-    return dz.addcmul_(z, dot, value=-1).mul_(r)
-
-
 class _ChunkedPattention(torch.autograd.Function):
-    """x (B, C_in), key (P, C_in), value (P, C_out), up (P, C_in) or None -> (B, C_out)."""
+    """x (B, C_in), key (P, C_in), value (P, C_out), up (P, C_in) or None -> (B, C_out), a chunk of rows at a time.
+
+    Kept for the backward pass: h (B, P), from which the weights w = theta(s) follow at once (see `_normalise`), the
+    factor r (B, 1) of the norm, and the second scores u (B, P) of a gated layer.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, key: Tensor, value: Tensor, up: Tensor | None, scale: float, theta: str, eps: float
     ) -> Tensor:
-        s = x @ key.t()  # (B, P)
-        u = None if up is None else x @ up.t()
-        chunk = _chunk_rows(s)
-        y = x.new_empty(x.shape[0], value.shape[1])
-        buffer = s.new_empty(chunk, s.shape[1])
-        for i in range(0, s.shape[0], chunk):
-            piece = slice(i, i + chunk)
-            w = buffer[: s[piece].shape[0]]
-            _weights(s[piece], scale, theta, eps, out=w)
-            if u is not None:
-                w.mul_(u[piece])
-            torch.mm(w, value, out=y[piece])
-        ctx.save_for_backward(x, key, value, up, s, u)
-        ctx.settings = (scale, theta, eps)
+        rows, tokens = x.shape[0], key.shape[0]
+        h = x.new_empty(rows, tokens)
+        r = x.new_empty(rows, 1, dtype=torch.float32 if x.dtype in HALF else x.dtype)
+        u = None if up is None else x.new_empty(rows, tokens)
+        y = x.new_empty(rows, value.shape[1])
+        chunk = _chunk_rows(h)
+        buffer = h.new_empty(chunk, tokens)
+        for x_, h_, r_, u_, y_ in _pieces(chunk, x, h, r, u, y):
+            spare = _rows(buffer, h_)
+            torch.mm(x_, key.t(), out=h_)
+            _normalise(h_, r_, spare, scale, theta, eps)
+            w = _weights(h_, r_, theta, spare)
+            if up is not None:
+                torch.mm(x_, up.t(), out=u_)
+                w = torch.mul(w, u_, out=spare)
+            torch.mm(w, value, out=y_)
+        ctx.save_for_backward(x, key, value, up, h, r, u)
+        ctx.scale, ctx.theta = scale, theta
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, key, value, up, s, u = ctx.saved_tensors
-        scale, theta, eps = ctx.settings
-        need_x, need_key, need_value, need_up = ctx.needs_input_grad[:4]
-        need_scores = need_x or need_key or need_up
+        x, key, value, up, h, r, u = ctx.saved_tensors
+        need_x, *need_tables = ctx.needs_input_grad[:4]
+        need_scores = need_x or need_tables[0] or need_tables[2]
+        chunk = _chunk_rows(h)
         dx = torch.empty_like(x) if need_x else None
-        dkey, dvalue = (torch.zeros_like(t) if need else None for t, need in ((key, need_key), (value, need_value)))
-        dup = torch.zeros_like(up) if need_up else None
-        chunk = _chunk_rows(s)
-        buffers = [s.new_empty(chunk, s.shape[1]) for _ in range(3 if u is None else 4)]
-        for i in range(0, s.shape[0], chunk):
-            piece = slice(i, i + chunk)
-            s_, x_, dy_ = s[piece], x[piece], dy[piece]
-            w, dw, z, *rest = (b[: s_.shape[0]] for b in buffers)
-            r = _weights(s_, scale, theta, eps, out=w)
-            if u is None:
-                gated = w
-            else:
-                gated = torch.mul(w, u[piece], out=rest[0])
-            if dvalue is not None:
-                dvalue.addmm_(gated.t(), dy_)
+        # Pieces are summed in float32: a half-precision sum would lose digits with every piece.
+        wide = torch.float32 if x.dtype in HALF and h.shape[0] > chunk else x.dtype
+        new = torch.empty_like if h.shape[0] else torch.zeros_like
+        tables = zip((key, value, up), need_tables, strict=True)
+        dkey, dvalue, dup = (new(t, dtype=wide) if need else None for t, need in tables)
+        buffers = [h.new_empty(chunk, h.shape[1]) for _ in range(4)]  # pages are taken when first touched, not here
+        for i, (x_, h_, r_, u_, dy_, dx_) in enumerate(_pieces(chunk, x, h, r, u, dy, dx)):
+            w, dw, gate, spare = (_rows(buffer, h_) for buffer in buffers)
+            w = _weights(h_, r_, ctx.theta, w)
+            _accumulate(dvalue, (w if u is None else torch.mul(w, u_, out=gate)).t(), dy_, i)
             if not need_scores:
                 continue
             torch.mm(dy_, value.t(), out=dw)
             if u is not None:
-                du = torch.mul(dw, w, out=rest[0])
-                dw.mul_(u[piece])
-                if dup is not None:
-                    dup.addmm_(du.t(), x_)
-            ds = _scores_gradient(s_, dw, w, r, scale, theta, z)
+                du = torch.mul(w, dw, out=gate)
+                _accumulate(dup, du.t(), x_, i)
+                dw.mul_(u_)
+            ds = _scores_gradient(h_, w, dw, r_, spare, ctx.scale, ctx.theta)
+            _accumulate(dkey, ds.t(), x_, i)
             if dx is not None:
-                torch.mm(ds, key, out=dx[piece])
+                torch.mm(ds, key, out=dx_)
                 if u is not None:
-                    dx[piece].addmm_(du, up)
-            if dkey is not None:
-                dkey.addmm_(ds.t(), x_)
+                    dx_.addmm_(du, up)
+        dkey, dvalue, dup = (None if t is None else t.to(x.dtype) for t in (dkey, dvalue, dup))
         return dx, dkey, dvalue, dup, None, None, None
 
 
-def _chunk_rows(s: Tensor) -> int:
-    """Rows of the scores (B, P) handled at a time: cache-sized on a CPU, all of them on an accelerator."""
-    rows = s.shape[0] if s.device.type != "cpu" else max(128, CHUNK_ENTRIES // s.shape[1])
-    return max(1, min(rows, s.shape[0]))
+def _chunk_rows(h: Tensor) -> int:
+    """Rows of (B, P) handled at a time: cache-sized on a CPU, all of them on an accelerator."""
+    rows = h.shape[0] if h.device.type != "cpu" else max(128, CHUNK_ENTRIES // h.shape[1])
+    return max(1, min(rows, h.shape[0]))
+
+
+def _pieces(chunk: int, x: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """`chunk` rows of each tensor at a time; the tensors themselves if they have no more, nothing if they have none."""
+    if x.shape[0] <= chunk:
+        return [(x, *others)] if x.shape[0] else []
+    return zip(*(itertools.repeat(None) if t is None else t.split(chunk) for t in (x, *others)), strict=False)
+
+
+def _rows(buffer: Tensor, like: Tensor) -> Tensor:
+    return buffer if buffer.shape[0] == like.shape[0] else buffer[: like.shape[0]]
+
+
+def _normalise(s: Tensor, r: Tensor, spare: Tensor, scale: float, theta: str, eps: float) -> None:
+    """Turn the scores s (B, P) in place into what is kept of them, and write scale / ||.|| of each row into r (B, 1).
+
+    Kept are z = r s for l2_norm_gelu, s itself for gelu_l2_norm, and the weights for softmax, which has no r.
+    """
+    if theta == "softmax":
+        s.copy_(torch.softmax(s, dim=-1, dtype=r.dtype).mul_(scale))
+        return
+    t = s if theta == "l2_norm_gelu" else torch.ops.aten.gelu.out(s, out=spare)
+    norm = torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=r.dtype)
+    torch.mul(norm.square_().add_(eps * scale**2).rsqrt_(), scale, out=r)
+    if theta == "l2_norm_gelu":
+        s.mul_(r)
+
+
+def _weights(h: Tensor, r: Tensor, theta: str, out: Tensor) -> Tensor:
+    """The weights theta(s) from what was kept of the scores; in `out` unless they are h itself."""
+    if theta == "softmax":
+        return h
+    torch.ops.aten.gelu.out(h, out=out)
+    return out if theta == "l2_norm_gelu" else out.mul_(r)
+
+
+def _scores_gradient(h: Tensor, w: Tensor, dw: Tensor, r: Tensor, spare: Tensor, scale: float, theta: str) -> Tensor:
+    """dL/ds from dw = dL/dw, which is overwritten, as are w and `spare`.
+
+    A norm z = scale t / ||t|| gives dt = r (dz - z (z·dz) / scale²), softmax ds = w (dw - (w·dw) / scale).
+    """
+    if theta == "softmax":
+        mean = torch.mul(w, dw, out=spare).sum(-1, keepdim=True).div_(scale)
+        return dw.sub_(mean).mul_(w)
+    if theta == "l2_norm_gelu":
+        torch.ops.aten.gelu_backward.grad_input(dw, h, grad_input=dw)
+        return _through_norm(h, dw, r, w, scale)
+    _through_norm(w, dw, r, spare, scale)
+    return torch.ops.aten.gelu_backward.grad_input(dw, h, grad_input=dw)
+
+
+def _through_norm(z: Tensor, dz: Tensor, r: Tensor, spare: Tensor, scale: float) -> Tensor:
+    dot = torch.mul(z, dz, out=spare).sum(-1, keepdim=True).mul_(-1 / scale**2)
+    return dz.addcmul_(z, dot).mul_(r)
+
+
+def _accumulate(total: Tensor | None, a: Tensor, b: Tensor, i: int) -> None:
+    """total = a b for the first piece, total += a b after it; nothing where no gradient is wanted."""
+    if total is None:
+        return
+    if total.dtype != a.dtype:
+        total.copy_(a @ b) if i == 0 else total.add_(a @ b)
+    elif i == 0:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
 
 
 class Pattention(nn.Module):
@@ -232,8 +260,9 @@ class Pattention(nn.Module):
         for name, size in (("in_features", in_features), ("out_features", out_features), ("tokens", tokens)):
             if size < 1:
                 raise ValueError(f"{name}: {size} is too small; a Pattention needs at least 1")
+        published_scale = default_scale(theta, tokens)  # refuses an unknown theta
         self.theta, self.eps, self.key_std, self.value_std = theta, eps, key_std, value_std
-        self.scale = default_scale(theta, tokens) if scale is None else float(scale)
+        self.scale = published_scale if scale is None else float(scale)
         self.key = nn.Parameter(torch.empty(tokens, in_features))
         self.up = nn.Parameter(torch.empty(tokens, in_features)) if gated else None
         self.value = nn.Parameter(torch.empty(tokens, out_features))

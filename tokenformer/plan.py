@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from .checkpoint import ancestry, find_checkpoint, load_config
 from .flops import training_flops
 from .growth.engine import target_sizes
 from .growth.tokens import OPERATORS
 from .models import build_config
 from .recipe import Recipe
+from .start import Start, start_config, start_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class Phase:
 class Plan:
     phases: tuple[Phase, ...]
     tokens_per_step: int
-    ancestor_flops: int = 0  # of the checkpoint that the run starts from
 
     @property
     def steps(self) -> int:
@@ -39,7 +38,7 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Training FLOPs of the whole run, its smaller sizes included; what `ancestor_flops` says comes on top."""
+        """Training FLOPs of the whole run, its smaller sizes included; what led to its start comes on top."""
         return self.flops_at(self.steps)
 
     @property
@@ -55,16 +54,17 @@ class Plan:
         return sum(max(0, min(step, p.end_step) - p.first_step) * p.flops_per_step for p in self.phases)
 
 
-def plan(recipe: Recipe, vocab_size: int = 256) -> Plan:
+def plan(recipe: Recipe, vocab_size: int = 256, start: Start | None = None) -> Plan:
     """The phases of a recipe: growth placed on step boundaries, and as many whole steps as the budget allows.
 
-    `at_fraction` is a share of train.flops, or of the FLOPs that train.steps come to; the growth falls on the
-    first boundary at or past it. Raises ValueError when a growth falls outside the run, names an unknown axis
+    `at_fraction` is a share of this run's FLOPs: of those that train.flops leaves after the checkpoint that it starts
+    from (`start`, looked up if not given), or that train.steps come to. The growth falls on the first boundary at or
+    past it. Raises ValueError when a growth falls outside the run, names an unknown axis
     or shrinks one, and when the budget is less than one step.
     """
-    start = recipe.model.checkpoint
-    ancestors = int(ancestry(find_checkpoint(start))["flops"]) if start else 0
-    configs = phase_configs(recipe, vocab_size)
+    start = start or start_of(recipe)
+    ancestors = start.flops
+    configs = phase_configs(recipe, vocab_size, start)
     length, batch = recipe.data.sequence_length, recipe.data.batch_size
     costs = [training_flops(config, length, batch) for config, _ in configs]
     if recipe.train.flops is not None:
@@ -90,14 +90,14 @@ def plan(recipe: Recipe, vocab_size: int = 256) -> Plan:
     edges = [0, *boundaries, steps]
     stretches = zip(edges, edges[1:], configs, costs, strict=False)
     phases = (Phase(first, end, sizes, cost) for first, end, (_, sizes), cost in stretches)
-    return Plan(tuple(phases), length * batch, ancestors)
+    return Plan(tuple(phases), length * batch)
 
 
-def model_config(recipe: Recipe, vocab_size: int, **fields: Any) -> Any:
+def model_config(recipe: Recipe, vocab_size: int, start: Start | None = None, **fields: Any) -> Any:
     """The transformers configuration of the model before any growth; `fields` are defaults of [model]."""
     section = recipe.model
     if section.checkpoint:
-        config = load_config(find_checkpoint(section.checkpoint))
+        config = start_config(start or start_of(recipe))
     else:
         settings = {"vocab_size": vocab_size, **fields, **section.fields}
         config = build_config(section.architecture, section.preset, settings)
@@ -112,9 +112,9 @@ def model_config(recipe: Recipe, vocab_size: int, **fields: Any) -> Any:
     return config
 
 
-def phase_configs(recipe: Recipe, vocab_size: int) -> list[tuple[Any, dict[str, int]]]:
+def phase_configs(recipe: Recipe, vocab_size: int, start: Start) -> list[tuple[Any, dict[str, int]]]:
     """Configuration and changed sizes of each phase. An operator that refuses does so here, up front."""
-    config = model_config(recipe, vocab_size)
+    config = model_config(recipe, vocab_size, start)
     phases: list[tuple[Any, dict[str, int]]] = [(config, {})]
     for i, event in enumerate(recipe.growth):
         afresh = event.moments == "drop" or event.operator == "published"
@@ -125,9 +125,15 @@ def phase_configs(recipe: Recipe, vocab_size: int) -> list[tuple[Any, dict[str, 
             )
         try:
             sizes = target_sizes(config, event.to)
-            config = OPERATORS[event.operator](config, sizes).config
+            change = OPERATORS[event.operator](config, sizes)
         except ValueError as error:
             raise ValueError(f"growth.{i}.{error}") from None
+        if event.learning_rate == "rewarm_new" and not change.adds_entries:
+            raise ValueError(
+                f"growth.{i}.learning_rate = 'rewarm_new' has no effect with operator = {event.operator!r}, whose rows "
+                "are copies with the age of the old ones; rewarm_all has"
+            )
+        config = change.config
         phases.append((config, phases[-1][1] | sizes))
     return phases
 

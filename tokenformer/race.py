@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import runs
+from . import environment, runs
 from .recipe import Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
 from .report import write_report
+from .report.units import printable
 from .runs import Say
 from .train import Stopped, require_feasible, stop_signals, train
 
@@ -57,7 +58,7 @@ def run_race(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say 
         for name, arm in arms.items():
             arms[name] = with_threads(arm, folder / runs.ARMS / name, jobs)
             try:
-                require_feasible(arm, tell)
+                require_feasible(arm, folder / runs.ARMS / name, tell)
             except ValueError as error:
                 raise ValueError(f"arm {name}: {error}") from None
         open_race(recipe, folder)
@@ -82,8 +83,8 @@ def open_race(recipe: Recipe, folder: Path) -> None:
         "name": recipe.name,
         "description": recipe.description,
         "recipe": recipe_to_dict(recipe),
-        "command": runs.command(),
-        "environment": runs.environment(),
+        "command": environment.command(),
+        "environment": environment.environment(),
         "arms": [
             {"name": arm.name, "description": arm.description, "folder": f"{runs.ARMS}/{arm.name}"}
             for arm in recipe.arms
@@ -98,7 +99,8 @@ def with_threads(arm: Recipe, folder: Path, jobs: int) -> Recipe:
     if arm.train.threads:
         return arm
     begun = folder / runs.RECIPE
-    threads = runs.read_json(begun)["train"]["threads"] if begun.exists() else max(1, runs.usable_cores() // jobs)
+    share = max(1, environment.usable_cores() // jobs)
+    threads = runs.read_json(begun)["train"]["threads"] if begun.exists() else share
     return replace(arm, train=replace(arm.train, threads=threads))
 
 
@@ -255,7 +257,6 @@ def summary(report: dict[str, Any]) -> list[str]:
     ]
     best = arms[0]
     if best.get("sample"):
-        # A model this small may write control characters, which a terminal would obey.
-        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in best["sample"]["text"])
-        lines += ["", f"A sample from {best['name']}, after {best['sample']['prompt']!r}:", text]
+        sample = best["sample"]
+        lines += ["", f"A sample from {best['name']}, after {sample['prompt']!r}:", printable(sample["text"])]
     return ["", *lines, "", *(sentence.replace("**", "") for sentence in report["answer"])]

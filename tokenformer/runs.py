@@ -3,6 +3,10 @@
     RUN/recipe.json          the resolved recipe, in full         RUN/metrics.jsonl   one JSON object a line
     RUN/environment.json     hardware, versions, commit, command  RUN/checkpoints/    step-00000100/, ...
     RUN/data.json            what the corpus was                  RUN/result.json     how it ended
+    RUN/start.json           the checkpoint that the run goes on from, if any, and what that had cost and seen
+
+`step` and `steps` are this run's own. `flops`, `tokens` and `seconds`, of training, include the ancestors wherever
+they are written. `unique_tokens` and `epochs` are of this run's own text, what data.skip_tokens passes over included.
 
 Whole files are written beside their place and renamed into it, so a killed process never leaves half a file
 under its real name. Only metrics.jsonl is appended to; a checkpoint stores how many of its lines belong to
@@ -10,23 +14,21 @@ it, and a resumed run drops the lines that came later.
 """
 
 import contextlib
-import datetime
 import json
 import os
-import platform
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .environment import environment
+
 RECIPE = "recipe.json"
 ENVIRONMENT = "environment.json"
 DATA = "data.json"
+START = "start.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
@@ -36,6 +38,8 @@ ARMS = "arms"
 LOCK = ".lock"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 LOCK_SECONDS = 60.0
+# What a checkpoint had cost and seen, in trainer.json, start.json and the lineage.
+COST: dict[str, Any] = {"flops": int, "tokens": int, "seconds": int | float, "streams": list}
 
 Say = Callable[[str], None] | None  # who is told one line of progress at a time
 
@@ -54,9 +58,11 @@ def write_json(path: str | Path, value: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):  # which names the temporary file, or none
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -68,6 +74,21 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def read_object(path: str | Path, kinds: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object in a file; ValueError unless it has a value of the given type under each of these keys."""
+    return require_object(read_json(path), kinds, str(path))
+
+
+def require_object(value: Any, kinds: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: must be a JSON object, and is {str(value)[:40]}")
+    for key, kind in kinds.items():
+        if not isinstance(value.get(key), kind):
+            found = str(value[key])[:40] if key in value else "missing"
+            raise ValueError(f"{where}: {key} must be of type {getattr(kind, '__name__', kind)}, and is {found}")
+    return value
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -152,16 +173,32 @@ def check_folder(folder: Path, recipe: dict[str, Any], resume: bool, kind: str =
 
 def is_begun(name: str) -> bool:
     """Whether a run that was killed before it wrote recipe.json leaves a file of that name."""
-    return name.startswith(".") or name in (ENVIRONMENT, DATA)
+    return name.startswith(".") or name in (ENVIRONMENT, DATA, START)
 
 
-def open_run(folder: Path, recipe: dict[str, Any], data: dict[str, Any]) -> None:
-    """Remove what a killed process left half written; write environment.json, data.json and recipe.json."""
+def open_run(
+    folder: Path, recipe: dict[str, Any], data: dict[str, Any], start: dict[str, Any] | None = None
+) -> None:
+    """Remove what a killed process left half written; write environment.json, data.json, start.json, recipe.json."""
     remove_unfinished(folder)
     record_environment(folder)
     write_json(folder / DATA, data)
-    if not (folder / RECIPE).exists():  # last: with it, the folder holds a run
+    if not (folder / RECIPE).exists():
+        if start:
+            write_json(folder / START, start)
+        # Last: with it, the folder holds a run.
         write_json(folder / RECIPE, json.loads(json.dumps(recipe)))
+
+
+def record_environment(folder: Path) -> None:
+    """Write environment.json, or add this start to its list `resumed` when the run was started before."""
+    path = folder / ENVIRONMENT
+    if path.exists():
+        stored = read_json(path)
+        stored.setdefault("resumed", []).append(environment())
+        write_json(path, stored)
+    else:
+        write_json(path, environment())
 
 
 def require_same_recipe(folder: Path, stored: dict[str, Any], recipe: dict[str, Any]) -> None:
@@ -181,6 +218,17 @@ def remove_unfinished(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def missing(folder: str | Path) -> list[Path]:
+    """Of a folder and those above it, the ones that do not exist, deepest first."""
+    return [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 @contextlib.contextmanager
 def locked(folder: str | Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
     """Hold the run folder for this process alone; the lock falls when the process ends, however it ends.
@@ -192,10 +240,12 @@ def locked(folder: str | Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
     except ImportError:  # no such locks on Windows
         yield
         return
+    made = missing(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(Path(folder) / LOCK, "w")  # noqa: SIM115 (held open for as long as the lock is held)
     except OSError as error:
+        remove_empty(made)
         raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
     with file:
         deadline = time.monotonic() + seconds
@@ -211,7 +261,8 @@ def locked(folder: str | Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
             yield
         finally:
             if [path.name for path in Path(folder).iterdir()] == [LOCK]:  # refused: leave nothing behind
-                shutil.rmtree(folder)
+                (Path(folder) / LOCK).unlink()
+                remove_empty(made)
 
 
 # --- checkpoints of a run ---
@@ -237,91 +288,3 @@ def prune_checkpoints(run: str | Path, keep: int) -> None:
         doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-# --- where it ran ---
-
-
-def record_environment(folder: Path) -> None:
-    """Write environment.json, or add this start to its list `resumed` when the run was started before."""
-    path = folder / ENVIRONMENT
-    if path.exists():
-        stored = read_json(path)
-        stored.setdefault("resumed", []).append(environment())
-        write_json(path, stored)
-    else:
-        write_json(path, environment())
-
-
-def environment() -> dict[str, Any]:
-    """The machine, the versions, the source's commit and the command of this process, ready for JSON."""
-    import torch
-
-    commit, dirty = source_commit(Path(__file__).resolve().parent)
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cores": usable_cores(),
-        "memory_gb": memory_gb(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: version(name) for name in ("tokenformer", "torch", "transformers", "numpy")},
-        "commit": commit,
-        "dirty": dirty,
-        "command": command(),
-        "threads": torch.get_num_threads(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def command() -> str:
-    """The command line of this process as a person would type it."""
-    program = Path(sys.argv[0]).name
-    if program in ("cli.py", "__main__.py"):
-        program = "tokenformer"
-    return shlex.join([program, *sys.argv[1:]])
-
-
-def source_commit(package: Path) -> tuple[str | None, bool | None]:
-    """Commit of the package's repository, and whether tracked files were changed; None outside one."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=20)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        if not git("ls-files", "__init__.py"):  # an installed package may lie inside somebody else's repository
-            return None, None
-        commit = git("rev-parse", "HEAD")
-        return (commit, bool(git("status", "--porcelain", "--untracked-files=no"))) if commit else (None, None)
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-
-
-def usable_cores() -> int:
-    """The cores that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def memory_gb() -> float | None:
-    try:
-        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -14,8 +14,10 @@ from .distributed import Ranks
 from .flops import count_parameters
 from .optim import AdamW, parameter_groups
 from .plan import Plan
+from .random_states import rng_state
 from .recipe import GrowthSection, Recipe
 from .runs import Say
+from .start import Start, stream_of, streams_with
 
 
 @dataclasses.dataclass
@@ -24,6 +26,7 @@ class Run:
 
     recipe: Recipe
     folder: Path
+    start: Start
     plan: Plan
     corpus: Corpus
     batches: Batches
@@ -47,7 +50,7 @@ class State:
     optimizer: AdamW
     step: int = 0  # steps done
     grown: int = 0  # growths done
-    seconds: float = 0.0  # spent in training steps and growths; evaluation and saving are left out
+    seconds: float = 0.0  # in training steps and growths, ancestors' too; evaluation and saving are left out
     lineage: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest
     logged: tuple[int, float] = (0, 0.0)  # step and seconds at the last line of progress
@@ -69,11 +72,11 @@ def set_rewarm(optimizer: AdamW, event: GrowthSection) -> None:
 
 
 def position(run: Run, state: State) -> dict[str, Any]:
-    """Steps, training FLOPs, tokens and training seconds so far, those before a resume included."""
+    """Steps of this run; training FLOPs, tokens and seconds so far, those of its ancestors included."""
     return {
         "step": state.step,
-        "flops": run.plan.ancestor_flops + run.plan.flops_at(state.step),
-        "tokens": state.step * run.plan.tokens_per_step,
+        "flops": run.start.flops + run.plan.flops_at(state.step),
+        "tokens": run.start.tokens + state.step * run.plan.tokens_per_step,
         "seconds": round(state.seconds, 3),
     }
 
@@ -118,15 +121,20 @@ def short(count: float) -> str:
 def save_state(run: Run, state: State) -> Path:
     """The checkpoint of this step, written by rank 0 while the others wait; the oldest are removed."""
     folder = runs.checkpoint_folder(run.folder, state.step)
-    states = distributed.gathered(checkpoint.rng_state(), run.ranks)
-    if run.metrics is not None:
+    states = distributed.gathered(rng_state(), run.ranks)
+
+    def write() -> None:
+        if run.metrics is None:
+            return
         trainer = {
             **position(run, state),
             "seconds": state.seconds,
             "grown": state.grown,
             "evaluation": state.evaluation,
             "metrics_lines": run.metrics.lines,
-            "stream": {**stream_of(run), "tokens": run.batches.unique_tokens(state.step)},
+            "streams": streams_with(
+                run.start.streams, stream_of(run.recipe.data, run.corpus), run.batches.unique_tokens(state.step)
+            ),
         }
         try:
             run.metrics.sync()
@@ -136,41 +144,15 @@ def save_state(run: Run, state: State) -> Path:
             runs.prune_checkpoints(run.folder, run.recipe.train.keep_checkpoints)
         except (ValueError, OSError) as error:
             raise ValueError(f"{error}; {last_good(run)}") from error
-    distributed.barrier(run.ranks)
+
+    distributed.together(write, run.ranks)
     return folder
-
-
-def stream_of(run: Run) -> dict[str, Any]:
-    """What text a run is trained on, in what order; two runs of which this is equal see the same windows."""
-    data = run.recipe.data
-    return {
-        "sha256": run.corpus.info["sha256"],
-        "sequence_length": data.sequence_length,
-        "seed": data.seed,
-    }
-
-
-def require_unseen(run: Run, stream: dict[str, Any] | None) -> None:
-    """ValueError when the checkpoint that a run starts from has seen text that the run would see again."""
-    data, mine = run.recipe.data, stream_of(run)
-    if stream is None or stream["sha256"] != mine["sha256"] or data.repeat:
-        return
-    seen = stream["tokens"]
-    if {**mine, "tokens": seen} != stream:
-        order = f"data.seed = {stream['seed']} and data.sequence_length = {stream['sequence_length']}"
-        raise ValueError(
-            f"model.checkpoint: has seen {seen:,} tokens of this text in another order; take its {order} and "
-            f"data.skip_tokens = {seen}, or data.repeat = true"
-        )
-    if data.skip_tokens < seen:
-        raise ValueError(
-            f"data.skip_tokens = {data.skip_tokens}: model.checkpoint has seen the first {seen:,} tokens; set it to "
-            f"{seen}, or data.repeat = true"
-        )
 
 
 def load_state(run: Run, folder: Path) -> tuple[State, int]:
     """The state that a checkpoint of this run holds, and how many lines of metrics belong to it."""
+    kinds = {"step": int, "grown": int, "evaluation": dict, "metrics_lines": int}
+    runs.read_object(folder / checkpoint.TRAINER, kinds | runs.COST)
     model, lineage = checkpoint.load_checkpoint(folder)
     model = model.to(run.device).train()
     optimizer = build_optimizer(run.recipe, model)

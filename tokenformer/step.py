@@ -23,6 +23,8 @@ from .state import Run, State, last_good, progress, record
 class Diverged(ValueError):
     """The loss or the gradient is no longer a finite number."""
 
+    silent = False  # true on a rank that leaves it to another to say so
+
 
 def wrap(run: Run, model: nn.Module) -> nn.Module:
     """The model as training steps call it: data-parallel, compiled. Made anew after each growth."""

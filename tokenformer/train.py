@@ -10,8 +10,8 @@ path bit for bit.
 """
 
 import contextlib
+import dataclasses
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from . import checkpoint, distributed, runs
 from .data import Batches, Corpus, eval_windows, load_tokenizer, prepare
 from .distributed import Ranks
 from .evaluate import evaluate, sample_text
+from .event import change_text, grow_measured, sizes_text
 from .flops import count_parameters
-from .growth import grow
 from .models import build_model
-from .optim import AdamW, load_named_state
+from .optim import AdamW
 from .plan import Plan, model_config, plan
+from .random_states import seed_all
 from .recipe import Recipe, recipe_to_dict
 from .runs import Say
+from .start import Start, is_begun, require_same_tokenizer, require_unseen, start_of, stream_of
 from .state import (
     Run,
     State,
@@ -37,19 +39,21 @@ from .state import (
     load_state,
     position,
     record,
-    require_unseen,
     result_of,
     save_state,
     set_rewarm,
     short,
 )
-from .step import train_step, wrap
+from .step import Diverged, train_step, wrap
 
-PROBE_WINDOWS = 4  # held-out windows on which a growth is measured
+PROBE_WINDOWS = 4  # held-out windows on which a growth is measured, if so many fit
+GROWTH_KEYS = ("operator", "from", "to", "promise", "max_logit_change", "parameters_before", "parameters_after")
 
 
 class Stopped(Exception):
     """A signal ended the run after a whole step, its checkpoint written; `exit_code` is the shell's."""
+
+    silent = False
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -70,8 +74,13 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say = p
     try:
         # A run that was told to stop may still be writing its checkpoint: only a resume waits for that.
         seconds = runs.LOCK_SECONDS if resume else 0
-        with runs.locked(folder, seconds) if ranks.main else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            lock = runs.locked(folder, seconds) if ranks.main else contextlib.nullcontext()
+            distributed.together(lambda: stack.enter_context(lock), ranks)
             return train_locked(recipe, folder, resume, say, ranks, device)
+    except (Stopped, Diverged) as error:  # raised on every rank alike, and rank 0 says so
+        error.silent = not ranks.main
+        raise
     finally:
         distributed.stop(ranks)
 
@@ -81,21 +90,20 @@ def train_locked(
 ) -> dict[str, Any]:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    if ranks.main:
-        runs.check_folder(folder, recipe_to_dict(recipe), resume)
-    distributed.barrier(ranks)
-    done = finished_result(folder)
+    distributed.on_main(lambda: runs.check_folder(folder, recipe_to_dict(recipe), resume), ranks)
+    done = distributed.on_main(lambda: finished_result(folder), ranks)
     if done:
         if say and ranks.main:
             say(f"{folder} is finished: {done['bits_per_byte']:.4f} bits per byte after {done['step']} steps")
         return done
     run = prepare_run(recipe, folder, say, ranks, device)
-    if ranks.main:  # not before the run is known to be possible
-        runs.open_run(folder, recipe_to_dict(recipe), run.corpus.info)
-    state = start(run)
+    # Not before the run is known to be possible.
+    origin = dataclasses.asdict(run.start) if recipe.model.checkpoint else None
+    distributed.on_main(lambda: runs.open_run(folder, recipe_to_dict(recipe), run.corpus.info, origin), ranks)
+    state = distributed.together(lambda: first_state(run), ranks)
     try:
         loop(run, state)
-        result = finish(run, state)
+        return distributed.on_main(lambda: finish(run, state), ranks)
     except Stopped:
         raise
     except Exception as error:
@@ -107,7 +115,6 @@ def train_locked(
             run.metrics.close()
         if run.writer is not None:
             run.writer.close()
-    return distributed.from_main(result, ranks)
 
 
 # --- before the first step ---
@@ -121,30 +128,34 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
 
 def prepare_run(recipe: Recipe, folder: Path, say: Say, ranks: Ranks, device: torch.device) -> Run:
     """The corpus, the plan and the batches of a run; ValueError when they do not fit together."""
-    require_divisible(recipe, ranks)
-    if recipe.train.tensorboard:
-        tensorboard_writer()
-    if not ranks.main:
-        distributed.barrier(ranks)  # rank 0 has the corpus then, and the others find it in the cache
-    planned, corpus, batches, windows = require_feasible(recipe, say if ranks.main else None)
-    if ranks.main:
-        distributed.barrier(ranks)
-    run = Run(recipe, folder, planned, corpus, batches, windows, device, ranks, say)
-    if recipe.model.checkpoint:
-        require_unseen(run, checkpoint.ancestry(checkpoint.find_checkpoint(recipe.model.checkpoint))["stream"])
-    return run
+    def check() -> Run:
+        require_divisible(recipe, ranks)
+        if recipe.train.tensorboard:
+            tensorboard_writer()
+        parts = require_feasible(recipe, folder, say if ranks.main else None)
+        return Run(recipe, folder, *parts, device, ranks, say)
+
+    # Rank 0 first: the others find the corpus in the cache then.
+    run = distributed.together(lambda: check() if ranks.main else None, ranks)
+    return distributed.together(lambda: run or check(), ranks)
 
 
-def require_feasible(recipe: Recipe, say: Say) -> tuple[Plan, Corpus, Batches, tuple[Tensor, Tensor]]:
-    """Plan, corpus, batches and held-out windows; ValueError if the corpus is too small for the plan."""
-    planned = plan(recipe, load_tokenizer(recipe.data.tokenizer).vocab_size)
-    corpus = prepare(recipe.data, recipe.data.skip_tokens + planned.tokens, progress=say)
-    data = recipe.data
+def require_feasible(
+    recipe: Recipe, folder: Path, say: Say
+) -> tuple[Start, Plan, Corpus, Batches, tuple[Tensor, Tensor]]:
+    """Start, plan, corpus, batches and held-out windows of a run in `folder`; ValueError if they do not go together."""
+    data, tokenizer = recipe.data, load_tokenizer(recipe.data.tokenizer)
+    start = start_of(recipe, folder)
+    if not is_begun(folder):
+        require_same_tokenizer(start, tokenizer, data.tokenizer)
+    planned = plan(recipe, tokenizer.vocab_size, start)
+    corpus = prepare(data, data.skip_tokens + planned.tokens, progress=say)
+    require_unseen(data, start.streams, stream_of(data, corpus))
     batches = Batches(
         corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat, data.skip_tokens
     )
     batches.require(planned.steps)
-    return planned, corpus, batches, eval_windows(corpus, data.sequence_length)
+    return start, planned, corpus, batches, eval_windows(corpus, data.sequence_length)
 
 
 def require_divisible(recipe: Recipe, ranks: Ranks) -> None:
@@ -156,9 +167,9 @@ def require_divisible(recipe: Recipe, ranks: Ranks) -> None:
         )
 
 
-def start(run: Run) -> State:
+def first_state(run: Run) -> State:
     """The state at step 0, or that of the newest complete checkpoint; metrics past it are dropped."""
-    checkpoint.seed_all(run.recipe.train.seed + run.ranks.rank)
+    seed_all(run.recipe.train.seed + run.ranks.rank)
     complete = runs.checkpoints(run.folder)
     state, lines = load_state(run, complete[-1]) if complete else (fresh_state(run), 0)
     enable_checkpointing(run, state.model)
@@ -179,24 +190,23 @@ def start(run: Run) -> State:
     return state
 
 
-def continued_state(run: Run, folder: Path) -> State:
-    """The state at step 0 of a run that goes on from a checkpoint: its weights in float32, its moments, its lineage."""
-    model, lineage = checkpoint.load_checkpoint(folder)
-    model = model.float().to(run.device).train()
-    optimizer = build_optimizer(run.recipe, model)
-    if (folder / checkpoint.OPTIMIZER).exists():
-        load_named_state(optimizer, model, checkpoint.read_tensors(folder / checkpoint.OPTIMIZER))
-    return State(model, optimizer, lineage=lineage)
-
-
 def fresh_state(run: Run) -> State:
-    if run.recipe.model.checkpoint:
-        return continued_state(run, checkpoint.find_checkpoint(run.recipe.model.checkpoint))
-    tokenizer = run.corpus.tokenizer
-    marks = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = model_config(run.recipe, tokenizer.vocab_size, **marks)
-    model = build_model(config, run.recipe.train.seed).to(run.device)
-    return State(model, build_optimizer(run.recipe, model))
+    """The state at step 0: random weights, or those of a checkpoint with its moments, its lineage and its seconds."""
+    seconds, lineage = run.start.seconds, list[dict[str, Any]]()
+    if run.start.checkpoint:
+        folder = checkpoint.find_checkpoint(run.start.checkpoint)
+        model, lineage = checkpoint.load_checkpoint(folder)
+        model = model.float().to(run.device).train()
+        optimizer = build_optimizer(run.recipe, model)
+        if (folder / checkpoint.OPTIMIZER).exists():
+            checkpoint.load_moments(folder, model, optimizer)
+    else:
+        tokenizer = run.corpus.tokenizer
+        marks = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = model_config(run.recipe, tokenizer.vocab_size, run.start, **marks)
+        model = build_model(config, run.recipe.train.seed).to(run.device)
+        optimizer = build_optimizer(run.recipe, model)
+    return State(model, optimizer, seconds=seconds, lineage=lineage, logged=(0, seconds))
 
 
 def tensorboard_writer() -> Any:
@@ -211,9 +221,7 @@ def tensorboard_writer() -> Any:
 
 def enable_checkpointing(run: Run, model: Any) -> None:
     if run.recipe.train.gradient_checkpointing:
-        # transformers 5.23 renames it and warns about the old name, which 5.0 still needs.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 # --- the loop ---
@@ -241,10 +249,15 @@ def loop(run: Run, state: State) -> None:
 
 
 def evaluate_now(run: Run, state: State) -> None:
-    data, section = run.recipe.data, run.recipe.train
-    state.evaluation = evaluate(state.model, run.windows, data.batch_size, run.device, section.dtype, run.ranks)
+    rows, dtype = rows_at_once(run), run.recipe.train.dtype
+    state.evaluation = evaluate(state.model, run.windows, rows, run.device, dtype, run.ranks)
     record(run, state, "eval", {key: state.evaluation[key] for key in ("loss", "bits_per_byte")})
     run.tell(f"step {state.step}/{run.plan.steps}: {state.evaluation['bits_per_byte']:.4f} bits per byte held out")
+
+
+def rows_at_once(run: Run) -> int:
+    """Sequences that one rank passes through the model at a time, which is what fits into its memory."""
+    return max(1, run.recipe.data.batch_size // (run.ranks.world * run.recipe.train.accumulation_steps))
 
 
 def stop_now(run: Run, state: State, signal_number: int) -> None:
@@ -282,49 +295,21 @@ def stop_signals() -> Iterator[list[int]]:
 
 def grow_now(run: Run, state: State) -> None:
     """The next growth: weights and moments grown, measured on held-out text, written down, said."""
-    event = run.recipe.growth[state.grown]
-    before, before_count = probe_logits(run, state.model), count_parameters(state.model)["total"]
-    began = time.perf_counter()
-    grown = grow(
-        state.model,
-        operator=event.operator,
-        to=event.to,
-        optimizer=state.optimizer,
-        seed=event.seed,
-        moments=event.moments,
+    section = run.recipe.growth[state.grown]
+    # In float32, with a gradient and two models: half of what a step passes at a time must do.
+    probe = run.windows[0][: max(1, min(PROBE_WINDOWS, rows_at_once(run) // 2)), :-1]
+    grown = grow_measured(
+        state.model, section.operator, section.to, probe, state.optimizer, section.seed, section.moments
     )
     assert isinstance(grown.optimizer, AdamW)
     state.model, state.optimizer = grown.model.train(), grown.optimizer
     enable_checkpointing(run, state.model)
-    set_rewarm(state.optimizer, event)
-    state.seconds += time.perf_counter() - began
+    set_rewarm(state.optimizer, section)
+    state.seconds += grown.event["grow_seconds"]
     state.grown += 1
-    moved = (probe_logits(run, state.model) - before).abs().max().item()
-    after_count = count_parameters(state.model)["total"]
-    line = {
-        **{key: grown.event[key] for key in ("operator", "from", "to", "promise")},
-        "max_logit_change": moved,
-        "parameters_before": before_count,
-        "parameters_after": after_count,
-    }
-    state.lineage.append({**grown.event, **line, **position(run, state), "learning_rate": event.learning_rate})
-    record(run, state, "growth", line)
-    sizes = ", ".join(f"{axis} {old} -> {grown.event['to'][axis]}" for axis, old in grown.event["from"].items())
-    run.tell(
-        f"grown at step {state.step}: {sizes}, {short(before_count)} -> {short(after_count)} parameters, "
-        f"logits moved by at most {moved:.0e}"
-    )
-
-
-@torch.no_grad()
-def probe_logits(run: Run, model: Any) -> Tensor:
-    """Float32 logits (W, T, V) on the first held-out windows, in eval mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        return model(input_ids=run.windows[0][:PROBE_WINDOWS, :-1].to(run.device), use_cache=False).logits.float()
-    finally:
-        model.train(was_training)
+    state.lineage.append({**grown.event, **position(run, state), "learning_rate": section.learning_rate})
+    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS})
+    run.tell(f"grown at step {state.step}: {sizes_text(grown.event)}, {change_text(grown.event)}")
 
 
 # --- the end ---
@@ -332,9 +317,8 @@ def probe_logits(run: Run, model: Any) -> Tensor:
 
 def finish(run: Run, state: State) -> dict[str, Any]:
     """result.json of a run that took all its steps, with a sample of the model's text."""
-    if not run.ranks.main:
-        return {}
-    result = result_of(run, state, "finished", sample=sample_text(state.model, run.corpus.tokenizer, run.windows))
+    sample = sample_text(state.model, run.corpus.tokenizer, run.windows)
+    result = result_of(run, state, "finished", sample=sample)
     write_result(run, result)
     run.tell(f"finished: {result['bits_per_byte']:.4f} bits per byte after {state.step} steps; {run.folder}")
     return result

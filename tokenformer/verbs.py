@@ -3,14 +3,25 @@
 Everything heavy is imported inside the functions. cli.py has the arguments, their help, and the errors' end.
 """
 
+import math
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+LARGEST_SEED = 2**32 - 1  # as in recipes
+LARGEST_SIZE = 10**12 - 1  # beyond any memory, and the products of sizes still fit 64 bits
+LEAST_TEMPERATURE = 0.001  # logits over less than this could leave the range of float32
+
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    """Print at once. When the reader has gone (`tokenformer train ... | head`) fall silent: the work goes on."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def quickstart(arguments: Any) -> None:
@@ -50,16 +61,23 @@ def sizes(texts: Sequence[str]) -> dict[str, int]:
     to: dict[str, int] = {}
     for part in ",".join(texts).split(","):
         axis, equals, number = (word.strip() for word in part.partition("="))
-        if not equals or not axis or not number.isdecimal() or not int(number):
-            raise ValueError(f"--to {part}: write AXIS=SIZE with a whole number above 0, such as ffn=512")
+        if not equals or not axis or not number.isdecimal() or not 1 <= int(number) <= LARGEST_SIZE:
+            allowed = f"a whole number from 1 to {LARGEST_SIZE:,}"
+            raise ValueError(f"--to {part}: write AXIS=SIZE with {allowed}, such as ffn=512")
         if axis in to:
             raise ValueError(f"--to {part}: {axis} is given twice")
         to[axis] = int(number)
     return to
 
 
+def require_seed(seed: int) -> None:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"--seed {seed}: allowed is a whole number from 0 to {LARGEST_SEED}")
+
+
 def grow(arguments: Any) -> None:
     to = sizes(arguments.to)
+    require_seed(arguments.seed)
     from .grow_checkpoint import grow_checkpoint
 
     checkpoint, out = Path(arguments.checkpoint), Path(arguments.out)
@@ -69,28 +87,28 @@ def grow(arguments: Any) -> None:
 def evaluate(arguments: Any) -> None:
     if arguments.sequence_length is not None and arguments.sequence_length < 1:
         raise ValueError(f"--sequence-length {arguments.sequence_length}: must be 1 or more")
+    if arguments.out:
+        require_writable(Path(arguments.out))
     from .checkpoint import find_checkpoint, load_checkpoint
     from .data import eval_windows, load_tokenizer, prepare, text_windows
     from .distributed import Ranks, choose_device
-    from .evaluate import evaluate
-    from .recipe import DataSection
     from .runs import write_json
 
     folder = find_checkpoint(arguments.checkpoint)
     device = choose_device(arguments.device, Ranks())
-    section = run_section(folder) or DataSection(source="", tokenizer=str(folder))
+    section = run_section(folder) or stream_section(folder)
     section.source = arguments.source or section.source
     section.sequence_length = arguments.sequence_length or section.sequence_length
     if arguments.text:
-        windows = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
+        parts = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
     elif section.source:
-        windows = eval_windows(prepare(section, 0, progress=say), section.sequence_length)
+        parts = [eval_windows(prepare(section, 0, progress=say), section.sequence_length)]
     else:
         raise ValueError(
-            f"{folder} lies in no run folder, so say what to score: --text PATH or --source embedded"
+            f"{folder} names no text that it was trained on, so say what to score: --text PATH or --source embedded"
         )
     model, _ = load_checkpoint(folder)
-    measured = evaluate(model.to(device), windows, device=device)
+    measured = score(model.to(device), parts, device)
     say(
         f"{measured['bits_per_byte']:.4f} bits per byte, loss {measured['loss']:.4f} nats per token: "
         f"{measured['tokens']:,} tokens, {measured['bytes']:,} bytes, windows of {section.sequence_length}"
@@ -100,6 +118,43 @@ def evaluate(arguments: Any) -> None:
         about = {"checkpoint": str(folder), **scored, "sequence_length": section.sequence_length}
         write_json(arguments.out, {**about, **measured})
         say(f"numbers: {arguments.out}")
+
+
+def require_writable(file: Path) -> None:
+    """Before the work whose numbers go into `file`, not after it."""
+    if file.is_dir():
+        raise ValueError(f"--out {file}: is a folder; name a file")
+    if not file.parent.is_dir():
+        raise ValueError(f"--out {file}: there is no folder {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise ValueError(f"--out {file}: {file.parent} cannot be written")
+
+
+def score(model: Any, parts: list[tuple[Any, Any]], device: Any) -> dict[str, float]:
+    """What `evaluate` measures, over parts whose windows differ in length."""
+    import torch
+
+    from .evaluate import evaluate
+
+    nats, count, size = 0.0, 0, 0
+    for tokens, text_bytes in parts:
+        # The bytes are summed here: a part may be a single end mark, which stands for none.
+        measured = evaluate(model, (tokens, torch.ones_like(text_bytes)), device=device)
+        nats += measured["loss"] * measured["tokens"]
+        count += int(measured["tokens"])
+        size += int(text_bytes[:, 1:].sum())
+    return {"loss": nats / count, "bits_per_byte": nats / math.log(2) / size, "tokens": count, "bytes": size}
+
+
+def stream_section(checkpoint: Path) -> Any:
+    """A [data] with what the checkpoint itself says of the text that it was last trained on; else no source."""
+    from .checkpoint import ancestry
+    from .recipe import DataSection
+
+    streams = ancestry(checkpoint).get("streams") or [{}]
+    names = {field.name for field in fields(DataSection)} - {"tokenizer", "seed"}
+    known = {key: value for key, value in streams[-1].items() if key in names}
+    return DataSection(**{"source": "", **known, "tokenizer": str(checkpoint)})
 
 
 def run_section(checkpoint: Path) -> Any:
@@ -118,17 +173,25 @@ def generate(arguments: Any) -> None:
         )
     temperature = 0.8 if arguments.temperature is None else arguments.temperature
     top_k = arguments.top_k or 0
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"--temperature {temperature}: must be above 0; for no chance at all use --greedy")
+    if not LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise ValueError(
+            f"--temperature {temperature}: must be {LEAST_TEMPERATURE} or more; for no chance at all use --greedy"
+        )
     if top_k < 0:
         raise ValueError(f"--top-k {top_k}: must be 0 (all tokens) or more")
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: must be 1 or more")
+    require_seed(arguments.seed)
+    try:
+        arguments.prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"--prompt {ascii(arguments.prompt)}: is not UTF-8 text") from None
     import torch
 
     from .checkpoint import find_checkpoint, load_checkpoint
     from .data import load_tokenizer
     from .distributed import Ranks, choose_device
+    from .report.units import printable
 
     folder = find_checkpoint(arguments.checkpoint)
     device = choose_device(arguments.device, Ranks())
@@ -150,7 +213,7 @@ def generate(arguments: Any) -> None:
         eos_token_id=end,
         **chance,
     )
-    say(tokenizer.decode(output[0].tolist()))
+    say(printable(tokenizer.decode(output[0].tolist())))
 
 
 def report(arguments: Any) -> None:

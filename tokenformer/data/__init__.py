@@ -194,26 +194,54 @@ def eval_windows(corpus: Corpus, sequence_length: int) -> tuple[torch.Tensor, to
             f"data.sequence_length = {sequence_length} is more than the {len(corpus.valid):,} held-out "
             "tokens: lower it, or raise data.valid_fraction or data.valid_tokens"
         )
-    index = np.arange(count)[:, None] * sequence_length + np.arange(sequence_length + 1)  # (W, T + 1)
-    tokens = np.concatenate([[corpus.tokenizer.eos_token_id], corpus.valid]).astype(np.int64)[index]
-    text_bytes = np.concatenate([[0], corpus.valid_bytes]).astype(np.int64)[index]
+    return cut_windows(corpus.valid, corpus.valid_bytes, corpus.tokenizer.eos_token_id, sequence_length)
+
+
+def cut_windows(
+    stream: np.ndarray, stream_bytes: np.ndarray, context: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows (W, length + 1) of a stream's ids and bytes, `context` before the first; a shorter rest is left out."""
+    index = np.arange(len(stream) // length)[:, None] * length + np.arange(length + 1)
+    tokens = np.concatenate([[context], stream]).astype(np.int64)[index]
+    text_bytes = np.concatenate([[0], stream_bytes]).astype(np.int64)[index]
     return torch.from_numpy(tokens), torch.from_numpy(text_bytes)
 
 
-def text_windows(paths: Sequence[str], tokenizer: Tokenizer, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Evaluation windows over all of some files, each a document; of a short text, one shorter window.
+def text_windows(
+    paths: Sequence[str], tokenizer: Tokenizer, sequence_length: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Evaluation windows over all of some files, each a document: those of `eval_windows`, and one over the rest.
 
-    A path is a file or a folder, read as `data.source` reads them. The windows are those of `eval_windows`.
-    Raises ValueError if a path does not exist or if there is no text in any.
+    A list of one or two parts, ids and bytes each: the windows of `sequence_length`, and the shorter window that
+    what is left fills; together they hold every token once. A path is a UTF-8 text file (plain, .gz, .xz) or a
+    folder, of which every such file is read whose name does not begin with a dot.
+    Raises ValueError, naming the path, if one does not exist or is not text, or if there is no text in any.
     """
     ids: list[Any] = []
     counts: list[Any] = []
-    for file in (file for path in paths for file in files_below(Path(path), path)):
-        tokens, text_bytes = tokenizer.encode_with_bytes("".join(read_blocks(file)).replace("\0", ""))
-        ids += [tokens, [tokenizer.eos_token_id]]
-        counts += [text_bytes, [0]]
+    for path in paths:
+        if not (Path(path).is_file() or Path(path).is_dir()):
+            raise ValueError(f"--text {path}: no such file or folder")
+        for file in files_below(Path(path), path):
+            tokens, text_bytes = tokenizer.encode_with_bytes(read_text(file))
+            ids += [tokens, [tokenizer.eos_token_id]]
+            counts += [text_bytes, [0]]
     stream, stream_bytes = (np.concatenate([[], *parts]).astype(np.int64) for parts in (ids, counts))
     if not stream_bytes.sum():
         raise ValueError(f"--text {' '.join(paths)}: holds no text")
-    corpus = Corpus(stream[:0], stream, stream_bytes, tokenizer, {})
-    return eval_windows(corpus, min(sequence_length, len(stream)))
+    whole = len(stream) // sequence_length * sequence_length
+    parts = []
+    if whole:
+        parts.append(cut_windows(stream[:whole], stream_bytes[:whole], tokenizer.eos_token_id, sequence_length))
+    if rest := len(stream) - whole:
+        context = stream[whole - 1] if whole else tokenizer.eos_token_id
+        parts.append(cut_windows(stream[whole:], stream_bytes[whole:], context, rest))
+    return parts
+
+
+def read_text(file: Path) -> str:
+    """All of a file named by --text, without NULs, which the byte tokenizer takes for end marks."""
+    try:
+        return "".join(read_blocks(file, "--text")).replace("\0", "")
+    except UnicodeDecodeError:
+        raise ValueError(f"--text {file}: is not UTF-8 text; allowed: plain, .gz or .xz") from None

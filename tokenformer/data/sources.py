@@ -112,15 +112,18 @@ def files_below(root: Path, name: str) -> list[Path]:
     return sorted((path for path in found if path.is_file()), key=Path.as_posix)
 
 
-def read_blocks(path: Path) -> Iterator[str]:
-    """A file's text in parts of about BLOCK characters that end where a line ends, unless it is long."""
+def read_blocks(path: Path, key: str = "data.source") -> Iterator[str]:
+    """A file's text in parts of about BLOCK characters that end where a line ends, unless it is long.
+
+    `key` is what named the file, for the message when it cannot be read.
+    """
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
     try:
         with opener(path, "rt", encoding="utf-8", newline="") as file:
             while block := file.read(BLOCK):
                 yield block + file.readline(LONGEST_CHUNK)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"data.source: {path} cannot be read: {first_line(error)}") from error
+        raise ValueError(f"{key}: {path} cannot be read: {first_line(error)}") from error
 
 
 def inspect(path: Path, separator: str) -> tuple[int, bool, bool, bool]:

@@ -9,7 +9,7 @@ moment moves as c m and the second as c² v. New entries start with no moments a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,29 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.axes import parameter_axes
+from .plan import Fill, Plan
+from .tokens import OPERATORS
 
 SHORT_NAMES = {"ffn": "ffn_tokens", "qkv": "qkv_tokens", "proj": "proj_tokens"}
 
-
-@dataclass(frozen=True)
-class Fill:
-    """How one parameter takes its new shape along a grown axis; factors are per new slot, or one number for all."""
-
-    weight: Tensor | float = 1.0
-    moment: Tensor | float = 1.0
-    new_std: float = 0.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An operator's answer. slots: axis -> old slot of each new slot, -1 for a new one."""
-
-    config: PreTrainedConfig
-    slots: dict[str, Tensor]
-    fill: Callable[[str, str], Fill]  # (parameter name, grown axis) -> Fill
-    promise: str  # "exact" or "approximate"
-    note: str = ""
-    drops_moments: bool = False
+# What an optimizer may keep of a parameter's shape: state -> the power of the gradient that it is made of.
+GRADIENT_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
 
 @dataclass(frozen=True)
@@ -69,10 +53,9 @@ def grow(
     of old entries carried over ("keep") or all started afresh ("drop"). tokenformer.AdamW gives new entries their own
     step count; other Adams, which have one count per tensor, get the mean second moment of the old entries there
     instead, so that the first steps do not overshoot.
-    Raises ValueError on an unknown operator or axis, a smaller or equal target, or an operator that does not fit.
+    Raises ValueError on an unknown operator or axis, a smaller or equal target, an operator that does not fit, or an
+    optimizer with a state that growth does not know.
     """
-    from .tokens import OPERATORS
-
     if operator not in OPERATORS:
         raise ValueError(f"operator: {operator!r} is not known; allowed: {', '.join(OPERATORS)}")
     if moments not in ("keep", "drop"):
@@ -104,16 +87,18 @@ def grow(
 
 
 def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]:
-    """`to` with full axis names; ValueError unless they are this model's, none smaller and at least one larger."""
+    """`to` with full axis names; ValueError unless they are this model's, each once, none smaller, one larger."""
     if not to:
         raise ValueError("to: no target size given, for example ffn=512")
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name, size in to.items():
         axis = SHORT_NAMES.get(name, name)
         if not isinstance(getattr(config, axis, None), int):
             raise ValueError(f"to.{name}: {config.model_type} has no such axis; allowed: {', '.join(SHORT_NAMES)}")
         if not isinstance(size, int) or size < getattr(config, axis):
             raise ValueError(f"to.{name}: {size} is smaller than the model's {getattr(config, axis)}; growth only adds")
+        if axis in sizes:
+            raise ValueError(f"to.{name}: {axis} is given twice, as {sizes[axis]} and as {size}")
         sizes[axis] = size
     if all(size == getattr(config, axis) for axis, size in sizes.items()):
         raise ValueError(f"to: {to} is the size that the model already has")
@@ -166,6 +151,7 @@ def _grow_weights(model: PreTrainedModel, plan: Plan, generator: torch.Generator
     with torch.random.fork_rng(devices=[]):
         grown = type(model)(plan.config)
     grown = grown.to(device=model.device, dtype=model.dtype).train(model.training)
+    _copy_buffers(model, grown)
     grown.generation_config = copy.deepcopy(model.generation_config)
     if model.is_activation_checkpointing:
         grown.activation_checkpointing_enable()
@@ -185,6 +171,20 @@ def _grow_weights(model: PreTrainedModel, plan: Plan, generator: torch.Generator
     return grown
 
 
+def _copy_buffers(model: nn.Module, grown: nn.Module) -> None:
+    """Old buffers as they are, their dtype too: a model read in bfloat16 keeps its rotary frequencies in float32."""
+    modules = dict(grown.named_modules())
+    for name, old in model.named_modules():
+        for key, buffer in old._buffers.items():
+            made = modules[name]._buffers.get(key)
+            if buffer is not None and made is not None and buffer.shape != made.shape:
+                full_name = f"{name}.{key}".lstrip(".")
+                raise ValueError(f"buffer {full_name!r} changes its shape with growth, and no table says how")
+            modules[name]._buffers[key] = None if buffer is None else buffer.clone()
+        if hasattr(old, "max_seq_len_cached"):  # the length that dynamic rotary frequencies were made for
+            modules[name].max_seq_len_cached = old.max_seq_len_cached
+
+
 @torch.no_grad()
 def _grow_optimizer(
     model: nn.Module, grown: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, drop: bool
@@ -197,7 +197,8 @@ def _grow_optimizer(
         if unknown:
             raise ValueError(f"optimizer: holds a tensor of shape {tuple(unknown[0].shape)} that the model does not")
         groups.append({**group, "params": [targets[names[p]] for p in group["params"]]})
-    defaults = {k: v for k, v in optimizer.defaults.items() if k in type(optimizer).__init__.__code__.co_varnames}
+    arguments = inspect.signature(type(optimizer)).parameters
+    defaults = {k: v for k, v in optimizer.defaults.items() if k in arguments}
     result = type(optimizer)(groups, **defaults)
     if drop:
         return result
@@ -206,24 +207,34 @@ def _grow_optimizer(
         fill = _fill(plan, names[old], axes)
         new_state = {key: copy.deepcopy(value) for key, value in state.items()}
         if fill is not None:
-            _grow_state(new_state, old, axes, plan, fill, getattr(optimizer, "counts_ages", False))
+            _grow_state(new_state, old, axes, plan, fill, optimizer)
         result.state[targets[names[old]]] = new_state
     return result
 
 
-def _grow_state(state: dict[str, Any], old: Tensor, axes: tuple[str, ...], plan: Plan, fill: Fill, ages: bool) -> None:
-    """One parameter's state in place: exp_avg by c, exp_avg_sq by c², other tensors of the same shape by 1."""
+def _grow_state(
+    state: dict[str, Any], old: Tensor, axes: tuple[str, ...], plan: Plan, fill: Fill, optimizer: torch.optim.Optimizer
+) -> None:
+    """One parameter's state in place: what goes with the gradient by c, what goes with its square by c², scalars stay.
+
+    Raises ValueError on any other tensor: how it would have to move is not known.
+    """
     new = new_entries(axes, plan.slots, old.device)
-    second = state.get("exp_avg_sq")
-    mean = second.mean() if second is not None else None
+    ages = getattr(optimizer, "counts_ages", False)
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == old.shape and key != "birth":
-            power = {"exp_avg": 1, "exp_avg_sq": 2}.get(key, 0)
-            state[key] = expand(value, axes, plan.slots, fill.moment**power if power else 1.0)
+        scalar = not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != old.shape)
+        if scalar or (ages and key == "birth"):
+            continue
+        if key not in GRADIENT_POWERS or value.shape != old.shape:
+            raise ValueError(
+                f"optimizer: {type(optimizer).__name__} keeps a state {key!r} of shape {tuple(value.shape)}, and "
+                "growth does not know how it moves; moments = 'drop' starts it afresh"
+            )
+        power = GRADIENT_POWERS[key]
+        grown = expand(value, axes, plan.slots, fill.moment**power)
+        state[key] = grown if ages or power == 1 else torch.where(new, value.mean(), grown)
     if ages and (new.any() or "birth" in state):
         birth = new * state["step"].to(old.device)
         if "birth" in state:
             birth = torch.maximum(birth, expand(state["birth"], axes, plan.slots))
         state["birth"] = birth
-    elif new.any() and mean is not None:
-        state["exp_avg_sq"] = torch.where(new, mean, state["exp_avg_sq"])

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from ..models.tokenformer import initial_stds
 from ..pattention import default_scale
-from .engine import Fill, Plan
+from .plan import Fill, Plan
 
 
 def zero_keys(config: PreTrainedConfig, sizes: dict[str, int]) -> Plan:

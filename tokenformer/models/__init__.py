@@ -35,7 +35,8 @@ def build_config(
 ) -> PreTrainedConfig:
     """The transformers configuration of `architecture` (a model type: tokenformer, llama, gpt2 ...) with `fields` set.
 
-    Raises ValueError on an unknown architecture, an unknown field (naming the nearest one) or values that do not fit.
+    Raises ValueError on an unknown architecture, an unknown field (naming the nearest one), values that do
+    not fit, or sizes that have no effect beside linear attention projections.
     """
     fields = dict(fields or {})
     if architecture not in CONFIG_MAPPING:
@@ -50,6 +51,10 @@ def build_config(
         usual = getattr(default, key)
         if isinstance(usual, (str, int, float)) and isinstance(value, str) != isinstance(usual, str):
             raise ValueError(f"model.{key}: {value!r} is of the wrong type; {cls.__name__} has {usual!r} there")
+    if cls is TokenFormerConfig and fields.get("attention_projections") == "linear":
+        for key in ("qkv_tokens", "proj_tokens", "qkv_scale", "proj_scale"):
+            if fields.get(key) is not None:
+                raise ValueError(f"model.{key}: {fields[key]} has no effect beside attention_projections = 'linear'")
     if preset is not None and cls is not TokenFormerConfig:
         raise ValueError(f"model.preset: {preset!r} is for tokenformer; {architecture} takes its sizes one by one")
     try:

@@ -25,13 +25,14 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..pattention import Pattention, default_scale
+from ..pattention import THETAS, Pattention, default_scale
 
 # Released sizes: (layers, hidden size, heads); qkv and proj tokens = hidden size, ffn tokens = four times that.
 PRESETS = {"150m": (12, 768, 12), "450m": (24, 1024, 16), "900m": (32, 1280, 16), "1.5b": (40, 1536, 16)}
@@ -43,7 +44,8 @@ class TokenFormerConfig(PreTrainedConfig):
 
     qkv_tokens, proj_tokens, ffn_tokens: parameter tokens of each query/key/value, output and feed-forward Pattention
     (default C, C, 4C). qkv_scale, proj_scale, ffn_scale: their stored scales; None takes the published scale of that
-    many tokens, once, after which the number is part of the configuration and survives growth.
+    many tokens, once, after which the number is part of the configuration and survives growth. Linear attention
+    projections hold no tokens: qkv and proj then have no effect, and `build_config` refuses them.
     initialization: "published", keys N(0, initializer_range²) and values N(0, (2 / (L sqrt(C)))²) for L layers; or
     "unit", keys of unit length and values such that each Pattention's output starts with unit variance, divided by 2L
     where it enters the residual stream.
@@ -85,14 +87,19 @@ class TokenFormerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.qkv_tokens = self.qkv_tokens or self.hidden_size
-        self.proj_tokens = self.proj_tokens or self.hidden_size
-        self.ffn_tokens = self.ffn_tokens or 4 * self.hidden_size
-        self.qkv_scale = self.qkv_scale or default_scale(self.theta, max(1, self.qkv_tokens))
-        self.proj_scale = self.proj_scale or default_scale(self.theta, max(1, self.proj_tokens))
-        self.ffn_scale = self.ffn_scale or default_scale(self.theta, max(1, self.ffn_tokens))
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            heads = max(1, self.num_attention_heads)
+            if self.hidden_size % heads:
+                raise ValueError(f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {heads}")
+            self.head_dim = self.hidden_size // heads
+        for kind, usual in (("qkv", self.hidden_size), ("proj", self.hidden_size), ("ffn", 4 * self.hidden_size)):
+            tokens, scale = f"{kind}_tokens", f"{kind}_scale"
+            if getattr(self, tokens) is None:
+                setattr(self, tokens, usual)
+            if getattr(self, scale) is None:
+                setattr(self, scale, default_scale(self.theta, max(1, getattr(self, tokens))))
         rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
         self.rope_parameters = rope | (self.rope_parameters or {})
         super().__post_init__(**kwargs)
@@ -100,6 +107,7 @@ class TokenFormerConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Checked by transformers when the configuration is made."""
         choices = {
+            "theta": THETAS,
             "norm": ("layernorm", "rmsnorm"),
             "feed_forward": ("pattention", "gated"),
             "attention_projections": ("pattention", "linear"),
@@ -112,15 +120,26 @@ class TokenFormerConfig(PreTrainedConfig):
         for key in (*sizes, "head_dim", "qkv_tokens", "proj_tokens", "ffn_tokens", "max_position_embeddings"):
             if getattr(self, key) < (0 if key == "num_hidden_layers" else 1):
                 raise ValueError(f"{key}: {getattr(self, key)} is too small")
+        for key in ("qkv_scale", "proj_scale", "ffn_scale"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key}: {getattr(self, key)} is not a scale; allowed: a finite number above 0")
+        for key in ("pattention_eps", "norm_eps", "initializer_range"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"{key}: {getattr(self, key)} is out of range; allowed: a finite number, 0 or more")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout: {self.attention_dropout} is out of range; allowed: 0 up to below 1")
         assert self.head_dim is not None and self.num_key_value_heads is not None and self.rope_parameters is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        if int(self.head_dim * self.rope_parameters["partial_rotary_factor"]) % 2:
+        factor = self.rope_parameters["partial_rotary_factor"]
+        if not isinstance(factor, (int, float)) or not 0 <= factor <= 1:
+            raise ValueError(f"rope_parameters.partial_rotary_factor: {factor!r} is no share; allowed: 0 to 1")
+        if int(self.head_dim * factor) % 2:
             raise ValueError(
-                f"rope_parameters.partial_rotary_factor: {self.rope_parameters['partial_rotary_factor']} of head_dim "
+                f"rope_parameters.partial_rotary_factor: {factor} of head_dim "
                 f"{self.head_dim} is an odd number of dimensions; rotary positions turn pairs"
             )
 
@@ -217,7 +236,8 @@ class TokenFormerAttention(nn.Module):
         q, k, v = (
             layer(hidden_states).view(*batch_and_time, -1, self.head_dim).transpose(1, 2) for layer in projections
         )  # (B, H, T, D)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        whole = position_embeddings[0].shape[-1] == self.head_dim
+        q, k = (apply_rotary_pos_emb if whole else apply_partial_rotary_pos_emb)(q, k, *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

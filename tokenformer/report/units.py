@@ -1,11 +1,20 @@
-"""Numbers as a reader wants to see them, and the tick marks of an axis."""
+"""Numbers and text as a reader wants to see them, and the tick marks of an axis."""
 
 from __future__ import annotations
 
 import math
+import unicodedata
 
 PREFIXES = {1e24: "Y", 1e21: "Z", 1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1.0: ""}
 MISSING = "–"
+
+
+def printable(text: str) -> str:
+    """A model's text for a terminal: control characters, which it would obey, become U+FFFD; newlines and tabs stay.
+
+    So do halves of surrogate pairs, which no encoding can write.
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
 
 
 def prefix(value: float) -> tuple[float, str]:
@@ -56,9 +65,11 @@ def bits_text(value: float | None) -> str:
 
 
 def gap_text(value: float) -> str:
-    """A difference in bits per byte: three decimals, more only where three would hide it."""
+    """A difference in bits per byte: three decimals, four where three would hide it."""
     size = abs(value)
-    return f"{size:.3f}" if size == 0 or size >= 0.0005 else f"{size:.1e}"
+    if size == 0 or size >= 0.0005:
+        return f"{size:.3f}"
+    return f"{size:.4f}" if size >= 0.00005 else "less than 0.0001"
 
 
 def small_text(value: float | None) -> str:

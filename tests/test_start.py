@@ -1,0 +1,82 @@
+"""Where a run starts from: the text that ancestors saw is known again, and another tokenizer is refused."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tokenformer.data import ByteTokenizer, HFTokenizer
+from tokenformer.recipe import DataSection
+from tokenformer.start import Start, require_same_tokenizer, require_unseen, stream_of, streams_with
+
+
+def stream(sha256: str = "a", **changes: Any) -> dict[str, Any]:
+    corpus: Any = SimpleNamespace(info={"sha256": sha256}, tokenizer=ByteTokenizer())
+    return stream_of(DataSection(**changes), corpus)
+
+
+SEEN = {**stream(), "tokens": 512}
+
+
+@pytest.mark.parametrize(
+    ("sha256", "changes", "message"),
+    [
+        ("a", {}, "data.skip_tokens = 0: model.checkpoint has seen the first 512 tokens; set it to 512"),
+        ("a", {"skip_tokens": 511}, "data.skip_tokens = 511"),
+        ("a", {"skip_tokens": 512, "seed": 1}, "data.seed = 0, and here it is 1"),
+        ("a", {"skip_tokens": 512, "sequence_length": 8}, "data.sequence_length = 256, and here it is 8"),
+        ("a", {"skip_tokens": 512, "source": "moved.txt", "seed": 1}, "data.seed = 0, and here it is 1"),
+        ("b", {"skip_tokens": 512}, "the text has changed, or is a streamed one of another length"),
+        ("b", {"skip_tokens": 512, "valid_fraction": 0.01}, "data.valid_fraction = 0.02, and here it is 0.01"),
+    ],
+)
+def test_text_that_was_seen_is_refused_unless_it_may_be_repeated(sha256: str, changes: Any, message: str) -> None:
+    data = DataSection(**changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        require_unseen(data, [SEEN], stream(sha256, **changes))
+    assert "\n" not in str(caught.value)
+    data.repeat = True  # the control
+    require_unseen(data, [SEEN], stream(sha256, **changes))
+
+
+def test_text_past_what_was_seen_and_other_text_are_allowed() -> None:
+    require_unseen(DataSection(skip_tokens=512), [SEEN], stream())
+    require_unseen(DataSection(skip_tokens=512, source="moved.txt"), [SEEN], stream(source="moved.txt"))
+    require_unseen(DataSection(source="other.txt"), [SEEN], stream("b", source="other.txt"))
+    # Of local text, split and text_field say nothing.
+    require_unseen(DataSection(skip_tokens=512, split="b"), [SEEN], stream(split="b"))
+
+
+def test_held_out_text_is_never_text_that_was_trained_on() -> None:
+    data = DataSection(valid_fraction=0.05, repeat=True)
+    with pytest.raises(ValueError, match="0.05 would hold out text that it was trained on"):
+        require_unseen(data, [SEEN], stream("b", valid_fraction=0.05))
+    require_unseen(DataSection(valid_fraction=0.01, repeat=True), [SEEN], stream("b", valid_fraction=0.01))
+
+
+def test_all_ancestors_streams_are_kept() -> None:
+    other = stream("b", source="other.txt")
+    chain = streams_with(streams_with([SEEN], other, 64), stream(), 768)
+    assert [(each["sha256"], each["tokens"]) for each in chain] == [("b", 64), ("a", 768)]
+    with pytest.raises(ValueError, match="has seen the first 64 tokens"):  # X -> Y -> X
+        require_unseen(DataSection(source="other.txt"), chain, other)
+    with pytest.raises(ValueError, match="has seen the first 768 tokens"):
+        require_unseen(DataSection(skip_tokens=512), chain, stream())
+
+
+def test_another_tokenizer_than_the_checkpoint_s_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    ByteTokenizer().save(tmp_path)
+    start = Start(str(tmp_path), {})
+    require_same_tokenizer(start, ByteTokenizer(), "bytes")  # the control
+    require_same_tokenizer(start, HFTokenizer(str(tmp_path)), str(tmp_path))
+    (tmp_path / "none").mkdir()
+    words = Tokenizer(models.WordLevel({"<end>": 0, "a": 1}, unk_token="<end>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tmp_path / "words")
+    other = HFTokenizer(str(tmp_path / "words"))
+    with pytest.raises(ValueError, match=r"'words' is not that of model.checkpoint \(2 and 256 tokens"):
+        require_same_tokenizer(start, other, "words")
+    require_same_tokenizer(Start(str(tmp_path / "none"), {}), other, "words")  # which has no tokenizer

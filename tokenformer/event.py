@@ -1,0 +1,44 @@
+"""A growth as an event: done, measured and put into words, alike in a run and on the disk."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .growth import Growth, grow, largest_logit_change, live_share
+
+
+def grow_measured(
+    model: Any,
+    operator: str,
+    to: dict[str, int],
+    input_ids: Tensor,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+    moments: str = "keep",
+) -> Growth:
+    """`growth.grow`, its event with three measurements more: max_logit_change and live_at_once, both on `input_ids`
+    (B, T), and grow_seconds, of the growth alone.
+    """
+    began = time.perf_counter()
+    growth = grow(model, operator, to, optimizer=optimizer, seed=seed, moments=moments)
+    seconds = time.perf_counter() - began
+    growth.event.update(
+        max_logit_change=largest_logit_change(model, growth.model, input_ids),
+        live_at_once=live_share(growth, input_ids),
+        grow_seconds=round(seconds, 3),
+    )
+    return growth
+
+
+def sizes_text(event: dict[str, Any]) -> str:
+    """ffn_tokens 16 -> 32, 4,096 -> 5,120 parameters"""
+    axes = [f"{axis} {old} -> {event['to'][axis]}" for axis, old in event["from"].items()]
+    return f"{', '.join(axes)}, {event['parameters_before']:,} -> {event['parameters_after']:,} parameters"
+
+
+def change_text(event: dict[str, Any]) -> str:
+    return f"logits moved by at most {event['max_logit_change']:.1e}"

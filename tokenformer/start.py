@@ -1,0 +1,137 @@
+"""Where a run starts from: fresh, or a checkpoint with all that this has cost and seen.
+
+`model.checkpoint` may be a run folder, whose newest checkpoint changes. So it is looked up once; RUN/start.json keeps
+the answer, and a resumed run reads nothing else of its ancestor.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from . import runs
+from .checkpoint import ancestry, find_checkpoint, load_config
+from .data import ByteTokenizer, Corpus, Tokenizer, load_tokenizer
+from .data.tokenizers import byte_symbols
+from .recipe import DataSection, Recipe
+
+Stream = dict[str, Any]  # what text was trained on, in what order, and how many `tokens` of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run goes on from, and what led to it: training FLOPs, tokens, seconds, streams of text."""
+
+    checkpoint: str | None = None
+    config: dict[str, Any] | None = None
+    flops: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    streams: list[Stream] = dataclasses.field(default_factory=list)
+
+
+def start_of(recipe: Recipe, folder: Path | None = None) -> Start:
+    """What the folder of a run that was begun says; else what model.checkpoint is now. ValueError if it is none."""
+    place = recipe.model.checkpoint
+    if not place:
+        return Start()
+    if folder is not None and is_begun(folder):
+        kinds = {"checkpoint": str, "config": dict}
+        stored = runs.read_object(folder / runs.START, kinds | runs.COST)
+        return Start(**{field.name: stored[field.name] for field in dataclasses.fields(Start)})
+    found = find_checkpoint(place).resolve()
+    load_config(found)  # says what is wrong with it
+    return Start(str(found), runs.read_json(found / "config.json"), **ancestry(found))
+
+
+def is_begun(folder: Path) -> bool:
+    return (folder / runs.RECIPE).exists()
+
+
+def start_config(start: Start) -> Any:
+    """The transformers configuration of the checkpoint, which itself may be gone by now."""
+    from transformers import CONFIG_MAPPING
+
+    assert start.config is not None
+    return CONFIG_MAPPING[start.config["model_type"]].from_dict(start.config)
+
+
+# --- the tokenizer ---
+
+
+def require_same_tokenizer(start: Start, tokenizer: Tokenizer, name: str) -> None:
+    """ValueError when the checkpoint has a tokenizer that gives other ids than data.tokenizer (`name`)."""
+    if not start.checkpoint or not (Path(start.checkpoint) / "tokenizer.json").exists():
+        return
+    theirs, mine = vocabulary(load_tokenizer(start.checkpoint)), vocabulary(tokenizer)
+    if theirs != mine:
+        raise ValueError(
+            f"data.tokenizer = {name!r} is not that of model.checkpoint ({len(mine[0]):,} and {len(theirs[0]):,} "
+            f"tokens): its ids would mean something else; take data.tokenizer = {start.checkpoint!r}"
+        )
+
+
+def vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], int]:
+    """Token -> id, and the id of the end mark."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return {symbol: byte for byte, symbol in enumerate(byte_symbols())}, tokenizer.eos_token_id
+    return tokenizer.tokenizer.get_vocab(), tokenizer.eos_token_id
+
+
+# --- text that was seen ---
+
+
+def stream_of(data: DataSection, corpus: Corpus) -> Stream:
+    """What text a run is trained on and in what order. With equal sha256, seed and length the windows are the same."""
+    local = data.source != "embedded" and not data.source.startswith("hf:")
+    return {
+        "source": str(Path(data.source).expanduser().resolve()) if local else data.source,
+        "split": data.split,
+        "text_field": data.text_field,
+        "document_separator": data.document_separator,
+        "tokenizer": corpus.tokenizer.identity(),
+        "valid_fraction": data.valid_fraction,
+        "sha256": corpus.info["sha256"],  # of the training tokens
+        "seed": data.seed,
+        "sequence_length": data.sequence_length,
+    }
+
+
+def same_windows(a: Stream, b: Stream) -> bool:
+    return all(a[key] == b[key] for key in ("sha256", "seed", "sequence_length"))
+
+
+def streams_with(ancestors: list[Stream], mine: Stream, tokens: int) -> list[Stream]:
+    """The ancestors' streams and the run's own, `tokens` far, which comes last; the same windows are listed once."""
+    before = [stream["tokens"] for stream in ancestors if same_windows(stream, mine)]
+    others = [stream for stream in ancestors if not same_windows(stream, mine)]
+    return [*others, {**mine, "tokens": max([tokens, *before])}]
+
+
+def require_unseen(data: DataSection, ancestors: list[Stream], mine: Stream) -> None:
+    """ValueError when the run would train on text that an ancestor saw, or be measured on it.
+
+    data.repeat allows the first. The second it does not: held-out text is chosen by data.valid_fraction, and a larger
+    share holds out what was trained on before.
+    """
+    for stream in ancestors:
+        if same_windows(stream, mine):
+            if data.skip_tokens < stream["tokens"] and not data.repeat:
+                raise ValueError(
+                    f"data.skip_tokens = {data.skip_tokens}: model.checkpoint has seen the first "
+                    f"{stream['tokens']:,} tokens; set it to {stream['tokens']}, or data.repeat = true"
+                )
+        elif mine["source"] == stream["source"] or mine["sha256"] == stream["sha256"]:
+            seen = f"model.checkpoint: has seen {stream['tokens']:,} tokens of {data.source!r} with "
+            if mine["valid_fraction"] > stream["valid_fraction"]:
+                raise ValueError(
+                    f"{seen}data.valid_fraction = {stream['valid_fraction']}; {mine['valid_fraction']} would hold out "
+                    "text that it was trained on"
+                )
+            unused = ("source",) if data.source.startswith("hf:") else ("source", "split", "text_field")
+            key = next(key for key in mine if key not in unused and mine[key] != stream[key])
+            if key == "sha256":
+                what = "other tokens (data.sha256): the text has changed, or is a streamed one of another length"
+            else:
+                what = f"data.{key} = {stream[key]!r}, and here it is {mine[key]!r}"
+            if not data.repeat:
+                raise ValueError(f"{seen}{what}; what it saw cannot be passed over; data.repeat = true allows that")
