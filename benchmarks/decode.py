@@ -62,7 +62,7 @@ def measure(size: Size, args: argparse.Namespace) -> dict[str, Any] | None:
         name: lambda model=sides[name]: generate(model, prompt, args.tokens) for name in SIDES
     }
     timed["ours without cache"] = lambda: generate(sides["ours"], prompt, args.tokens, use_cache=False)
-    seconds = interleave(timed, args.rounds, 0.0, args.device, args.clock)
+    seconds = interleave(timed, args.rounds, warm=0, device=args.device, clock=args.clock)
     print(f"\n-- medians of {args.rounds} rounds; time against ours with the cache (above 1: ours is faster)")
     for name, each in seconds.items():
         middle = statistics.median(each)

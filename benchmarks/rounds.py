@@ -19,10 +19,18 @@ Check = tuple[str, bool]  # what was compared, and whether it came out right
 
 
 def interleave(
-    sides: dict[str, Callable[[], Any]], rounds: int, fill: float, device: str = "cpu", clock: str = "wall"
+    sides: dict[str, Callable[[], Any]],
+    rounds: int,
+    fill: float = 0.0,
+    warm: int = 2,
+    device: str = "cpu",
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
-    """Seconds that one call of each side takes, one number a round. A side is called as often a round as
-    takes `fill` seconds; `clock` is "wall", or "cpu" for this process's CPU time."""
+    """Seconds that one call of each side takes, one number a round, after `warm` calls that are not timed.
+
+    A side is called as often a round as takes `fill` seconds. `clock` is "wall", or "cpu" for this process's
+    CPU time.
+    """
     now = time.process_time if clock == "cpu" else time.perf_counter
 
     def seconds(run: Callable[[], Any], times: int) -> float:
@@ -37,8 +45,9 @@ def interleave(
 
     repeats = {}
     for name, run in sides.items():
-        seconds(run, 2)  # first calls allocate and compile
-        repeats[name] = max(1, round(fill / max(seconds(run, 1), 1e-9)))
+        for _ in range(warm):  # first calls allocate, and compile
+            run()
+        repeats[name] = max(1, round(fill / seconds(run, 1))) if fill else 1
     found: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for i in range(rounds):

@@ -55,7 +55,7 @@ def parse_size(text: str, sequences: int | None = None, length: int | None = Non
         arms = [recipe, *(arm_recipe(recipe, arm) for arm in recipe.arms)]
         recipe = next((arm for arm in arms if arm.growth), recipe)
         fields = {"vocab_size": 256, **recipe.model.fields}
-        for growth in recipe.growth:  # of the grown sizes as if from the start: the published form derives scales
+        for growth in recipe.growth:  # at once: the published form derives its scales
             fields |= {f"{axis.removesuffix('_tokens')}_tokens": size for axis, size in growth.to.items()}
         config = build_config(recipe.model.architecture, recipe.model.preset, fields)
         sequences, length = sequences or recipe.data.batch_size, length or recipe.data.sequence_length

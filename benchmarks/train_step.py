@@ -113,7 +113,7 @@ def measure(
     for name in SIDES[1:]:  # ours has the products of the published form, which makes each in one piece
         timed[f"floor {name}"] = matrix_products(lambda name=name: loss_of(sides[name]).backward())
         sides[name].zero_grad(set_to_none=True)
-    seconds = interleave(timed, args.rounds, args.fill, args.device, args.clock)
+    seconds = interleave(timed, args.rounds, args.fill, device=args.device, clock=args.clock)
     seconds["floor ours"] = seconds["floor published"]
     saved = {name: bytes_kept(running[name], loss_of) for name in SIDES}
     return {"seconds": seconds, "bytes_kept_for_backward": saved}

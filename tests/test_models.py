@@ -9,7 +9,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 import tokenformer  # noqa: F401  registers the Auto classes
 from tokenformer.models import build_config, build_model
-from tokenformer.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
+from tokenformer.models.tokenformer import (
+    TokenFormerConfig,
+    TokenFormerForCausalLM,
+    _Rotary,
+    rotary_factors,
+    turn,
+)
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"qkv_tokens": 13, "proj_tokens": 7, "ffn_tokens": 33}
@@ -135,6 +141,18 @@ def test_greedy_generation_is_the_same_with_and_without_cache(option, ids):
     settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     cached = model.generate(ids, use_cache=True, **settings)
     assert cached.shape == (2, 39) and torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("rotary", [4, 8])
+def test_rotary_gradients_are_those_of_the_turn(rotary):
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.randn(1, 5, rotary // 2, generator=generator, dtype=torch.float64)
+    angles = torch.cat([angles, angles], -1)
+    factors = rotary_factors(angles.cos(), angles.sin(), heads=3, head_dim=8)
+    x = torch.randn(2, 5, 3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: _Rotary.apply(x, *factors), x)
+    lengths = turn(x, *factors).square().sum() - x.square().sum()
+    assert lengths.abs() < 1e-10  # positions turn, they do not stretch
 
 
 def test_gradient_checkpointing_leaves_the_gradients(ids):

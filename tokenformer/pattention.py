@@ -92,6 +92,9 @@ def pattention(
         x, key, value = x.to(dtype), key.to(dtype), value.to(dtype)
         up = None if up is None else up.to(dtype)
     rows = x.reshape(-1, x.shape[-1])  # (B, C_in)
+    if not torch.is_grad_enabled() and rows.shape[0] * key.shape[0] <= CHUNK_ENTRIES:
+        # One piece of which nothing is kept. In generation the way through autograd costs more than the arithmetic.
+        return pattention_reference(x, key, value, scale, theta, eps, up)
     y = _ChunkedPattention.apply(rows, key, value, up, scale, theta, eps)
     return y.view(*x.shape[:-1], value.shape[1])
 

@@ -16,8 +16,10 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -26,8 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
-from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -206,6 +207,40 @@ class TokenFormerRotaryEmbedding(GPTNeoXRotaryEmbedding):
         return angles.cos(), angles.sin()
 
 
+class _Rotary(torch.autograd.Function):
+    """Rotary positions (arXiv 2104.09864) of x (B, T, H, D), NeoX form; its gradient is turned back by the same angles.
+
+    Whole rows of heads are handled at once: an operation on the few dimensions of one head is mostly its own overhead.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        ctx.rotary = rotary
+        return turn(x, cos, sin, rotary)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return turn(dy, cos, sin, ctx.rotary, -1), None, None, None
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: int = 1) -> Tensor:
+    """x (B, T, H, D), the first `rotary` of each D turned by the factors (B, T, >= H D) of `rotary_factors`."""
+    width, half = x.shape[-2] * x.shape[-1], rotary // 2  # keys may have fewer heads than queries
+    partner = torch.cat((x[..., half:rotary], x[..., :half], x[..., rotary:]), dim=-1).flatten(-2)
+    return torch.addcmul(x.flatten(-2) * cos[..., :width], partner, sin[..., :width], value=sign).view(x.shape)
+
+
+def rotary_factors(cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor, int]:
+    """transformers' tables (B, T, R) as factors (B, T, H D) of a row of heads, the sine signed; and R <= D."""
+    rotary = cos.shape[-1]
+    half, still = rotary // 2, head_dim - rotary
+    sin = F.pad(torch.cat((-sin[..., :half], sin[..., half:]), dim=-1), (0, still))
+    return F.pad(cos, (0, still), value=1.0).repeat(1, 1, heads), sin.repeat(1, 1, heads), rotary
+
+
 class TokenFormerAttention(nn.Module):
     """Causal attention among tokens; its four projections are attention to parameter tokens."""
 
@@ -226,18 +261,17 @@ class TokenFormerAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor, int],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         batch_and_time = hidden_states.shape[:-1]
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (
-            layer(hidden_states).view(*batch_and_time, -1, self.head_dim).transpose(1, 2) for layer in projections
-        )  # (B, H, T, D)
-        whole = position_embeddings[0].shape[-1] == self.head_dim
-        q, k = (apply_rotary_pos_emb if whole else apply_partial_rotary_pos_emb)(q, k, *position_embeddings)
+        q, k, v = (layer(hidden_states).view(*batch_and_time, -1, self.head_dim) for layer in projections)
+        rotate = turn if torch.compiler.is_compiling() else _Rotary.apply
+        q, k = (rotate(t, *position_embeddings) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -326,7 +360,9 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
             position_ids=position_ids,
         )
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        cos, sin = self.rotary_emb(hidden_states, position_ids=position_ids)
+        assert self.config.head_dim is not None
+        position_embeddings = rotary_factors(cos, sin, self.config.num_attention_heads, self.config.head_dim)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
