@@ -69,6 +69,15 @@ def test_fast_path_equals_reference_in_values_and_gradients(theta, gated, dtype,
             torch.testing.assert_close(g, w, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size)
 
 
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_without_gradients_the_values_are_the_same_to_the_bit(theta, gated):
+    x, key, value, up = tensors((40,), 16, 63, 8, gated, torch.float32)
+    kept = pattention(x, key, value, 5.0, theta, up=up)
+    with torch.no_grad():
+        assert torch.equal(pattention(x, key, value, 5.0, theta, up=up), kept)
+
+
 @pytest.mark.parametrize("entries", [1, 2**19])
 @pytest.mark.parametrize("theta", THETAS)
 @pytest.mark.parametrize("gated", [False, True])

@@ -381,10 +381,10 @@ def change_json(path, **values):
 def test_a_broken_promise_of_exactness_is_flagged(tmp_path):
     for dtype, moved, flagged in (
         ("float32", 3e-3, True),
-        ("float32", 2e-5, True),  # the acceptance is 1e-5
-        ("float32", 9e-6, False),
-        ("bfloat16", 2e-5, True),  # measured in float32 there too
-        ("bfloat16", 9e-6, False),
+        ("float32", 2e-4, True),
+        ("float32", 9e-5, False),
+        ("bfloat16", 2e-4, True),  # measured in float32 there too
+        ("bfloat16", 9e-5, False),
     ):
         folder = write_run(tmp_path / f"{dtype} {moved}")
         recipe = json.loads((folder / "recipe.json").read_text())

@@ -93,10 +93,22 @@ def pattention(
         up = None if up is None else up.to(dtype)
     rows = x.reshape(-1, x.shape[-1])  # (B, C_in)
     if not torch.is_grad_enabled() and rows.shape[0] * key.shape[0] <= CHUNK_ENTRIES:
-        # One piece of which nothing is kept. In generation the way through autograd costs more than the arithmetic.
-        return pattention_reference(x, key, value, scale, theta, eps, up)
-    y = _ChunkedPattention.apply(rows, key, value, up, scale, theta, eps)
+        y = _one_piece(rows, key, value, up, scale, theta, eps)
+    else:
+        y = _ChunkedPattention.apply(rows, key, value, up, scale, theta, eps)
     return y.view(*x.shape[:-1], value.shape[1])
+
+
+def _one_piece(
+    x: Tensor, key: Tensor, value: Tensor, up: Tensor | None, scale: float, theta: str, eps: float
+) -> Tensor:
+    """The forward pass on one piece of which nothing is kept: in generation autograd costs more than the arithmetic."""
+    h = torch.mm(x, key.t())
+    r = h.new_empty(x.shape[0], 1, dtype=torch.float32 if x.dtype in HALF else x.dtype)
+    spare = torch.empty_like(h)
+    _normalise(h, r, spare, scale, theta, eps)
+    w = _weights(h, r, theta, spare)
+    return torch.mm(w if up is None else w * torch.mm(x, up.t()), value)
 
 
 class _ChunkedPattention(torch.autograd.Function):
