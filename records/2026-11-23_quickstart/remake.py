@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the three races")
     out = parser.parse_args().out
     for seed in SEEDS:
-        seeds = [f"train.seed={seed}", f"data.seed={seed}", f"arm.grown.growth.0.seed={seed}"]
+        seeds = [f"train.seed={seed}", f"data.seed={seed}", f"arm.grown.growth.0.seed={seed}"] if seed else []
         command = [sys.executable, "-m", "tokenformer", "quickstart", "--out", str(out / f"seed{seed}"), "--resume"]
         subprocess.run([*command, *seeds], check=True)
     numbers = summary(out)
