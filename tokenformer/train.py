@@ -11,7 +11,9 @@ path bit for bit.
 
 import contextlib
 import dataclasses
+import gc
 import signal
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,15 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say = p
             lock = runs.locked(folder, seconds) if ranks.main else contextlib.nullcontext()
             distributed.together(lambda: stack.enter_context(lock), ranks)
             return train_locked(recipe, folder, resume, say, ranks, device)
-    except (Stopped, Diverged) as error:  # raised on every rank alike, and rank 0 says so
-        error.silent = not ranks.main
+    except BaseException as error:
+        if isinstance(error, (Stopped, Diverged)):  # raised on every rank alike, and rank 0 says so
+            error.silent = not ranks.main
+        if ranks.world > 1:
+            # The trace would keep the data-parallel model, and with it the group, until after the peers are gone: freed
+            # then, gloo waits for them for ever.
+            for each in (error, error.__cause__, error.__context__):
+                traceback.clear_frames(each.__traceback__ if each else None)
+            gc.collect()
         raise
     finally:
         distributed.stop(ranks)
