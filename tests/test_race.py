@@ -53,10 +53,8 @@ def test_a_race_runs_every_arm_and_can_be_taken_up_again(shared: Path, tmp_path:
     assert results["grown"]["flops"] < results["large"]["flops"]
     threads = runs.read_json(folder / "arms" / "grown" / runs.RECIPE)["train"]["threads"]
     assert threads == max(1, environment.usable_cores() // 2)
-    for name in results:  # live, line by line, the arms mixed
+    for name in results:  # line by line; that arms run side by side is test_so_many_arms_run_at_a_time's
         assert any(line.startswith(name) and "| step 6/6" in line for line in said)
-    order = [line.split()[0] for line in said if " | " in line]
-    assert order != sorted(order)
     table = said[said.index(next(line for line in said if line.startswith("arm "))) :]
     assert {line.split()[0] for line in table[1:3]} == {"grown", "large"}
     assert float(table[1].split()[1]) <= float(table[2].split()[1])  # best first
