@@ -40,6 +40,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         ODD | INNER | {"num_key_value_heads": 2, "head_dim": 10, "attention_bias": True, "mlp_bias": True},
     ),
+    "ngpt": ("ngpt", ODD | INNER),
+    "ngpt-grouped": ("ngpt", ODD | INNER | {"num_key_value_heads": 2, "head_dim": 16}),
     "gpt2": ("gpt2", ODD | {"n_positions": 40, "n_inner": 67}),
     "gpt2-default-untied": ("gpt2", ODD | {"n_positions": 40, "tie_word_embeddings": False}),
 }

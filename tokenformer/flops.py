@@ -26,9 +26,9 @@ class Sizes:
 
     layers: int
     matrices: int  # entries of one layer's weight matrices, each met once by every token
-    vectors: int  # entries of one layer's norms and biases
+    vectors: int  # entries of one layer's norms, biases and scales
     attention_width: int  # H * D, after grouped keys and values have been repeated
-    final_vectors: int  # entries of the last norm
+    final_vectors: int  # entries of the last norm, or of nGPT's scale of the logits
     head: int  # entries of the matrix that makes logits
     tied: bool  # that matrix is the embedding's
     tables: int  # entries of the look-up tables: token embedding, learned positions
@@ -112,6 +112,21 @@ def _llama(config: PreTrainedConfig) -> Sizes:
     )
 
 
+def _ngpt(config: PreTrainedConfig) -> Sizes:
+    width, inner = config.hidden_size, config.intermediate_size
+    wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return Sizes(
+        layers=config.num_hidden_layers,
+        matrices=2 * width * (wide + narrow) + 3 * width * inner,
+        vectors=wide + 2 * inner + 2 * width,  # s_qk; s_u and s_v; two step sizes
+        attention_width=wide,
+        final_vectors=config.vocab_size,  # s_z
+        head=config.vocab_size * width,
+        tied=False,
+        tables=config.vocab_size * width,
+    )
+
+
 def _gpt2(config: PreTrainedConfig) -> Sizes:
     width = config.hidden_size
     inner = 4 * width if config.n_inner is None else config.n_inner
@@ -130,6 +145,7 @@ def _gpt2(config: PreTrainedConfig) -> Sizes:
 ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], Sizes]] = {
     "tokenformer": _tokenformer,
     "llama": _llama,
+    "ngpt": _ngpt,
     "gpt2": _gpt2,
 }
 

@@ -49,6 +49,8 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     loss = total / run.ranks.world
     require_finite(run, state, loss, norm, rate)
     state.optimizer.step()
+    if hasattr(state.model, "after_step"):  # nGPT puts its matrices back to unit length
+        state.model.after_step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.seconds += time.perf_counter() - began

@@ -15,16 +15,30 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .ngpt import NGPTConfig, NGPTForCausalLM, NGPTModel
 from .tokenformer import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
 
-__all__ = ["TokenFormerConfig", "TokenFormerForCausalLM", "TokenFormerModel", "build_config", "build_model", "register"]
+__all__ = [
+    "NGPTConfig",
+    "NGPTForCausalLM",
+    "NGPTModel",
+    "TokenFormerConfig",
+    "TokenFormerForCausalLM",
+    "TokenFormerModel",
+    "build_config",
+    "build_model",
+    "register",
+]
 
 
 def register() -> None:
-    """Make the Auto classes know TokenFormer; calling it again changes nothing."""
+    """Make the Auto classes know TokenFormer and nGPT; calling it again changes nothing."""
     AutoConfig.register("tokenformer", TokenFormerConfig, exist_ok=True)
     AutoModel.register(TokenFormerConfig, TokenFormerModel, exist_ok=True)
     AutoModelForCausalLM.register(TokenFormerConfig, TokenFormerForCausalLM, exist_ok=True)
+    AutoConfig.register("ngpt", NGPTConfig, exist_ok=True)
+    AutoModel.register(NGPTConfig, NGPTModel, exist_ok=True)
+    AutoModelForCausalLM.register(NGPTConfig, NGPTForCausalLM, exist_ok=True)
 
 
 register()
@@ -33,7 +47,7 @@ register()
 def build_config(
     architecture: str, preset: str | None = None, fields: dict[str, Any] | None = None
 ) -> PreTrainedConfig:
-    """The transformers configuration of `architecture` (a model type: tokenformer, llama, gpt2 ...) with `fields` set.
+    """The transformers configuration of `architecture` (a model type: tokenformer, ngpt, llama ...) with `fields` set.
 
     Raises ValueError on an unknown architecture, an unknown field (naming the nearest one), values that do
     not fit, or sizes that have no effect beside linear attention projections.

@@ -385,6 +385,9 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        return self.lm_head(hidden_states)
+
     @can_return_tuple
     def forward(
         self,
@@ -408,7 +411,7 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

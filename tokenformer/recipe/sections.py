@@ -22,7 +22,7 @@ ARM_TABLES = ("model", "data", "train", "growth")
 @dataclasses.dataclass
 class ModelSection:
     architecture: str = key(
-        "tokenformer, or a model type of transformers such as llama", default="tokenformer", pattern=r".+"
+        "tokenformer, ngpt, or a model type of transformers such as llama", default="tokenformer", pattern=r".+"
     )
     checkpoint: str | None = key(
         "a checkpoint to go on from, moments included; it brings all else of [model]", default=None, pattern=r".+"
