@@ -11,6 +11,9 @@ starts closed would never open: here a is the signed parameter, alive at 0, and 
 s_qk multiplies queries and keys: here its square multiplies the queries, which gives the same products and lets queries
 that share a key have scales of their own.
 
+As in their code s_qk comes after the rotary positions and scales the two halves of a turned pair apart, so absolute
+positions count: text that is padded on its left needs `position_ids` from 0, which `generate` gives by itself.
+
 Legend: B batch, T positions, C hidden size, H heads, D head size, F intermediate size, V vocabulary.
 """
 
@@ -81,9 +84,9 @@ class NGPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         heads, width = max(1, self.num_attention_heads), max(1, self.hidden_size)
         if self.head_dim is None:
-            if width % heads:
-                raise ValueError(f"hidden_size: {width} is not a multiple of num_attention_heads {heads}")
-            self.head_dim = width // heads
+            if self.hidden_size % heads:
+                raise ValueError(f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {heads}")
+            self.head_dim = self.hidden_size // heads
         usual = {
             "num_key_value_heads": self.num_attention_heads,
             "intermediate_size": 4 * width,
