@@ -19,12 +19,13 @@ def grow_measured(
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
     moments: str = "keep",
+    options: dict[str, Any] | None = None,
 ) -> Growth:
     """`growth.grow`, its event with three measurements more: max_logit_change and live_at_once, both on `input_ids`
     (B, T), and grow_seconds, of the growth alone.
     """
     began = time.perf_counter()
-    growth = grow(model, operator, to, optimizer=optimizer, seed=seed, moments=moments)
+    growth = grow(model, operator, to, optimizer=optimizer, seed=seed, moments=moments, options=options)
     seconds = time.perf_counter() - began
     growth.event.update(
         max_logit_change=largest_logit_change(model, growth.model, input_ids),

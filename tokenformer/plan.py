@@ -10,8 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from .flops import training_flops
-from .growth.engine import target_sizes
-from .growth.tokens import OPERATORS
+from .growth.operators import steps_of, target_sizes
 from .models import build_config
 from .recipe import Recipe
 from .start import Start, start_config, start_of
@@ -125,15 +124,15 @@ def phase_configs(recipe: Recipe, vocab_size: int, start: Start) -> list[tuple[A
             )
         try:
             sizes = target_sizes(config, event.to)
-            change = OPERATORS[event.operator](config, sizes)
+            changes = [change for _, _, change in steps_of(config, event.operator, event.to, event.seed, event.options)]
         except ValueError as error:
             raise ValueError(f"growth.{i}.{error}") from None
-        if event.learning_rate == "rewarm_new" and not change.adds_entries:
+        if event.learning_rate == "rewarm_new" and not any(change.adds_entries for change in changes):
             raise ValueError(
                 f"growth.{i}.learning_rate = 'rewarm_new' has no effect with operator = {event.operator!r}, whose rows "
                 "are copies with the age of the old ones; rewarm_all has"
             )
-        config = change.config
+        config = changes[-1].config
         phases.append((config, phases[-1][1] | sizes))
     return phases
 

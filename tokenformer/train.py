@@ -308,7 +308,14 @@ def grow_now(run: Run, state: State) -> None:
     # In float32, with a gradient and two models: half of what a step passes at a time must do.
     probe = run.windows[0][: max(1, min(PROBE_WINDOWS, rows_at_once(run) // 2)), :-1]
     grown = grow_measured(
-        state.model, section.operator, section.to, probe, state.optimizer, section.seed, section.moments
+        state.model,
+        section.operator,
+        section.to,
+        probe,
+        state.optimizer,
+        section.seed,
+        section.moments,
+        section.options,
     )
     assert isinstance(grown.optimizer, AdamW)
     state.model, state.optimizer = grown.model.train(), grown.optimizer

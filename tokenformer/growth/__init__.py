@@ -1,7 +1,7 @@
-"""Growth: a pure operation on a model and its optimizer, `grow`, and measurements of what it did."""
+"""Growth: operators on named axes, the engine that applies them to weights and moments, what they did, measured."""
 
 from .engine import Growth, grow
-from .tokens import OPERATORS
-from .verify import largest_logit_change, live_share
+from .operators import OPERATORS
+from .verify import duplicated_share, largest_logit_change, live_share
 
-__all__ = ["OPERATORS", "Growth", "grow", "largest_logit_change", "live_share"]
+__all__ = ["OPERATORS", "Growth", "duplicated_share", "grow", "largest_logit_change", "live_share"]

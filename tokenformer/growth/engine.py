@@ -1,27 +1,26 @@
-"""Growth as algebra on named axes: where each new slot of an axis comes from, and with what factor.
+"""A growth done: the plans of its operators applied to a model and to its optimizer's state, one after another.
 
-An operator turns a configuration and target sizes into a Plan. The engine applies one plan to weights and to an
-optimizer's state alike: old entries are gathered by the slot map and multiplied by their factor, entries in a new slot
-are zero or drawn at random. If the new loss equals the old one and the gradients push forward as g -> c g, the first
-moment moves as c m and the second as c² v. New entries start with no moments and their own step count: their birth.
+If the new loss equals the old one and gradients push forward as g -> c g, the first moment moves as c m and the second
+as c² v (tensors.py). New entries start with no moments and their own step count: their birth.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..models.axes import parameter_axes
-from .plan import Fill, Plan
-from .tokens import OPERATORS
-
-SHORT_NAMES = {"ffn": "ffn_tokens", "qkv": "qkv_tokens", "proj": "proj_tokens"}
+from ..models.axes import parameter_dims, size_of
+from .exactness import moments_are_exact, why_not_exact
+from .operators import Operator, steps_of, target_sizes
+from .plan import Plan
+from .tensors import TensorMaps
 
 # What an optimizer may keep of a parameter's shape: state -> the power of the gradient that it is made of.
 GRADIENT_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -29,13 +28,18 @@ GRADIENT_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp
 
 @dataclass(frozen=True)
 class Growth:
-    """A grown model, the optimizer that goes on with it (None if none was given), and what was done."""
+    """A grown model, the optimizer that goes on with it (None if none was given), and what was done.
+
+    new: for each parameter that has them, where its new entries are, second copies not counted; copies: those too.
+    Both are masks that broadcast to the parameter.
+    """
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer | None
     promise: str
     event: dict[str, Any]
-    slots: dict[str, Tensor] = field(repr=False)
+    new: dict[str, Tensor] = field(repr=False)
+    copies: dict[str, Tensor] = field(repr=False)
 
 
 def grow(
@@ -45,185 +49,271 @@ def grow(
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
     moments: str = "keep",
+    options: dict[str, Any] | None = None,
 ) -> Growth:
     """A larger model made from `model` by the operator of that name; nothing that is passed in is altered.
 
-    to: axis -> new size, with the configuration's names (ffn_tokens) or the short ones (ffn, qkv, proj).
+    operator: one of OPERATORS, or several joined by + ("lemon+llama_pro"), applied one after another.
+    to: field -> new size, with the configuration's names (hidden_size, ffn_tokens) or short ones (ffn, qkv, proj).
     optimizer: one over the model's parameters; the answer holds one of its class over the new parameters, the moments
     of old entries carried over ("keep") or all started afresh ("drop"). tokenformer.AdamW gives new entries their own
     step count; other Adams, which have one count per tensor, get the mean second moment of the old entries there
-    instead, so that the first steps do not overshoot.
-    Raises ValueError on an unknown operator or axis, a smaller or equal target, an operator that does not fit, or an
-    optimizer with a state that growth does not know.
+    instead, so that the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it
+    mixes old rows with new ones, so that its steps are not those of the small model.
+    options: the operators' own keywords.
+    Raises ValueError on an unknown operator, axis or option, a smaller or equal target, an operator that does not fit
+    or cannot keep its promise, or an optimizer with a state that growth does not know.
     """
-    if operator not in OPERATORS:
-        raise ValueError(f"operator: {operator!r} is not known; allowed: {', '.join(OPERATORS)}")
     if moments not in ("keep", "drop"):
         raise ValueError(f"moments: {moments!r} is not known; allowed: keep, drop")
-    sizes = target_sizes(model.config, to or {})
-    plan = OPERATORS[operator](model.config, sizes)
-    grown = _grow_weights(model, plan, torch.Generator().manual_seed(seed))
-    dropped = moments == "drop" or plan.drops_moments
-    grown_optimizer = None
-    if optimizer is not None:
-        grown_optimizer = _grow_optimizer(model, grown, plan, optimizer, dropped)
-    event = {
+    before = model
+    steps = steps_of(model.config, operator, to or {}, seed, options)
+    new: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    dropped = moments == "drop" or any(plan.drops_moments for _, _, plan in steps)
+    for _, config, plan in steps:
+        maps = TensorMaps(config, plan)
+        grown = _grow_weights(model, maps, seed)
+        new, copies = (_carry(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
+        if optimizer is not None:
+            optimizer = _grow_optimizer(model, grown, maps, optimizer, dropped)
+        model = grown
+    event = event_of(before, model, operator, to or {}, steps, options or {})
+    event |= {"seed": seed, "moments": "dropped" if dropped else "kept"}
+    return Growth(model, optimizer, event["promise"], event, new, copies)
+
+
+def event_of(
+    before: PreTrainedModel,
+    after: PreTrainedModel,
+    operator: str,
+    to: dict[str, int],
+    steps: list[tuple[Operator, PreTrainedConfig, Plan]],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """What a growth was, for the lineage: operator, promise and its note, sizes before and after, parameters."""
+    sizes = target_sizes(before.config, to)
+    exact = all(each.exact for each, _, _ in steps)
+    notes = [f"{each.name}: {why}" for each, config, plan in steps for why in why_not_exact(config, plan)]
+    scales = [key for key in ("qkv_scale", "proj_scale", "ffn_scale") if key.replace("_scale", "_tokens") in sizes]
+    return {
         "operator": operator,
-        "promise": plan.promise,
-        "note": plan.note,
-        "seed": seed,
-        "moments": "dropped" if dropped else "kept",
-        "from": {axis: getattr(model.config, axis) for axis in sizes},
+        "promise": "exact" if exact else "approximate",
+        "note": "" if exact else "; ".join(notes),
+        "moment_factors": "exact" if all(moments_are_exact(c, plan) for _, c, plan in steps) else "leading term",
+        "options": options,
+        "from": {axis: size_of(before.config, axis) for axis in sizes},
         "to": sizes,
-        "scales": {
-            axis.replace("_tokens", "_scale"): getattr(plan.config, axis.replace("_tokens", "_scale"))
-            for axis in sizes
-            if axis.endswith("_tokens")
-        },
-        "parameters_before": sum(p.numel() for p in model.parameters()),
-        "parameters_after": sum(p.numel() for p in grown.parameters()),
+        "scales": {key: getattr(after.config, key) for key in scales},
+        "parameters_before": sum(p.numel() for p in before.parameters()),
+        "parameters_after": sum(p.numel() for p in after.parameters()),
     }
-    return Growth(grown, grown_optimizer, plan.promise, event, plan.slots)
 
 
-def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]:
-    """`to` with full axis names; ValueError unless they are this model's, each once, none smaller, one larger."""
-    if not to:
-        raise ValueError("to: no target size given, for example ffn=512")
-    sizes: dict[str, int] = {}
-    for name, size in to.items():
-        axis = SHORT_NAMES.get(name, name)
-        if not isinstance(getattr(config, axis, None), int):
-            raise ValueError(f"to.{name}: {config.model_type} has no such axis; allowed: {', '.join(SHORT_NAMES)}")
-        if not isinstance(size, int) or size < getattr(config, axis):
-            raise ValueError(f"to.{name}: {size} is smaller than the model's {getattr(config, axis)}; growth only adds")
-        if axis in sizes:
-            raise ValueError(f"to.{name}: {axis} is given twice, as {sizes[axis]} and as {size}")
-        sizes[axis] = size
-    if all(size == getattr(config, axis) for axis, size in sizes.items()):
-        raise ValueError(f"to: {to} is the size that the model already has")
-    return sizes
+# --- weights ---
 
 
-def expand(old: Tensor, axes: tuple[str, ...], slots: dict[str, Tensor], factor: Tensor | float = 1.0) -> Tensor:
-    """`old` gathered along every grown axis, times a factor per slot; zero in new slots. A size of 1 stays."""
-    new = old
-    for dim, axis in enumerate(axes):
-        if axis not in slots or old.shape[dim] == 1:
-            continue
-        source = slots[axis].to(old.device)
-        new = new.index_select(dim, source.clamp(min=0))
-        keep = _along(source >= 0, dim, new.ndim)
-        new = torch.where(keep, new, torch.zeros((), dtype=new.dtype, device=new.device))
-        if isinstance(factor, Tensor):
-            new = new * _along(factor.to(new), dim, new.ndim)
-    return new if isinstance(factor, Tensor) or factor == 1.0 else new * factor
+def grown_tensors(
+    names: dict[str, int], read: Callable[[str], Tensor], maps: TensorMaps, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the grown model, one at a time; `names`: new name -> number of dimensions; `read`: an old one.
+
+    Layers without a source have the architecture's own initialisation. ValueError on a parameter that no table names.
+    """
+    fresh = FreshLayers(maps, seed)
+    for name in names:
+        source, layer = maps.source_of(name)
+        if source is None:
+            tensor = fresh.parameter(name)
+        else:
+            above = _above(name, source, maps)
+            tensor = maps.weight(name, read(source), read(above) if above else None, seed)
+        if layer is not None and layer.closed and maps.closes(name):
+            tensor = torch.zeros_like(tensor)
+        yield name, tensor
 
 
-def _along(vector: Tensor, dim: int, ndim: int) -> Tensor:
-    return vector.view([-1 if d == dim else 1 for d in range(ndim)])
+def _above(name: str, source: str, maps: TensorMaps) -> str | None:
+    """The same parameter one layer up; the last layer takes its own."""
+    index = maps.layer_of(source)
+    if not maps.plan.next_layer or index is None or index + 1 >= maps.config.num_hidden_layers:
+        return None
+    return maps.with_layer(source, index + 1)
 
 
-def new_entries(axes: tuple[str, ...], slots: dict[str, Tensor], device: torch.device, copies: bool = False) -> Tensor:
-    """True where an entry lies in a new slot of any axis (with `copies`: also in a second copy of an old slot);
-    broadcastable to the parameter."""
-    new = torch.zeros([1] * len(axes), dtype=torch.bool, device=device)
-    for dim, axis in enumerate(axes):
-        if axis in slots:
-            source = slots[axis]
-            fresh = source < 0
-            if copies:
-                old, slot = source[~fresh], torch.arange(len(source))
-                first = torch.zeros(int(old.max()) + 1, dtype=torch.long)
-                first.scatter_reduce_(0, old, slot[~fresh], "amin", include_self=False)
-                fresh = fresh | (first[source.clamp(min=0)] != slot)
-            new = new | _along(fresh.to(device), dim, len(axes))
-    return new
+class FreshLayers:
+    """Layers as the architecture itself starts them, made one at a time from a model without memory."""
 
+    def __init__(self, maps: TensorMaps, seed: int) -> None:
+        self.maps, self.seed = maps, seed
+        self.index: int | None = None
+        self.parameters: dict[str, Tensor] = {}
+        self.skeleton: Any = None
 
-def _fill(plan: Plan, name: str, axes: tuple[str, ...]) -> Fill | None:
-    grown = [axis for axis in axes if axis in plan.slots]
-    return plan.fill(name, grown[0]) if grown else None
+    def parameter(self, name: str) -> Tensor:
+        index = self.maps.layer_of(name)
+        assert index is not None
+        if index != self.index:
+            self.index, self.parameters = index, self._layer(index)
+        return self.parameters[name]
+
+    def _layer(self, index: int) -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 7919 + index)
+            if self.skeleton is None:
+                with torch.device("meta"):
+                    self.skeleton = AutoModelForCausalLM.from_config(self.maps.plan.config)
+            prefix = f"{self.maps.prefix}.{index}"
+            layer = self.skeleton.get_submodule(prefix).to_empty(device="cpu").float()
+            for module in layer.modules():
+                if hasattr(module, "init_mamba2_weights"):
+                    module.init_mamba2_weights()
+            self.skeleton.apply(lambda m: None)
+            for module in layer.modules():
+                self.skeleton._init_weights(module)
+            return {f"{prefix}.{name}": p.detach() for name, p in layer.named_parameters()}
 
 
 @torch.no_grad()
-def _grow_weights(model: PreTrainedModel, plan: Plan, generator: torch.Generator) -> PreTrainedModel:
+def _grow_weights(model: PreTrainedModel, maps: TensorMaps, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
-        grown = type(model)(plan.config)
+        grown = type(model)(maps.plan.config)
     grown = grown.to(device=model.device, dtype=model.dtype).train(model.training)
-    _copy_buffers(model, grown)
+    _copy_buffers(model, grown, maps)
     grown.generation_config = copy.deepcopy(model.generation_config)
     if model.is_activation_checkpointing:
         grown.activation_checkpointing_enable()
-    targets = dict(grown.named_parameters())
-    for name, old in model.named_parameters():
-        axes = parameter_axes(model.config, name)
-        fill = _fill(plan, name, axes)
-        targets[name].requires_grad_(old.requires_grad)
-        if fill is None:
-            targets[name].copy_(old)
-            continue
-        new = expand(old, axes, plan.slots, fill.weight)
-        if fill.new_std:
-            noise = torch.randn(new.shape, generator=generator, dtype=torch.float32) * fill.new_std
-            new = torch.where(new_entries(axes, plan.slots, new.device), noise.to(new), new)
-        targets[name].copy_(new)
+    targets, sources = dict(grown.named_parameters()), dict(model.named_parameters())
+    for name in sources:
+        parameter_dims(model.config, name)  # an error here if no table names it
+    names = {name: p.ndim for name, p in targets.items()}
+    for name, tensor in grown_tensors(names, sources.__getitem__, maps, seed):
+        targets[name].copy_(tensor)
+        source, layer = maps.source_of(name)
+        old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
+        targets[name].requires_grad_(not old_is_frozen and (source is None or sources[source].requires_grad))
+    if hasattr(grown, "after_step"):
+        grown.after_step()
     return grown
 
 
-def _copy_buffers(model: nn.Module, grown: nn.Module) -> None:
+def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:
     """Old buffers as they are, their dtype too: a model read in bfloat16 keeps its rotary frequencies in float32."""
-    modules = dict(grown.named_modules())
-    for name, old in model.named_modules():
-        for key, buffer in old._buffers.items():
-            made = modules[name]._buffers.get(key)
+    sources = dict(model.named_modules())
+    for name, module in grown.named_modules():
+        source, _ = maps.source_of(f"{name}.")
+        old = sources.get((source or "").rstrip("."))
+        if old is None:
+            continue
+        for key, made in list(module._buffers.items()):
+            buffer = old._buffers.get(key)
             if buffer is not None and made is not None and buffer.shape != made.shape:
                 full_name = f"{name}.{key}".lstrip(".")
                 raise ValueError(f"buffer {full_name!r} changes its shape with growth, and no table says how")
-            modules[name]._buffers[key] = None if buffer is None else buffer.clone()
+            module._buffers[key] = None if buffer is None else buffer.clone()
         if hasattr(old, "max_seq_len_cached"):  # the length that dynamic rotary frequencies were made for
-            modules[name].max_seq_len_cached = old.max_seq_len_cached
+            module.max_seq_len_cached = old.max_seq_len_cached
+
+
+def _carry(masks: dict[str, Tensor], grown: nn.Module, maps: TensorMaps, copies: bool) -> dict[str, Tensor]:
+    """Where entries are new after this plan: those of the plans before it, moved along, and its own."""
+    result = {}
+    for name, p in grown.named_parameters():
+        source, layer = maps.source_of(name)
+        if source is None or (layer is not None and layer.closed and maps.closes(name)):
+            mask = torch.ones([1] * p.ndim, dtype=torch.bool)
+        else:
+            mask = maps.fresh(name, p.ndim, copies)
+            if copies and layer is not None and _is_repetition(name, maps):
+                mask = torch.ones_like(mask)
+            if source in masks:
+                mask = mask | maps.spread_over(name, masks[source]).bool()
+        if bool(mask.any()):
+            result[name] = mask
+    return result
+
+
+def _is_repetition(name: str, maps: TensorMaps) -> bool:
+    """Whether the parameter's layer comes from an old one that an earlier new layer came from already."""
+    index, layers = maps.layer_of(name), maps.plan.layers
+    return index is not None and layers is not None and layers[index].source in [each.source for each in layers[:index]]
+
+
+# --- the optimizer's state ---
 
 
 @torch.no_grad()
 def _grow_optimizer(
-    model: nn.Module, grown: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, drop: bool
+    model: nn.Module, grown: nn.Module, maps: TensorMaps, optimizer: torch.optim.Optimizer, drop: bool
 ) -> torch.optim.Optimizer:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    targets = dict(grown.named_parameters())
-    groups = []
     for group in optimizer.param_groups:
         unknown = [p for p in group["params"] if p not in names]
         if unknown:
             raise ValueError(f"optimizer: holds a tensor of shape {tuple(unknown[0].shape)} that the model does not")
-        groups.append({**group, "params": [targets[names[p]] for p in group["params"]]})
+    owners = {names[p]: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    members: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+    for name, p in grown.named_parameters():
+        owner = owners.get(_relative(name, p, maps, owners, dict(model.named_parameters())) or "")
+        if owner is not None and p.requires_grad:
+            members[owner].append(p)
+    groups = [{**g, "params": params} for g, params in zip(optimizer.param_groups, members, strict=True) if params]
     arguments = inspect.signature(type(optimizer)).parameters
     defaults = {k: v for k, v in optimizer.defaults.items() if k in arguments}
     result = type(optimizer)(groups, **defaults)
     if drop:
         return result
-    for old, state in optimizer.state.items():
-        axes = parameter_axes(model.config, names[old])
-        fill = _fill(plan, names[old], axes)
-        new_state = {key: copy.deepcopy(value) for key, value in state.items()}
-        if fill is not None:
-            _grow_state(new_state, old, axes, plan, fill, optimizer)
-        result.state[targets[names[old]]] = new_state
+    olds = {name: p for p, name in names.items()}
+    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    for name, p in grown.named_parameters():
+        source, layer = maps.source_of(name)
+        if not p.requires_grad:
+            continue
+        if source is None or (layer is not None and layer.closed):
+            if getattr(optimizer, "counts_ages", False) and steps and _owned(p, result):
+                result.state[p] = _newborn(p, max(steps, key=float))
+            continue
+        state = optimizer.state.get(olds[source])
+        if state:
+            result.state[p] = _grown_state(state, name, olds[source], maps, optimizer)
     return result
 
 
-def _grow_state(
-    state: dict[str, Any], old: Tensor, axes: tuple[str, ...], plan: Plan, fill: Fill, optimizer: torch.optim.Optimizer
-) -> None:
-    """One parameter's state in place: what goes with the gradient by c, what goes with its square by c², scalars stay.
+def _owned(p: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+    return any(p is each for group in optimizer.param_groups for each in group["params"])
+
+
+def _relative(
+    name: str, p: Tensor, maps: TensorMaps, owners: dict[str, int], olds: dict[str, Tensor]
+) -> str | None:
+    """The old parameter whose group a new one joins: its source; for a layer without one, the same in another layer."""
+    source, _ = maps.source_of(name)
+    if source is not None:
+        return source
+    alike = (maps.with_layer(name, i) for i in range(maps.config.num_hidden_layers))
+    found = next((each for each in alike if each in owners), None)
+    return found or next((each for each in owners if (olds[each].ndim >= 2) == (p.ndim >= 2)), None)
+
+
+def _newborn(p: Tensor, step: Tensor) -> dict[str, Any]:
+    birth = torch.full([1] * p.ndim, float(step), device=p.device)
+    return {"step": step.clone(), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "birth": birth}
+
+
+def _grown_state(
+    state: dict[str, Any], name: str, old: Tensor, maps: TensorMaps, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """One parameter's state: what goes with the gradient by c, what goes with its square by c², scalars stay.
 
     Raises ValueError on any other tensor: how it would have to move is not known.
     """
-    new = new_entries(axes, plan.slots, old.device)
+    new = maps.fresh(name, old.ndim, copies=maps.plan.resets_copies).to(old.device)
     ages = getattr(optimizer, "counts_ages", False)
+    result: dict[str, Any] = {}
     for key, value in state.items():
         scalar = not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != old.shape)
         if scalar or (ages and key == "birth"):
+            result[key] = copy.deepcopy(value)
             continue
         if key not in GRADIENT_POWERS or value.shape != old.shape:
             raise ValueError(
@@ -231,10 +321,13 @@ def _grow_state(
                 "growth does not know how it moves; moments = 'drop' starts it afresh"
             )
         power = GRADIENT_POWERS[key]
-        grown = expand(value, axes, plan.slots, fill.moment**power)
-        state[key] = grown if ages or power == 1 else torch.where(new, value.mean(), grown)
-    if ages and (new.any() or "birth" in state):
+        grown = maps.gradient(name, value, power)
+        result[key] = grown if ages or power == 1 else torch.where(new, value.mean(), grown)
+    if ages and (bool(new.any()) or "birth" in state):
         birth = new * state["step"].to(old.device)
         if "birth" in state:
-            birth = torch.maximum(birth, expand(state["birth"], axes, plan.slots))
-        state["birth"] = birth
+            birth = torch.maximum(birth, maps.spread_over(name, state["birth"]))
+        result["birth"] = birth
+    return result
+
+

@@ -1,35 +1,109 @@
-"""What an operator answers: where each slot of a grown axis comes from, and how its entries start."""
+"""What an operator answers: where each new slot of an axis, and each new layer, comes from, and with what factors.
+
+An axis is written by some tensors and read by others. A growth of it is a pair of maps: what writers make becomes W h
+and readers take it by R. The function is kept exactly if Rᵀ W = 1. Each new slot has one source, an old slot, so W and
+R are a list of sources with two factors each; a slot without a source is fresh, and then one of the two sides is zero.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+FRESH, AVERAGE = -1, -2  # instead of a source: no source; the mean of all old slots, which nothing reads at first
+
 
 @dataclass(frozen=True)
-class Fill:
-    """How one parameter takes its new shape along a grown axis; factors are per new slot, or one number for all."""
+class AxisMap:
+    """New slots of one axis. source: (new,) old slots, or FRESH, or AVERAGE; write, read: (new,) factors.
 
-    weight: Tensor | float = 1.0
-    moment: Tensor | float = 1.0
-    new_std: float = 0.0
+    fresh_write, fresh_read: how writers and readers of a fresh slot start, "zero" or "random".
+    scale: what its writers make is this much larger besides, which the norm that reads it takes away again.
+    """
+
+    source: Tensor
+    write: Tensor
+    read: Tensor
+    fresh_write: str = "random"
+    fresh_read: str = "zero"
+    scale: float = 1.0
+
+    @property
+    def fresh(self) -> Tensor:
+        return self.source < 0
+
+    @property
+    def copy_number(self) -> Tensor:
+        """For each slot, how many earlier slots have the same source; 0 where it has none."""
+        numbers, seen = torch.zeros_like(self.source), dict[int, int]()
+        for slot, source in enumerate(self.source.tolist()):
+            numbers[slot] = seen.get(source, 0) if source >= 0 else 0
+            seen[source] = seen.get(source, 0) + 1
+        return numbers
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A new layer: the old one that it comes from (FRESH: the architecture's own initialisation), and whether it is
+    closed, that is, adds nothing to the residual stream at first."""
+
+    source: int
+    closed: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An operator's answer. slots: axis -> old slot of each new slot, -1 for a new one."""
+    """An operator's answer.
+
+    stds: (parameter, axis) -> standard deviation of its fresh entries along the axis; None: that of its old entries.
+    blocks: copies read their own copy only (staged training's block-diagonal matrices).
+    next_layer: second copies take their entries from the layer above (bert2BERT's AKI).
+    noise: standard deviation, over that of the weights, of noise that sums to zero over the copies that are read.
+    shrink, perturb: old entries times the one, all entries plus noise of the other (shrink-perturb-pad).
+    """
 
     config: PreTrainedConfig
-    slots: dict[str, Tensor]
-    fill: Callable[[str, str], Fill]  # (parameter name, grown axis) -> Fill
-    promise: str  # "exact" or "approximate"
+    maps: Mapping[str, AxisMap] = field(default_factory=dict)
+    layers: tuple[Layer, ...] | None = None
+    stds: Callable[[str, str], float | None] = lambda name, axis: None
     note: str = ""
+    blocks: bool = False
+    next_layer: bool = False
+    noise: float = 0.0
+    shrink: float = 1.0
+    perturb: float = 0.0
+    approximate: str = ""  # why the function changes, where the maps alone do not show it
     drops_moments: bool = False
+    resets_copies: bool = False  # second copies start with no moments, as fresh entries do
+    frozen: bool = False  # old layers are not trained on
 
     @property
     def adds_entries(self) -> bool:
         """Whether any slot is new; copies of old slots are not, and have no birth of their own."""
-        return any(bool((source < 0).any()) for source in self.slots.values())
+        fresh_layers = any(layer.source < 0 or layer.closed for layer in self.layers or ())
+        return fresh_layers or any(bool(axis.fresh.any()) for axis in self.maps.values())
+
+
+def padded(old: int, new: int, closed: str = "read") -> AxisMap:
+    """Old slots in front, fresh ones behind; `closed` is the side that is zero there: write, read, both, none."""
+    source = torch.cat([torch.arange(old), torch.full((new - old,), FRESH)])
+    ones = torch.ones(new, dtype=torch.float64)
+    write, read = ("zero" if closed in (side, "both") else "random" for side in ("write", "read"))
+    return AxisMap(source, ones, ones, fresh_write=write, fresh_read=read)
+
+
+def copied(source: Tensor, shares: Tensor | None = None) -> AxisMap:
+    """Each slot a copy of an old one; readers get its share, by default one over the number of copies."""
+    if shares is None:
+        kept = source.clamp(min=0)
+        shares = 1.0 / torch.bincount(source[source >= 0]).double()[kept]
+    shares = torch.where(source >= 0, shares, torch.ones((), dtype=torch.float64))
+    return AxisMap(source, torch.ones_like(shares), shares, fresh_write="zero", fresh_read="random")
+
+
+def identity(size: int) -> AxisMap:
+    return padded(size, size)

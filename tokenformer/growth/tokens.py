@@ -14,99 +14,83 @@ published   random rows and the scale made anew from the row count, as in the au
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..models.axes import resize
 from ..models.tokenformer import initial_stds
 from ..pattention import default_scale
-from .plan import Fill, Plan
+from .plan import AxisMap, Plan, copied, padded
+from .width import unequal_shares
+
+Sizes = Mapping[str, int]
 
 
-def zero_keys(config: PreTrainedConfig, sizes: dict[str, int]) -> Plan:
+def zero_keys(config: PreTrainedConfig, sizes: Sizes) -> Plan:
     """New rows with zero keys and random values under the stored scale. Exact; ValueError for softmax."""
     if config.theta == "softmax":
         raise ValueError(
             "operator: zero_keys cannot grow theta=softmax exactly, since exp(0) = 1 takes weight from the old rows; "
             "tile can"
         )
-
-    def fill(name: str, axis: str) -> Fill:
-        key_std, value_std = initial_stds(config, axis.removesuffix("_tokens"))
-        return Fill(new_std={"key": 0.0, "up": key_std, "value": value_std}[name.rsplit(".", 1)[-1]])
-
-    return Plan(_resized(config, sizes), _appended(config, sizes), fill, "exact")
+    require_tokens(config, sizes)
+    return Plan(resize(config, sizes), _padded(config, sizes, "write"), stds=_stds(config))
 
 
-def tile(config: PreTrainedConfig, sizes: dict[str, int]) -> Plan:
+def tile(config: PreTrainedConfig, sizes: Sizes) -> Plan:
     """Every row r times; copy c gets the share (2c + 1) / r² of its value, so that copies differ. Exact.
 
     Sizes must be whole multiples. The values' moments push forward exactly, and so do those of a gated layer's second
     keys. The keys' gradient also passes through the norm, where the copies share alike: the leading term is carried.
     """
-    copies = {}
+    require_tokens(config, sizes)
+    maps, scales = {}, {}
     for axis, size in sizes.items():
         old = getattr(config, axis)
         if size % old:
             near = f"{size // old * old} or {(size // old + 1) * old}"
             raise ValueError(f"to.{axis}: {size} is not a multiple of the model's {old}; for tile, nearest: {near}")
-        copies[axis] = size // old
-    slots = {axis: torch.arange(size) % getattr(config, axis) for axis, size in sizes.items()}
-
-    def fill(name: str, axis: str) -> Fill:
-        r, old = copies[axis], getattr(config, axis)
-        share = (2.0 * torch.arange(r, dtype=torch.float64) + 1) / r**2
-        share = share.repeat_interleave(old)
-        return Fill(weight=share) if name.endswith(".value") else Fill(moment=share)
-
-    scales = {}
-    for axis, r in copies.items():
-        scale = axis.replace("_tokens", "_scale")
+        source = torch.arange(size) % old
+        maps[axis] = copied(source, unequal_shares(source))
+        scale, r = axis.replace("_tokens", "_scale"), size // old
         scales[scale] = getattr(config, scale) * (r if config.theta == "softmax" else math.sqrt(r))
-    return Plan(_resized(config, sizes | scales), slots, fill, "exact")
+    return Plan(resize(config, sizes, scales), maps)
 
 
-def published(config: PreTrainedConfig, sizes: dict[str, int]) -> Plan:
+def published(config: PreTrainedConfig, sizes: Sizes) -> Plan:
     """Random rows, the scale recomputed from the new count, no optimizer state: the release's way. Approximate."""
-
-    def fill(name: str, axis: str) -> Fill:
-        key_std, value_std = initial_stds(config, axis.removesuffix("_tokens"))
-        return Fill(new_std=value_std if name.endswith(".value") else key_std)
-
+    require_tokens(config, sizes)
     scales = {axis.replace("_tokens", "_scale"): default_scale(config.theta, size) for axis, size in sizes.items()}
-    note = "the scale is recomputed from the row count and new rows are random: the function changes"
-    plan_config = _resized(config, sizes | scales)
-    return Plan(plan_config, _appended(config, sizes), fill, "approximate", note, drops_moments=True)
+    why = "the scale is recomputed from the row count and new rows are random"
+    return Plan(
+        resize(config, sizes, scales),
+        _padded(config, sizes, "none"),
+        stds=_stds(config),
+        approximate=why,
+        drops_moments=True,
+    )
 
 
-OPERATORS: dict[str, Callable[[PreTrainedConfig, dict[str, int]], Plan]] = {
-    "zero_keys": zero_keys,
-    "tile": tile,
-    "published": published,
-}
-
-
-def _appended(config: PreTrainedConfig, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Slot maps that keep the old rows in front and mark the rest as new."""
-    slots = {}
-    for axis, size in sizes.items():
-        old = getattr(config, axis)
-        slots[axis] = torch.cat([torch.arange(old), torch.full((size - old,), -1)])
-    return slots
-
-
-def _resized(config: PreTrainedConfig, changes: Mapping[str, int | float]) -> PreTrainedConfig:
-    """A copy of the configuration with new sizes and scales; refuses token axes that the model does not have."""
-    for axis in changes:
-        if axis not in ("qkv_tokens", "proj_tokens", "ffn_tokens", "qkv_scale", "proj_scale", "ffn_scale"):
-            raise ValueError(f"to.{axis}: parameter tokens grow along ffn, qkv and proj only")
+def require_tokens(config: PreTrainedConfig, sizes: Sizes) -> None:
+    for axis in sizes:
         if config.attention_projections == "linear" and axis in ("qkv_tokens", "proj_tokens"):
             raise ValueError(f"to.{axis}: this model's attention projections are linear and hold no parameter tokens")
-    resized = copy.deepcopy(config)
-    for key, value in changes.items():
-        setattr(resized, key, value)
-    return resized
+
+
+def _padded(config: PreTrainedConfig, sizes: Sizes, closed: str) -> dict[str, AxisMap]:
+    return {axis: padded(getattr(config, axis), size, closed) for axis, size in sizes.items()}
+
+
+def _stds(config: PreTrainedConfig) -> Callable[[str, str], float | None]:
+    """Spread of new rows: that of a new model's keys and values."""
+
+    def std(name: str, axis: str) -> float | None:
+        table = name.rsplit(".", 1)[-1]
+        if not axis.endswith("_tokens") or table not in ("key", "value"):
+            return None
+        return initial_stds(config, axis.removesuffix("_tokens"))[table == "value"]
+
+    return std

@@ -1,13 +1,14 @@
-"""What a growth did, measured: how far the logits moved and which new entries are alive."""
+"""What a growth did, measured: how far the logits moved, which new entries are alive, which coordinates are equal."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..models.axes import parameter_axes
-from .engine import Growth, new_entries
+from .engine import Growth
 
 
 @torch.no_grad()
@@ -23,18 +24,61 @@ def largest_logit_change(old: PreTrainedModel, new: PreTrainedModel, input_ids: 
 
 
 def live_share(growth: Growth, input_ids: Tensor) -> dict[str, float]:
-    """Share of the new entries, second copies too, that the loss on a batch (B, T) sends gradient to: by kind of table
-    (key, value, up)."""
-    model = growth.model
-    parameters = dict(model.named_parameters())
+    """Share of the new entries, second copies too, that the loss on a batch (B, T) sends gradient to: by the last part
+    of the parameter's name that tells (key, value, up; q_proj, down_proj)."""
+    return live_shares(growth.model, growth.copies, input_ids)
+
+
+def live_shares(model: PreTrainedModel, masks: Mapping[str, Tensor], input_ids: Tensor) -> dict[str, float]:
+    """The same for any model, `masks` telling which entries of a parameter to look at. Gradients are looked at as they
+    come and let go of at once, so that no second model's memory is needed."""
+    counts: dict[str, list[float]] = {}
+    handles = []
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
+        handles.append(p.register_post_accumulate_grad_hook(lambda q, n=name: _count(counts, n, q, masks.get(n))))
+    kept = {name: p.grad for name, p in trained.items()}
+    for p in trained.values():
+        p.grad = None
     input_ids = input_ids.to(model.device)
-    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-    grown = [n for n in parameters if set(parameter_axes(model.config, n)) & set(growth.slots)]
-    gradients = torch.autograd.grad(loss, [parameters[name] for name in grown])
-    alive: dict[str, list[float]] = {}
-    for name, gradient in zip(grown, gradients, strict=True):
-        axes = parameter_axes(model.config, name)
-        new = new_entries(axes, growth.slots, gradient.device, copies=True).expand_as(gradient)
-        if new.any():
-            alive.setdefault(name.rsplit(".", 1)[-1], []).append((gradient[new] != 0).double().mean().item())
-    return {table: sum(shares) / len(shares) for table, shares in alive.items()}
+    training = model.training
+    model.eval()
+    try:
+        model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+        for name, p in trained.items():
+            p.grad = kept[name]
+    return {kind: alive / total for kind, (alive, total) in counts.items()}
+
+
+def _count(counts: dict[str, list[float]], name: str, p: Tensor, mask: Tensor | None) -> None:
+    gradient, p.grad = p.grad, None
+    if mask is None or gradient is None:
+        return
+    new = mask.to(gradient.device).expand_as(gradient)
+    total = counts.setdefault(kind_of(name), [0.0, 0.0])
+    total[0] += (gradient[new] != 0).sum().item()
+    total[1] += new.sum().item()
+
+
+def kind_of(name: str) -> str:
+    parts = name.split(".")
+    return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
+
+
+@torch.no_grad()
+def duplicated_share(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> float:
+    """Share of the rows with new entries, in matrices, that equal another row of the same matrix bit for bit."""
+    equal, total = 0, 0
+    for name, p in model.named_parameters():
+        if name not in masks or p.ndim < 2:
+            continue
+        rows = p.flatten(0, -2)
+        new = masks[name].to(p.device).expand_as(p).flatten(0, -2).any(-1)
+        _, inverse, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
+        equal += int((counts[inverse][new] > 1).sum())
+        total += int(new.sum())
+    return equal / total if total else 0.0

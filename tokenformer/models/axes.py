@@ -1,53 +1,156 @@
-"""What each dimension of each parameter is: one table per architecture, read by the growth engine.
+"""Named axes: what each dimension of each parameter is, one table per architecture, read by the growth engine.
 
-A row is a parameter's name, with * for the layer's number, and the axes of its dimensions. An axis that can grow
-carries the name of the configuration field that holds its size.
+A table is data. Its `parameters` give, for a name with * for the layer's number, one text per dimension, separated by
+commas; a dimension is a product of axes, slowest first, or several such parts side by side with | between them (a fused
+tensor, slice by slice). Every axis carries a mark that says what the tensor does along it:
+
+    hidden>   writes it: rows that make entries of the axis (biases too)
+    hidden<   reads it: columns that take entries of the axis
+    hidden=   is the gain of a norm over it
+    hidden@   is the gain of the last norm, which the head reads; hidden+ its bias. A tied head is the embedding, which
+              is written as that must be: what readers would share among copies, these two take then
+    ffn~      passes over it, entry by entry, changing no function when entries are repeated (a convolution's taps)
+    experts#  has one slice of it for each entry, read as a whole
+    vocab     no mark: it does not grow
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedConfig
 
-Axes = tuple[str, ...]
+MARKS = "><=@+~#"
+Part = tuple[tuple[str, str], ...]  # (axis, mark), slowest first
+Dim = tuple[Part, ...]  # parts side by side
 
 
-def tokenformer_axes(config: PreTrainedConfig) -> dict[str, Axes]:
-    """TokenFormer in all its options; `queries` and `keys` are heads times head size."""
-    layer = "model.layers.*"
-    table: dict[str, Axes] = {
-        "model.embed_tokens.weight": ("vocab_size", "hidden_size"),
-        "lm_head.weight": ("vocab_size", "hidden_size"),
-        "model.norm.weight": ("hidden_size",),
-        "model.norm.bias": ("hidden_size",),
-        f"{layer}.input_layernorm.weight": ("hidden_size",),
-        f"{layer}.post_attention_layernorm.weight": ("hidden_size",),
-    }
-    places = (
-        ("self_attn.q_proj", "qkv_tokens", "hidden_size", "queries"),
-        ("self_attn.k_proj", "qkv_tokens", "hidden_size", "keys"),
-        ("self_attn.v_proj", "qkv_tokens", "hidden_size", "keys"),
-        ("self_attn.o_proj", "proj_tokens", "queries", "hidden_size"),
-        ("mlp", "ffn_tokens", "hidden_size", "hidden_size"),
-    )
-    for place, tokens, reads, writes in places:
-        table[f"{layer}.{place}.key"] = (tokens, reads)
-        table[f"{layer}.{place}.up"] = (tokens, reads)
-        table[f"{layer}.{place}.value"] = (tokens, writes)
-        table[f"{layer}.{place}.weight"] = (writes, reads)
-    return table
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One architecture. Expressions are fields of its configuration with * and / between, alternatives after `or`."""
+
+    parameters: Mapping[str, str]  # name, with * for the layer's number -> dimensions
+    sizes: Mapping[str, str]  # axis -> expression
+    grows: Mapping[str, str]  # field of the configuration that a person may enlarge -> axis
+    norms: Mapping[str, str]  # axis that a norm runs over -> "rms", "layer", or the field that says which
+    eps: str = "rms_norm_eps"  # the field with the norms' epsilon, which all of them share
+    fixed_writers: tuple[str, ...] = ()  # normed axes whose entries cannot be rescaled (a nonlinearity writes them)
+    pins: Mapping[str, str] = dataclasses.field(default_factory=dict)  # fields to write out before sizes change
+    follows: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)  # field -> (field grown, value)
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what people say -> field
+    refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)  # field -> why it cannot grow
+    closes: tuple[str, ...] = ()  # what is zero in a layer that does nothing; by default all that writes `hidden`
+    by_layer: tuple[str, ...] = ()  # fields that make a layer depend on its number: depth then cannot grow exactly
+    layers: str = "model.layers"  # where the layers lie
+    gainless: Mapping[str, str] = dataclasses.field(default_factory=dict)  # axis -> kind of norm without gain in layers
+    unit_norm: bool = False  # rows and columns along `hidden` are kept at unit length (nGPT)
 
 
-TABLES = {"tokenformer": tokenformer_axes}
+@lru_cache(maxsize=4096)
+def parse_dims(text: str) -> tuple[Dim, ...]:
+    """ "kv> d, hidden<" -> one Dim per dimension."""
+    dims = []
+    for dim in text.split(","):
+        parts = []
+        for part in dim.split("|"):
+            words = part.split()
+            parts.append(tuple((w.rstrip(MARKS), w[len(w.rstrip(MARKS)) :]) for w in words))
+        dims.append(tuple(parts))
+    return tuple(dims)
 
 
-def parameter_axes(config: PreTrainedConfig, name: str) -> Axes:
-    """The axes of the parameter called `name`; ValueError if the architecture or the parameter is in no table."""
+def parameter_dims(config: PreTrainedConfig, name: str) -> tuple[Dim, ...]:
+    """The dimensions of the parameter called `name`; ValueError if the architecture or the parameter is in no table."""
+    pattern = re.sub(r"\.\d+\.", ".*.", name)
+    known = table_of(config).parameters
+    if pattern not in known:
+        raise ValueError(f"parameter {name!r} is in no table of axes of {config.model_type}; it would not be grown")
+    return parse_dims(known[pattern])
+
+
+def table_of(config: PreTrainedConfig) -> Table:
+    from .tables import TABLES
+
     if config.model_type not in TABLES:
         raise ValueError(f"model type {config.model_type!r} has no table of axes; known: {', '.join(TABLES)}")
-    table = TABLES[config.model_type](config)
-    pattern = re.sub(r"\.layers\.\d+\.", ".layers.*.", name)
-    if pattern not in table:
-        raise ValueError(f"parameter {name!r} is in no table of axes of {config.model_type}; it would not be grown")
-    return table[pattern]
+    return TABLES[config.model_type]
+
+
+def axis_sizes(config: PreTrainedConfig) -> dict[str, int]:
+    """Every axis of the architecture with its size."""
+    return {axis: evaluate(expression, config) for axis, expression in table_of(config).sizes.items()}
+
+
+def norm_kind(config: PreTrainedConfig, axis: str) -> str:
+    kind = table_of(config).norms[axis]
+    return {"rmsnorm": "rms", "layernorm": "layer"}.get(getattr(config, kind, ""), kind)
+
+
+def evaluate(expression: str, config: PreTrainedConfig, extra: Mapping[str, int] | None = None) -> Any:
+    """`a * b / c or d`, worked from the left; a part with a field that is None is passed over."""
+    for alternative in expression.split(" or "):
+        words = alternative.split()
+        values = [_value(word, config, extra or {}) for word in words[::2]]
+        if None in values:
+            continue
+        result = values[0]
+        for operator, value in zip(words[1::2], values[1:], strict=True):
+            if operator == "/" and result % value:
+                raise ValueError(f"{' '.join(words)}: {result} is not a multiple of {value}")
+            result = result * value if operator == "*" else result // value
+        return result
+    raise ValueError(f"{expression}: {config.model_type}'s configuration has no such field")
+
+
+def _value(word: str, config: PreTrainedConfig, extra: Mapping[str, int]) -> Any:
+    return int(word) if word.isdecimal() else extra[word] if word in extra else getattr(config, word, None)
+
+
+def field_of(config: PreTrainedConfig, name: str) -> str:
+    """The configuration's field that a person means by `name`; ValueError if it is none that can grow."""
+    table = table_of(config)
+    field = table.names.get(name, name)
+    if field in table.refuses:
+        raise ValueError(f"to.{name}: {table.refuses[field]}")
+    if field != "num_hidden_layers" and field not in table.grows:
+        allowed = ", ".join([*table.grows, "num_hidden_layers"])
+        raise ValueError(f"to.{name}: {config.model_type} has no such axis; allowed: {allowed}")
+    return field
+
+
+def size_of(config: PreTrainedConfig, field: str) -> int:
+    """The size that a field stands for, worked out where the configuration leaves it to be derived."""
+    value = getattr(config, field)
+    return evaluate(table_of(config).pins[field], config) if value is None else value
+
+
+def resize(config: PreTrainedConfig, sizes: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Any:
+    """A copy of the configuration with the fields of `sizes` enlarged, those that follow from them, and `changes`.
+
+    Raises ValueError in one line when the architecture does not allow the sizes together.
+    """
+    table, before = table_of(config), axis_sizes(config)
+    new = copy.deepcopy(config)
+    for field, expression in table.pins.items():
+        setattr(new, field, evaluate(expression, config))
+    for field, value in sizes.items():
+        setattr(new, field, value)
+    for field, (grown, expression) in table.follows.items():
+        if grown in sizes and field not in sizes:
+            setattr(new, field, evaluate(expression, new, before))
+    for field, value in (changes or {}).items():
+        setattr(new, field, value)
+    if isinstance(new.__dict__.get("layer_types"), list):  # which kind each new layer is follows from its source
+        kinds = new.layer_types
+        new.layer_types = (kinds + kinds[-1:] * new.num_hidden_layers)[: new.num_hidden_layers]
+    try:
+        new.validate()
+    except Exception as error:  # the validators' errors share no narrower class
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"to: {config.model_type} does not allow these sizes: {reason}") from error
+    return new

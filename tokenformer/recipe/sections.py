@@ -97,10 +97,11 @@ class GrowthSection:
     at_step: int | None = key("when: before this step; give this or at_fraction", default=None, low=1)
     at_fraction: float | None = key("when: at this share of the total FLOPs", default=None, above=0, below=1)
     operator: str = key(
-        "zero_keys and tile are exact; published is the release's own way",
+        "how; `tokenformer operators` lists all; several joined by + are applied one after another",
         default="zero_keys",
-        choices=("zero_keys", "tile", "published"),
+        pattern=r"[a-z0-9_]+(\+[a-z0-9_]+)*",
     )
+    options: dict[str, Any] = key("the operator's own, { noise = 0.1 }", factory=dict)
     moments: str = key("Adam's moments of the old rows", default="keep", choices=("keep", "drop"))
     learning_rate: str = key(
         "keep, or warm up again: new rows only, or all",

@@ -1,0 +1,174 @@
+"""Every growth operator: its name, what it grows, what it promises, where it comes from. One line each in OPERATORS."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..models.axes import Table, field_of, size_of, table_of
+from ..models.tables import TABLES
+from . import depth, tokens, width
+from .exactness import settled, why_not_exact
+from .plan import Plan
+
+WIDTHS = ("hidden", "ffn", "group", "kv_heads")
+TOKENS = ("qkv_tokens", "proj_tokens", "ffn_tokens")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A declaration: from it the command line's list, the plan of a growth, the table in docs/ and the tests are made.
+
+    axes: what it grows, by the names of models/tables.py, and `layers`. promise: "exact", "exact if ..." (else it
+    refuses), or "approximate". symmetric: whether copies stay equal without dropout or noise.
+    """
+
+    name: str
+    function: Callable[..., Plan]
+    axes: tuple[str, ...]
+    promise: str
+    source: str
+    symmetric: bool = False
+
+    @property
+    def exact(self) -> bool:
+        return self.promise.startswith("exact")
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option -> default, the function's own keywords."""
+        parameters = inspect.signature(self.function).parameters
+        return {n: p.default for n, p in parameters.items() if p.default is not p.empty and n != "seed"}
+
+    def fields(self, table: Table) -> list[str]:
+        """The fields of an architecture's configuration that it grows."""
+        depth_too = ["num_hidden_layers"] if "layers" in self.axes else []
+        return [field for field, axis in table.grows.items() if axis in self.axes] + depth_too
+
+    @property
+    def architectures(self) -> list[str]:
+        return [name for name, table in TABLES.items() if self.fields(table)]
+
+    def plan(self, config: PreTrainedConfig, sizes: dict[str, int], seed: int = 0, **options: Any) -> Plan:
+        """What it makes of a configuration; ValueError where it would break its promise, with the reason."""
+        known = self.options
+        for key, value in options.items():
+            if key not in known:
+                raise ValueError(f"{key}: {self.name} has no such option; it has {', '.join(known) or 'none'}")
+            if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
+                raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
+        if "seed" in inspect.signature(self.function).parameters:
+            options["seed"] = seed
+        made = settled(config, self.function(config, sizes, **options))
+        reasons = why_not_exact(config, made)
+        if self.exact and reasons:
+            instead = [o.name for o in OPERATORS.values() if o is not self and o._fits(config, sizes)]
+            hint = f"; {', '.join(instead)} can" if instead else "; no operator can do that exactly"
+            raise ValueError(f"operator: {self.name} cannot grow this exactly: {'; '.join(reasons)}{hint}")
+        return made
+
+    def _fits(self, config: PreTrainedConfig, sizes: dict[str, int]) -> bool:
+        """Whether it grows these sizes exactly."""
+        if not self.exact or any(field not in self.fields(table_of(config)) for field in sizes):
+            return False
+        try:
+            return not why_not_exact(config, settled(config, self.function(config, sizes)))
+        except ValueError:
+            return False
+
+
+_ALL = (
+    Operator("zero_keys", tokens.zero_keys, TOKENS, "exact", "arXiv 2410.23168, with a stored scale"),
+    Operator("tile", tokens.tile, TOKENS, "exact", "arXiv 2410.23168, with unequal shares"),
+    Operator("published", tokens.published, TOKENS, "approximate", "arXiv 2410.23168, the authors' release"),
+    Operator(
+        "zero",
+        width.zero,
+        (*WIDTHS, "head_dim", "head_group", "state", "layers"),
+        "exact if no LayerNorm runs over what grows",
+        "arXiv 2308.06103",
+    ),
+    Operator("net2wider", width.net2wider, WIDTHS, "exact if hidden is a multiple", "arXiv 1511.05641", symmetric=True),
+    Operator("fpi", width.fpi, WIDTHS, "exact if hidden is a multiple", "arXiv 2110.07143", symmetric=True),
+    Operator("aki", width.aki, WIDTHS, "approximate", "arXiv 2110.07143"),
+    Operator("lemon", width.lemon, (*WIDTHS, "layers"), "exact", "arXiv 2310.07999"),
+    Operator("hyperclone", width.hyperclone, WIDTHS, "exact if multiples", "arXiv 2409.12903", symmetric=True),
+    Operator("staged", width.staged, WIDTHS, "exact if all widths double", "arXiv 2203.06211", symmetric=True),
+    Operator("sparkling", width.sparkling, WIDTHS, "approximate", "arXiv 2602.02472"),
+    Operator("shrink_pad_perturb", width.shrink_pad_perturb, WIDTHS, "approximate", "arXiv 2605.13405"),
+    Operator("identity_blocks", depth.identity_blocks, ("layers",), "exact", "arXiv 2308.06103"),
+    Operator("llama_pro", depth.llama_pro, ("layers",), "exact if groups come out even", "arXiv 2401.02415"),
+    Operator("stack", depth.stack, ("layers",), "approximate", "arXiv 2405.15319"),
+    Operator("gradual_stack", depth.gradual_stack, ("layers",), "approximate", "arXiv 2409.19044"),
+    Operator("midas", depth.midas, ("layers",), "approximate", "arXiv 2409.19044"),
+    Operator("solar", depth.solar, ("layers",), "approximate", "arXiv 2312.15166"),
+    Operator("jump", depth.jump, ("layers",), "approximate", "arXiv 2511.04981"),
+)
+OPERATORS = {operator.name: operator for operator in _ALL}
+
+
+def operators_of(text: str) -> list[Operator]:
+    """ "lemon+llama_pro" -> both, in order; ValueError on a name that is none."""
+    for name in text.split("+"):
+        if name not in OPERATORS:
+            allowed = f"{', '.join(OPERATORS)}, or several joined by +"
+            raise ValueError(f"operator: {name!r} is not known; allowed: {allowed}")
+    return [OPERATORS[name] for name in text.split("+")]
+
+
+def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]:
+    """`to` by the configuration's own fields; ValueError unless each can grow, once, none is smaller, one is larger."""
+    if not to:
+        raise ValueError("to: no target size given, for example hidden_size=512")
+    sizes: dict[str, int] = {}
+    for name, size in to.items():
+        field = field_of(config, name)
+        old = size_of(config, field)
+        if not isinstance(size, int) or size < old:
+            raise ValueError(f"to.{name}: {size} is smaller than the model's {old}; growth only adds")
+        if field in sizes:
+            raise ValueError(f"to.{name}: {field} is given twice, as {sizes[field]} and as {size}")
+        sizes[field] = size
+    if all(size == size_of(config, field) for field, size in sizes.items()):
+        raise ValueError(f"to: {to} is the size that the model already has")
+    return sizes
+
+
+def steps_of(
+    config: PreTrainedConfig, operator: str, to: dict[str, int], seed: int = 0, options: dict[str, Any] | None = None
+) -> list[tuple[Operator, PreTrainedConfig, Plan]]:
+    """The plans of one growth: one for each operator of the mixture, applied one after another.
+
+    Each field goes to the first operator that grows it, each option to those that have it.
+    Raises ValueError where no operator grows a field, an operator has nothing to do, or one refuses.
+    """
+    mixture, sizes, options = operators_of(operator), target_sizes(config, to), options or {}
+    shares: list[dict[str, int]] = [{} for _ in mixture]
+    for field, size in sizes.items():
+        table = table_of(config)
+        taker = next((i for i, each in enumerate(mixture) if field in each.fields(table)), None)
+        if taker is None:
+            can = [o.name for o in OPERATORS.values() if field in o.fields(table)]
+            raise ValueError(f"to.{field}: {operator} does not grow it in {config.model_type}; {', '.join(can)} do")
+        shares[taker][field] = size
+    for key in options:
+        if not any(key in each.options for each in mixture):
+            known = sorted({key for each in mixture for key in each.options})
+            raise ValueError(f"{key}: {operator} has no such option; it has {', '.join(known) or 'none'}")
+    steps = []
+    for each, share in zip(mixture, shares, strict=True):
+        if not share:
+            raise ValueError(f"operator: {each.name} has nothing to grow; to: {', '.join(sizes)}")
+        mine = {key: value for key, value in options.items() if key in each.options}
+        made = each.plan(config, share, seed, **mine)
+        steps.append((each, config, made))
+        config = made.config
+    return steps
