@@ -124,7 +124,7 @@ def test_one_of_a_pair_replaces_the_other(run: Path) -> None:
     recipe = load_recipe(run, ["train.flops=1e9", "growth.0.at_fraction=0.3"])
     assert (recipe.train.steps, recipe.train.flops) == (None, 1e9)
     assert (recipe.growth[0].at_step, recipe.growth[0].at_fraction) == (None, 0.3)
-    with pytest.raises(ValueError, match="both are .from the command line"):
+    with pytest.raises(ValueError, match="steps and flops are .from the command line"):
         load_recipe(run, ["train.flops=1e9", "train.steps=5"])
 
 
@@ -182,7 +182,7 @@ MISTAKES = [
     ("growth.0.to.ffn_tokens=-4", "growth.0.to.ffn_tokens: -4 is not allowed; it must be at least 1"),
     ("growth.1.seed=1", "growth.1.seed: no entry 1; there are 1: 0"),
     ("growth=[{at_step=3}]", "growth.0.to: missing in the command line"),
-    ("growth=[{to={a=1}}]", "growth.0: exactly one of at_step and at_fraction must be given; neither is"),
+    ("growth=[{to={a=1}}]", "growth.0: exactly one of at_step, at_fraction and at_slope must be given; none is"),
     (
         "growth=[{to={a=1},at_step=5},{to={a=2},at_step=5}]",
         "growth.1.at_step: 5 is not after the one before it, 5",
@@ -212,7 +212,7 @@ def test_a_mistake_in_a_file_names_the_file(run: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.stepz: unknown key in .*run\.toml; nearest valid key: steps"):
         load_recipe(run)
     run.write_text(RUN.replace("steps = 20", ""))
-    with pytest.raises(ValueError, match=r"exactly one of steps and flops .* neither is \(from .*run\.toml\)"):
+    with pytest.raises(ValueError, match=r"exactly one of steps and flops .* none is \(from .*run\.toml\)"):
         load_recipe(run, ["train.seed=3"])
 
 
@@ -236,7 +236,7 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_table_is_checked_like_a_file() -> None:
     with pytest.raises(
-        ValueError, match=r"train: exactly one of steps and flops must be given; neither is \(from here\)"
+        ValueError, match=r"train: exactly one of steps and flops must be given; none is \(from here\)"
     ):
         recipe_from_dict({"name": "x", "train": {"steps": None}}, "here")
     with pytest.raises(ValueError, match="name: missing in here"):
