@@ -81,9 +81,14 @@ def plan(
 
     `at_fraction` is a share of this run's FLOPs: of those that train.flops leaves after the checkpoint that it starts
     from (`start`, looked up if not given), or that train.steps come to. The growth falls on the first boundary at or
-    past it. `grown_at`: the steps of the growths that have happened; one that waits for a slope and has not is taken to
-    come at the latest, which makes the longest run. Raises ValueError when a growth falls outside the run, names an
-    unknown axis or shrinks one, and when the budget is less than one step.
+    past it.
+
+    `grown_at`: the steps of the growths that have happened. One that waits for a slope and has not is taken to come at
+    the latest, which makes the longest run of a budget; train.steps then come to more FLOPs when it comes early, and
+    the shares still ahead are shares of those.
+
+    Raises ValueError when a growth falls outside the run, names an unknown axis or shrinks one, and when the budget is
+    less than one step.
     """
     start = start or start_of(recipe)
     ancestors = start.flops
@@ -119,7 +124,8 @@ def plan(
     window, done = None, len(grown_at)
     if done < len(events) and events[done].section.at_slope is not None:
         share = Fraction(str(events[done].section.slope_window)) * budget
-        window = window_of(int(share / costs[done]), since=grown_at[-1] if grown_at else 0)
+        since = grown_at[-1] + rewarm_steps(events[done - 1]) if grown_at else recipe.train.warmup_steps
+        window = window_of(int(share / costs[done]), since)
     return Plan(tuple(phases), length * batch, tuple(events), budget, window)
 
 
@@ -174,6 +180,11 @@ def phase_configs(
         for j, part in enumerate(parts, start=1):
             events.append(Event(f"growth.{i}" + (f" ({j} of {len(parts)})" if len(parts) > 1 else ""), part))
     return events, phases
+
+
+def rewarm_steps(event: Event) -> int:
+    """Steps after a growth in which the learning rate of the whole model rises."""
+    return event.section.rewarm_steps if event.section.learning_rate in ("rewarm_all", "restart", "rewind") else 0
 
 
 def settled(events: list[Event], grown_at: Sequence[int]) -> list[int]:

@@ -85,7 +85,8 @@ def share_of(section: GrowthSection, j: int, events: int) -> float | None:
 class Window:
     """The training steps that a slope is fitted over, as bins of equal length: the newest `bins` full ones.
 
-    Bins are counted from step `since`, where the model took its present size: no bin mixes two sizes.
+    Bins are counted from step `since`, from which on the model has its present size and its learning rate is warm: no
+    bin mixes two sizes, and a loss that does not fall yet is not taken for one that no longer does.
     """
 
     since: int
@@ -102,6 +103,8 @@ def window_of(steps: int, since: int) -> Window:
 
 def add_loss(sums: list[float], loss: float, step: int, window: Window) -> None:
     """Count the training loss of the step of index `step` in: `sums` holds each bin's sum, the newest last."""
+    if step < window.since:
+        return
     if (step - window.since) % window.bin_steps:
         sums[-1] += loss
     else:

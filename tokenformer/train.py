@@ -319,9 +319,10 @@ def growth_due(run: Run, state: State) -> dict[str, Any]:
     section = planned.events[state.grown].section
     if planned.window is not None and section.at_slope is not None:
         slope = slope_at(state.loss_sums, step, planned.window, run.start.tokens, planned.tokens_per_step)
-        early = planned.flops_at(step) < Fraction(str(section.at_earliest_fraction)) * planned.budget_flops
-        if slope is not None and slope > section.at_slope and not early:
-            return {"trigger": "at_slope", "slope": slope}
+        if slope is not None and slope > section.at_slope:
+            earliest = Fraction(str(section.at_earliest_fraction)) * planned.budget_flops
+            if planned.flops_at(step) >= earliest:
+                return {"trigger": "at_slope", "slope": slope}
     if step < planned.growth_steps[state.grown]:
         return {}
     given = ("at_step", "at_fraction", "at_latest_fraction")

@@ -115,7 +115,10 @@ class GrowthSection:
         "at_slope only: at this share of the FLOPs it grows anyway", default=None, above=0, below=1
     )
     slope_window: float = key(
-        "at_slope only: newest share of the FLOPs that the slope is fitted over", default=0.1, above=0, below=1
+        "at_slope only: newest share of the FLOPs, no warm-up in it, that it is fitted over",
+        default=0.1,
+        above=0,
+        below=1,
     )
     stages: int = key("how often, in equal parts, from at_fraction to until_fraction", default=1, low=1)
     until_fraction: float | None = key(
@@ -147,7 +150,7 @@ class GrowthSection:
     rewind_to: float | None = key(
         "rewind only: the share of its course that the schedule goes back to", default=None, low=0, below=1
     )
-    seed: int = key("the new rows' values", default=0, low=0, high=2**32 - 1)
+    seed: int = key("the new rows' values; of several parts each takes the next", default=0, low=0, high=2**32 - 1)
 
 
 @dataclasses.dataclass
