@@ -75,7 +75,6 @@ def test_overrides_may_stand_on_either_side_of_an_option(monkeypatch: pytest.Mon
         ("train", "tiny", "--out", "r", "--res"),
         ("grow", "a", "b"),
         ("grow", "a", "b", "c", "--to", "ffn=8"),
-        ("grow", "a", "b", "--to", "ffn=8", "--operator", "magic"),
         ("generate", "a", "--seed", "x"),
         ("eval", "a", "--text", "b", "--source", "c"),
         ("report",),

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tokenformer.growth import OPERATORS, grow, largest_logit_change, live_share
-from tokenformer.growth.engine import expand
+from tokenformer.growth.operators import steps_of
+from tokenformer.growth.tensors import TensorMaps
 from tokenformer.models import build_config, build_model
-from tokenformer.models.axes import parameter_axes
 from tokenformer.optim import AdamW, parameter_groups
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -132,15 +132,13 @@ def test_gradients_push_forward_as_the_moments_are_moved(option, operator, ids):
     """One batch through both models: the large one's gradients at old entries are c times the small one's."""
     model, _ = trained(ids, **OPTIONS[option])
     growth = grow(model, operator, TARGETS[operator][0])
-    plan = OPERATORS[operator](model.config, growth.event["to"])
+    ((_, config, plan),) = steps_of(model.config, operator, TARGETS[operator][0])
+    maps = TensorMaps(config, plan)
     small, large = gradients(model, ids), gradients(growth.model, ids)
     for name, old in small.items():
         if operator == "tile" and name.endswith(".key"):
-            continue  # passes through the norm, which the copies share alike; the operator says so
-        axes = parameter_axes(model.config, name)
-        grown = [axis for axis in axes if axis in plan.slots]
-        factor = plan.fill(name, grown[0]).moment if grown else 1.0
-        pushed = expand(old, axes, plan.slots, factor)
+            continue  # passes through the norm, which the copies share alike; the event says "leading term"
+        pushed = maps.gradient(name, old)
         rows = slice(0, old.shape[0]) if operator == "zero_keys" else slice(None)
         torch.testing.assert_close(large[name][rows], pushed[rows], rtol=1e-8, atol=1e-12)
 
@@ -182,8 +180,8 @@ def state_of(optimizer_class, ids, operator, to, **settings):
     old, new = (m.model.layers[0].mlp.key for m in (model, growth.model))
     step_before = {key: copy.deepcopy(value) for key, value in growth.optimizer.state[new].items()}
     step(growth.model, growth.optimizer, ids)
-    factor = OPERATORS[operator](model.config, growth.event["to"]).fill("model.layers.0.mlp.key", "ffn_tokens").moment
-    return optimizer.state[old], step_before, factor
+    ((_, _, plan),) = steps_of(model.config, operator, to)
+    return optimizer.state[old], step_before, plan.maps["ffn_tokens"].read
 
 
 def test_sgds_momentum_moves_as_the_gradient_does(ids):
@@ -234,7 +232,8 @@ def test_an_optimizers_own_arguments_are_kept_and_its_local_names_are_not_passed
 
 def test_a_plan_says_whether_it_adds_entries():
     config = build_config("tokenformer", fields=SIZES | TOKENS)
-    adds = {name: operator(config, {"ffn_tokens": 60}).adds_entries for name, operator in OPERATORS.items()}
+    tokens = ("zero_keys", "tile", "published")
+    adds = {name: OPERATORS[name].plan(config, {"ffn_tokens": 60}).adds_entries for name in tokens}
     assert adds == {"zero_keys": True, "tile": False, "published": True}
 
 
@@ -333,8 +332,8 @@ def test_zero_keys_refuses_softmax(ids):
         ("zero_keys", {"ffn": 29}, "to.ffn: 29 is smaller than the model's 30"),
         ("zero_keys", {"ffn": 30}, "is the size that the model already has"),
         ("zero_keys", {"ffn": 40, "ffn_tokens": 50}, "to.ffn_tokens: ffn_tokens is given twice, as 40 and as 50"),
-        ("zero_keys", {"tokens": 60}, "to.tokens: tokenformer has no such axis; allowed: ffn"),
-        ("zero_keys", {"hidden_size": 64}, "to.hidden_size: parameter tokens grow along ffn, qkv and proj only"),
+        ("zero_keys", {"tokens": 60}, "to.tokens: tokenformer has no such axis; allowed: qkv_tokens"),
+        ("zero_keys", {"hidden_size": 64}, "to.hidden_size: zero_keys does not grow it in tokenformer; zero, net2wider"),
         ("tile", {"ffn": 50}, "to.ffn_tokens: 50 is not a multiple of the model's 30; for tile, nearest: 30 or 60"),
     ],
 )

@@ -31,7 +31,8 @@ ARROW: dict[str, set[str]] = {
     "event": {"growth"},
     "grow_checkpoint": {"growth", "event", "optim", "checkpoint"},
     "start": {"models", "runs", "checkpoint", "data", "recipe"},
-    "plan": {"models", "growth", "flops", "recipe", "start"},
+    "schedule": {"recipe"},
+    "plan": {"models", "growth", "flops", "recipe", "schedule", "start"},
 }
 ARROW["state"] = {*ARROW} - {"report", "grow_checkpoint"}
 ARROW["step"] = {*ARROW} - {"report"}

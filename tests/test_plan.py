@@ -9,6 +9,7 @@ from tiny_runs import tiny
 from tokenformer.flops import training_flops
 from tokenformer.plan import model_config, plan
 from tokenformer.recipe import Recipe
+from tokenformer.schedule import Window
 
 
 @pytest.fixture
@@ -69,6 +70,77 @@ def test_a_fraction_of_a_run_of_steps_is_of_its_own_total(recipe: Any, fractions
         assert planned.flops_at(grown - 1) < fraction * planned.flops + largest
 
 
+SLOPE = {"at_slope": -0.05, "at_latest_fraction": 0.6, "slope_window": 0.2, "to": {"ffn_tokens": 32}}
+
+
+def test_one_growth_of_several_stages_is_planned_as_so_many(recipe: Any) -> None:
+    stages = {"at_fraction": 0.2, "until_fraction": 0.6, "stages": 3, "shape": "exponential", "to": {"ffn": 128}}
+    written_out = [
+        {"at_fraction": share, "to": {"ffn": size}} for share, size in ((0.2, 32), (0.4, 64), (0.6, 128))
+    ]
+    planned, plain = (plan(recipe(train={"steps": 100}, growth=growth)) for growth in ([stages], written_out))
+    assert planned.phases == plain.phases and len(planned.phases) == 4
+    assert [event.name for event in planned.events] == ["growth.0 (1 of 3)", "growth.0 (2 of 3)", "growth.0 (3 of 3)"]
+
+
+def test_a_growth_that_waits_for_a_slope_is_planned_for_the_latest(recipe: Any) -> None:
+    small, large = costs(recipe(), 16, 32)
+    budget = 100 * small
+    changes = {"train": {"steps": None, "flops": float(budget)}}
+    planned = plan(recipe(**changes, growth=[SLOPE]))
+    fixed = plan(recipe(**changes, growth=[{"at_fraction": 0.6, "to": {"ffn_tokens": 32}}]))
+    assert planned.phases == fixed.phases and planned.growth_steps == [60]
+    assert planned.window == Window(since=2, bin_steps=2, bins=10)  # a fifth of 100 steps, after 2 of warm-up
+    assert fixed.window is None
+
+
+@pytest.mark.parametrize("grown", [1, 17, 42, 59])
+def test_what_is_left_of_a_budget_is_planned_anew_after_an_early_growth(recipe: Any, grown: int) -> None:
+    small, large, largest = costs(recipe(), 16, 32, 64)
+    budget = 100 * small
+    growth = [SLOPE, {"at_fraction": 0.8, "to": {"ffn_tokens": 64}}]
+    changed = recipe(train={"steps": None, "flops": float(budget)}, growth=growth)
+    planned = plan(changed, grown_at=[grown])
+    assert planned.growth_steps[0] == grown and planned.window is None
+    assert planned.flops <= budget < planned.flops + largest
+    second = planned.growth_steps[1]
+    assert planned.flops_at(second) >= 0.8 * budget > planned.flops_at(second - 1)
+    assert planned.flops_at(second) == grown * small + (second - grown) * large
+    assert planned.steps <= plan(changed).steps  # which the text is enough for
+    assert plan(changed, grown_at=[grown, second]) == planned
+
+
+@pytest.mark.parametrize("grown", [1, 17, 42, 59])
+def test_a_run_of_steps_is_planned_anew_as_well(recipe: Any, grown: int) -> None:
+    growth = [SLOPE, {"at_fraction": 0.8, "to": {"ffn_tokens": 64}}]
+    changed = recipe(train={"steps": 100}, growth=growth)
+    planned, before = plan(changed, grown_at=[grown]), plan(changed)
+    assert planned.steps == 100 and planned.flops > before.flops
+    second = planned.growth_steps[1]
+    assert grown < second <= before.growth_steps[1]
+    assert planned.flops_at(second) >= 0.8 * planned.flops > planned.flops_at(second - 2)
+
+
+def test_growths_that_follow_from_the_recipe_leave_the_plan_as_it_is(recipe: Any) -> None:
+    growth = [{"at_fraction": f, "to": {"ffn_tokens": 16 * 3 ** (i + 1)}} for i, f in enumerate((0.1, 0.11, 0.9))]
+    for steps in (37, 100, 999):
+        changed = recipe(train={"steps": steps}, growth=growth)
+        planned = plan(changed)
+        for done in range(4):
+            assert plan(changed, grown_at=planned.growth_steps[:done]) == planned
+
+
+@pytest.mark.parametrize(("policy", "since"), [("keep", 10), ("rewarm_new", 10), ("rewarm_all", 17), ("restart", 17)])
+def test_the_window_of_a_later_slope_starts_where_the_model_has_grown_and_is_warm(
+    recipe: Any, policy: str, since: int
+) -> None:
+    first = {"at_step": 10, "to": {"ffn_tokens": 32}, "learning_rate": policy, "rewarm_steps": 7}
+    changed = recipe(train={"steps": 100}, growth=[first, {**SLOPE, "to": {"ffn_tokens": 64}}])
+    assert plan(changed).window is None
+    window = plan(changed, grown_at=[10]).window
+    assert window and window.since == since
+
+
 def test_a_fraction_that_falls_on_a_boundary_is_that_boundary(recipe: Any) -> None:
     same_size = {"sequence_length": 16, "batch_size": 1}
     small, large = costs(recipe(data=same_size), 16, 32)
@@ -100,6 +172,19 @@ def test_a_fraction_that_falls_on_a_boundary_is_that_boundary(recipe: Any) -> No
             {"growth": [{"at_step": 6, "to": {"ffn": 32}, "operator": "tile", "learning_rate": "rewarm_new"}]},
             "rewarm_new' has no effect with operator = 'tile'",
         ),
+        (
+            {"growth": [{"at_fraction": 0.4, "until_fraction": 0.5, "stages": 5, "to": {"ffn": 64}}]},
+            r"growth.0 \(2 of 5\) would come at step 6; it must come after step 6",
+        ),
+        (
+            {"growth": [{"at_fraction": 0.1, "until_fraction": 0.9, "stages": 3, "to": {"ffn": 18}}]},
+            "growth.0.stages: stage 2 of 3 would take ffn_tokens from 17 to 17",
+        ),
+        (
+            {"growth": [SLOPE, {"at_fraction": 0.7, "to": {"ffn": 64}}]},
+            "growth.0 may come as late as 0.6 of the FLOPs, and less than two steps lie between that and 0.7",
+        ),
+        ({"growth": [SLOPE | {"at_latest_fraction": 0.9}]}, "growth.0 may come as late as 0.9 .* two steps .* and 1,"),
         ({"model": {"vocab_size": 100}}, "model.vocab_size = 100 is less than the tokenizer's 256"),
         ({"model": {"max_position_embeddings": 8}}, "data.sequence_length = 16 is more than"),
         ({"model": {"hiden_size": 8}}, "hidden_size"),

@@ -5,9 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from tokenformer.recipe import recipe_from_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +76,12 @@ def test_the_python_runs_and_the_function_is_the_same():
     exec("\n".join(lines[cut:]), names)
     assert (names["model"](names["ids"]).logits - before).abs().max() < 1e-5
     assert names["model"].config.ffn_tokens == 512 and names["optimizer"].state
+
+
+def test_the_growth_is_one_that_a_recipe_may_have():
+    (example,) = re.findall(r"^```toml\n(.*?)^```", README, re.M | re.S)
+    recipe = recipe_from_dict({"name": "x", "train": {"flops": 1e12}, **tomllib.loads(example)}, "README.md")
+    assert [event.learning_rate for event in recipe.growth] == ["rewind"]
 
 
 @pytest.mark.parametrize("path", re.findall(r"^\| `([\w./]+)` \|", README.split("## Files")[1], re.M))

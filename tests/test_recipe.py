@@ -124,8 +124,13 @@ def test_one_of_a_pair_replaces_the_other(run: Path) -> None:
     recipe = load_recipe(run, ["train.flops=1e9", "growth.0.at_fraction=0.3"])
     assert (recipe.train.steps, recipe.train.flops) == (None, 1e9)
     assert (recipe.growth[0].at_step, recipe.growth[0].at_fraction) == (None, 0.3)
-    with pytest.raises(ValueError, match="both are .from the command line"):
+    with pytest.raises(ValueError, match="steps and flops are .from the command line"):
         load_recipe(run, ["train.flops=1e9", "train.steps=5"])
+    slope = ["growth.0.at_slope=-0.05", "growth.0.at_latest_fraction=0.6", "growth.0.slope_window=0.2"]
+    [event] = load_recipe(run, slope).growth
+    assert (event.at_step, event.at_slope, event.at_latest_fraction, event.slope_window) == (None, -0.05, 0.6, 0.2)
+    run.write_text(recipe_to_toml(load_recipe(run, slope)))
+    assert load_recipe(run, ["growth.0.at_fraction=0.3"]).growth[0] == recipe.growth[0]
 
 
 def test_an_arm_is_the_race_with_its_own_tables_merged_in() -> None:
@@ -152,6 +157,12 @@ def test_reading_a_table_does_not_alter_it() -> None:
     assert table == race() and recipe == recipe_from_dict(race(), "here")
 
 
+
+def growth(*events: str) -> str:
+    """An override that puts these events in place of the recipe's."""
+    return f"growth=[{', '.join('{to={a=1}, ' + event + '}' for event in events)}]"
+
+
 MISTAKES = [
     (
         "train.learning_rat=1",
@@ -175,19 +186,57 @@ MISTAKES = [
     ("data.valid_fraction=1", "data.valid_fraction: 1.0 is not allowed; it must be above 0 and below 1"),
     ("data.source=", 'data.source: "" is not allowed; it must not be empty'),
     ("train.accumulation_steps=3", "train.accumulation_steps: 3 does not divide data.batch_size = 8"),
-    ("growth.0.operator=magic", "it must be one of zero_keys, tile, published"),
+    ("growth.0.operator=Magic!", "it must"),
     ("growth.0.at_fraction=1.0", "it must be above 0 and below 1"),
     ("growth.0.at_step=20", "growth.0.at_step: 20 is not before the end, train.steps = 20"),
     ("growth.0.to={}", "growth.0.to: names nothing that grows"),
     ("growth.0.to.ffn_tokens=-4", "growth.0.to.ffn_tokens: -4 is not allowed; it must be at least 1"),
     ("growth.1.seed=1", "growth.1.seed: no entry 1; there are 1: 0"),
     ("growth=[{at_step=3}]", "growth.0.to: missing in the command line"),
-    ("growth=[{to={a=1}}]", "growth.0: exactly one of at_step and at_fraction must be given; neither is"),
+    ("growth=[{to={a=1}}]", "growth.0: exactly one of at_step, at_fraction and at_slope must be given; none is"),
     (
         "growth=[{to={a=1},at_step=5},{to={a=2},at_step=5}]",
         "growth.1.at_step: 5 is not after the one before it, 5",
     ),
     ("growth=3", "growth: must be a list of tables, not 3"),
+    (growth("at_slope=-0.05"), "growth.0.at_latest_fraction: missing; needed by at_slope"),
+    (growth("at_slope=0.05, at_latest_fraction=0.5"), "growth.0.at_slope: 0.05 is not allowed; it must be below 0"),
+    (
+        growth("at_slope=-1, at_earliest_fraction=0.5, at_latest_fraction=0.4"),
+        "growth.0.at_latest_fraction: 0.4 is not after at_earliest_fraction = 0.5",
+    ),
+    (
+        growth("at_slope=-1, at_latest_fraction=0.4, slope_window=0.4"),
+        "growth.0.slope_window: 0.4 does not fit between 0.0, where this size begins, and at_latest_fraction = 0.4",
+    ),
+    (growth("at_step=3, at_latest_fraction=0.4"), "growth.0.at_latest_fraction: has no effect without at_slope"),
+    (growth("at_step=3, at_earliest_fraction=0.4"), "growth.0.at_earliest_fraction: has no effect without at_slope"),
+    (growth("at_step=3, slope_window=0.4"), "growth.0.slope_window: has no effect without at_slope"),
+    (growth("at_slope=-1, at_latest_fraction=0.4", "at_step=9"), "growth.1.at_step: cannot come after at_slope"),
+    (
+        growth("at_slope=-1, at_latest_fraction=0.4", "at_fraction=0.4"),
+        "growth.1.at_fraction: 0.4 is not after the one before it, 0.4",
+    ),
+    (
+        growth("at_fraction=0.1, stages=2, until_fraction=0.5", "at_slope=-1, at_latest_fraction=0.5"),
+        "growth.1.at_latest_fraction: 0.5 is not after the one before it, 0.5",
+    ),
+    (
+        growth("at_fraction=0.3, stages=2, until_fraction=0.5", "at_slope=-1, at_latest_fraction=0.6"),
+        "growth.1.slope_window: 0.1 does not fit between 0.5",
+    ),
+    (growth("at_step=3, stages=2"), "growth.0.at_fraction: missing; needed by stages"),
+    (growth("at_fraction=0.3, stages=2"), "growth.0.until_fraction: missing; needed by stages"),
+    (
+        growth("at_fraction=0.3, stages=2, until_fraction=0.3"),
+        "growth.0.until_fraction: 0.3 is not after at_fraction = 0.3",
+    ),
+    (growth("at_fraction=0.3, until_fraction=0.4"), "growth.0.until_fraction: has no effect without stages"),
+    (growth("at_step=3, shape='exponential'"), "growth.0.shape: has no effect without stages"),
+    (growth("at_step=3, multiple_of=8"), "growth.0.multiple_of: has no effect without stages"),
+    (growth("at_step=3, order='one_by_one'"), "growth.0.order: has no effect without a second axis in `to`"),
+    (growth("at_step=3, rewind_to=0.2"), "growth.0.rewind_to: has no effect without learning_rate = 'rewind'"),
+    (growth("at_step=3, learning_rate='rewind'"), "growth.0.rewind_to: missing; needed by learning_rate = 'rewind'"),
     ("model=3", "model: must be a table, not 3"),
     ("model.hidden_size=2020-01-01", "model.hidden_size: 2020-01-01 is not allowed here"),
     ("train.steps.x=1", "train.steps.x: train.steps is not a table"),
@@ -207,12 +256,19 @@ def test_a_mistake_is_refused_in_one_line_that_names_the_key(run: Path, override
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_schedule_that_never_falls_cannot_start_again(run: Path) -> None:
+    settings = [growth("at_step=3, learning_rate='restart'"), "train.schedule=cosine"]
+    assert load_recipe(run, settings).growth[0].learning_rate == "restart"  # the control
+    with pytest.raises(ValueError, match=r"growth.0.learning_rate: 'restart' has no effect .* rewarm_all has"):
+        load_recipe(run, [settings[0], "train.schedule=constant"])
+
+
 def test_a_mistake_in_a_file_names_the_file(run: Path) -> None:
     run.write_text(RUN.replace("steps", "stepz"))
     with pytest.raises(ValueError, match=r"train\.stepz: unknown key in .*run\.toml; nearest valid key: steps"):
         load_recipe(run)
     run.write_text(RUN.replace("steps = 20", ""))
-    with pytest.raises(ValueError, match=r"exactly one of steps and flops .* neither is \(from .*run\.toml\)"):
+    with pytest.raises(ValueError, match=r"exactly one of steps and flops .* none is \(from .*run\.toml\)"):
         load_recipe(run, ["train.seed=3"])
 
 
@@ -236,7 +292,7 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_table_is_checked_like_a_file() -> None:
     with pytest.raises(
-        ValueError, match=r"train: exactly one of steps and flops must be given; neither is \(from here\)"
+        ValueError, match=r"train: exactly one of steps and flops must be given; none is \(from here\)"
     ):
         recipe_from_dict({"name": "x", "train": {"steps": None}}, "here")
     with pytest.raises(ValueError, match="name: missing in here"):

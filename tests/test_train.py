@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -22,11 +23,12 @@ from tokenformer import checkpoint, runs
 from tokenformer.data import Batches
 from tokenformer.grow_checkpoint import grow_checkpoint
 from tokenformer.models import build_model
-from tokenformer.plan import model_config, plan
-from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from tokenformer.plan import Event, Phase, Plan, model_config, plan
+from tokenformer.recipe import GrowthSection, Recipe, recipe_from_dict, recipe_to_dict
+from tokenformer.report import write_report
 from tokenformer.start import start_of
 from tokenformer.step import Diverged, learning_rate_at, rank_rows
-from tokenformer.train import Stopped, train
+from tokenformer.train import Stopped, require_feasible, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -345,7 +347,205 @@ def test_a_disk_that_is_really_full_during_training_keeps_the_last_good_checkpoi
         subprocess.run(["umount", "-l", str(disk)], capture_output=True, timeout=20)
 
 
+# --- growth when, how much, in what order ---
+
+
+def scheduled(folder: Path, **slope: Any) -> Recipe:
+    """A run of a FLOP budget that grows at a step, by the slope of its loss, and in two stages of two axes each."""
+    growth = [
+        {"at_step": 3, "to": {"qkv": 12}},
+        {
+            "at_slope": -0.6,
+            "at_earliest_fraction": 0.35,
+            "at_latest_fraction": 0.6,
+            "slope_window": 0.15,
+            "to": {"ffn": 32},
+            "learning_rate": "restart",
+            "rewarm_steps": 3,
+            **slope,
+        },
+        {
+            "at_fraction": 0.7,
+            "until_fraction": 0.9,
+            "stages": 2,
+            "order": "one_by_one",
+            "to": {"ffn": 64, "qkv": 20},
+            "learning_rate": "rewind",
+            "rewind_to": 0.5,
+            "rewarm_steps": 2,
+        },
+    ]
+    train = {"steps": None, "flops": 7e7, "log_every": 1, "checkpoint_every": 1000, "keep_checkpoints": 3}
+    return tiny(folder, train=train, growth=growth)
+
+
+@pytest.fixture(scope="module")
+def unbroken(shared: Path) -> Path:
+    """`scheduled`, never stopped."""
+    train(scheduled(shared), shared / "unbroken", say=None)
+    return shared / "unbroken"
+
+
+def grown_at(run: Path) -> list[tuple[int, str]]:
+    return [(line["step"], line["trigger"]) for line in lines(run, "growth")]
+
+
+def stop_after(step: int) -> Any:
+    """A listener that has the run stop after so many steps."""
+
+    def say(line: str) -> None:
+        if line.startswith(f"step {step - 1}/") and "of the FLOPs" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return say
+
+
+def test_growth_comes_when_and_in_the_parts_that_the_recipe_says(shared: Path, unbroken: Path) -> None:
+    result, planned = runs.read_json(unbroken / runs.RESULT), plan(scheduled(shared))
+    triggers = ["at_step", "at_slope", *["at_fraction"] * 4]
+    assert [trigger for _, trigger in grown_at(unbroken)] == triggers
+    assert [event["growth"] for event in result["growth"]] == [event.name for event in planned.events]
+    sizes = [{"qkv_tokens": 12}, {"ffn_tokens": 32}]
+    sizes += [{"ffn_tokens": 48}, {"qkv_tokens": 16}, {"ffn_tokens": 64}, {"qkv_tokens": 20}]
+    assert [event["to"] for event in result["growth"]] == sizes
+    steps = [step for step, _ in grown_at(unbroken)]
+    slope = result["growth"][1]
+    assert steps[0] == 3 and steps[0] < steps[1] < planned.growth_steps[1]
+    # The loss falls ever more steeply and then less so: at the earliest share it is not yet time.
+    assert slope["slope"] > -0.6 and slope["flops"] > 0.4 * 7e7
+    for step, share in zip(steps[2:], (0.7, 0.7 + 0.2 / 3, 0.7 + 0.4 / 3, 0.9), strict=True):
+        [line] = [line for line in lines(unbroken, "growth") if line["step"] == step]
+        assert share * 7e7 <= line["flops"] < share * 7e7 + planned.phases[-1].flops_per_step
+    # The budget holds: the early growth left fewer steps, and one more would not have fitted.
+    assert result["step"] == result["steps"] < planned.steps
+    assert result["flops"] <= 7e7 < result["flops"] + planned.phases[-1].flops_per_step
+    evaluated = [line["step"] for line in lines(unbroken, "eval")]
+    assert all(evaluated.count(step) == 2 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("slope", "trigger"),
+    [
+        ({"at_slope": -1e-9}, "at_latest_fraction"),  # the loss never stops to fall so soon
+        ({"at_slope": -100.0, "at_earliest_fraction": 0.4}, "at_slope"),  # it always falls less steeply
+    ],
+)
+def test_a_slope_is_waited_for_between_the_earliest_and_the_latest(
+    shared: Path, tmp_path: Path, slope: Any, trigger: str
+) -> None:
+    recipe = scheduled(shared, **slope)
+    train(recipe, tmp_path / "run", say=None)
+    step, why = grown_at(tmp_path / "run")[1]
+    assert why == trigger
+    if trigger == "at_latest_fraction":
+        assert step == plan(recipe).growth_steps[1]
+    else:
+        window = plan(recipe, grown_at=[3]).window
+        assert window and 0 <= plan(recipe).flops_at(step) / 7e7 - 0.4 < 0.03 and (step - 3) % window.bin_steps == 0
+
+
+@pytest.mark.parametrize("event", range(6))
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_a_run_stopped_around_a_growth_and_resumed_gives_the_same_bits(
+    shared: Path, unbroken: Path, tmp_path: Path, event: int, offset: int
+) -> None:
+    step = grown_at(unbroken)[event][0] + offset
+    with pytest.raises(Stopped, match=f"after step {step}:"):
+        train(scheduled(shared), tmp_path / "run", say=stop_after(step))
+    result = train(scheduled(shared), tmp_path / "run", resume=True, say=None)
+    assert same(weights(tmp_path / "run"), weights(unbroken))
+    assert losses(tmp_path / "run") == losses(unbroken)
+    assert result["growth"] == [
+        event | {key: result["growth"][i][key] for key in ("seconds", "grow_seconds")}
+        for i, event in enumerate(runs.read_json(unbroken / runs.RESULT)["growth"])
+    ]
+
+
+def test_a_resume_that_forgets_the_losses_would_differ(shared: Path, unbroken: Path, tmp_path: Path) -> None:
+    """The control of the test above, and the size of what is kept."""
+    slope = grown_at(unbroken)[1][0]
+    with pytest.raises(Stopped):
+        train(scheduled(shared), tmp_path / "run", say=stop_after(slope - 1))
+    path = runs.checkpoints(tmp_path / "run")[-1] / checkpoint.TRAINER
+    trainer = runs.read_json(path)
+    assert trainer["grown_at"] == [3] and 2 <= len(trainer["loss_sums"]) <= 16
+    runs.write_json(path, trainer | {"loss_sums": [100.0 / (1 + i) for i in range(len(trainer["loss_sums"]))]})
+    train(scheduled(shared), tmp_path / "run", resume=True, say=None)
+    assert grown_at(tmp_path / "run") != grown_at(unbroken)
+    assert not same(weights(tmp_path / "run"), weights(unbroken))
+
+
+def test_text_is_required_for_the_longest_run_that_may_be(shared: Path, unbroken: Path) -> None:
+    most = plan(scheduled(shared)).tokens
+    assert most > runs.read_json(unbroken / runs.RESULT)["tokens"]
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "require", lambda self, steps: asked.append(steps * 64))
+        require_feasible(scheduled(shared), unbroken, None)
+    assert asked == [most]
+
+
+def test_every_growth_of_a_run_is_in_its_report(unbroken: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(unbroken, copy)
+    paths = write_report(copy)
+    [arm] = runs.read_json(paths["json"])["arms"]
+    assert [(event["step"], event["to"]) for event in arm["growth"]] == [
+        (line["step"], line["to"]) for line in lines(unbroken, "growth")
+    ]
+    page = paths["html"].read_text()
+    drawn = [chart.count('<line class="growth s') for chart in page.split("<svg")[1:]]
+    assert {count for count in drawn if count} == {6} and drawn.count(6) >= 4
+    table = page.split("<h2>Growth</h2>")[1].split("</table>")[0]
+    assert all(re.search(rf">{step}</td>", table) for step, _ in grown_at(unbroken))
+    assert "It grew 6 times" in " ".join(runs.read_json(paths["json"])["answer"])
+
+
 # --- learning rate, precision, accumulation ---
+
+
+def planned_by_hand(*sections: GrowthSection) -> Plan:
+    """4 steps of 10 FLOPs, 3 of 20, and after a second growth 5 of 40: growth at 40 of 100, or at 40 and 100 of 300."""
+    phases = (Phase(0, 4, {}, 10), Phase(4, 7, {}, 20), Phase(7, 12, {}, 40))[: len(sections) + 1]
+    return Plan(phases, 1, tuple(Event(f"growth.{i}", section) for i, section in enumerate(sections)), 0)
+
+
+def rates(schedule: str, *sections: GrowthSection) -> list[float]:
+    settings = {"learning_rate": 1.0, "min_learning_rate_ratio": 0.0, "warmup_steps": 2, "decay_fraction": 0.5}
+    recipe = recipe_from_dict({"name": "x", "train": {"steps": 99, "schedule": schedule, **settings}}, "test")
+    planned = planned_by_hand(*sections)
+    return [learning_rate_at(recipe, planned, step) for step in range(planned.steps)]
+
+
+def policy(name: str, steps: int = 1, **settings: Any) -> GrowthSection:
+    return GrowthSection(to={"a": 1}, learning_rate=name, rewarm_steps=steps, **settings)
+
+
+def test_a_schedule_that_restarts_or_is_rewound_runs_to_its_end_over_the_rest_of_the_budget() -> None:
+    # Shares of the FLOPs before each step: 0, .1, .2, .3, then .4, .6, .8, which is 0, 1/3, 2/3 of what is left.
+    # wsd falls over its second half: twice what is left of it.
+    before = [0.5, 1, 1, 1]  # 2 steps of warm-up
+    assert rates("wsd", policy("keep")) == pytest.approx([*before, 1, 0.8, 0.4])
+    assert rates("wsd", policy("restart")) == pytest.approx([*before, 1, 1, 2 / 3])
+    assert rates("wsd", policy("restart", 4)) == pytest.approx([*before, 1 / 4, 2 / 4, 2 / 3 * 3 / 4])
+    # Back to .25 of its course: .25, .25 + .75 / 3 = .5, .25 + 1.5 / 3 = .75
+    assert rates("wsd", policy("rewind", rewind_to=0.25)) == pytest.approx([*before, 1, 1, 0.5])
+    assert rates("wsd", policy("rewind", 2, rewind_to=0.25)) == pytest.approx([*before, 0.5, 1, 0.5])
+    # Half a cosine at 0, 1/3, 2/3 is 1, 3/4, 1/4; at 1/2, 2/3, 5/6: 1/2, 1/4, (1 - cos 30 degrees) / 2
+    assert rates("cosine", policy("restart"))[4:] == pytest.approx([1, 3 / 4, 1 / 4])
+    assert rates("cosine", policy("rewind", rewind_to=0.5))[4:] == pytest.approx([1 / 2, 1 / 4, 0.5 - 3**0.5 / 4])
+
+
+def test_the_newest_course_counts_and_warming_up_again_is_on_top_of_it() -> None:
+    # Shares: the second growth lies at 100 of 300 FLOPs; from there 0, .2, .4, .6, .8 of what is left.
+    twice = rates("wsd", policy("restart", 3), policy("restart", 1))
+    assert twice[7:] == pytest.approx([1, 1, 1, 0.8, 0.4])
+    assert twice[4:7] == pytest.approx([1 / 3, 2 / 3, 1])
+    # The first restarts at 40 of 300 and goes on: 60/260, 100/260, 140/260, 180/260, 220/260 of its course.
+    again = rates("wsd", policy("restart", 3), policy("rewarm_all", 2))
+    assert again[7:] == pytest.approx([0.5, 1, 2 * 120 / 260, 2 * 80 / 260, 2 * 40 / 260])
+    # A new course ends a warm-up that has not come to its end.
+    assert rates("wsd", policy("rewarm_all", 100), policy("restart", 1))[7] == 1
 
 
 def test_a_growing_run_has_the_same_schedule_over_its_flops(shared: Path) -> None:
@@ -541,6 +741,12 @@ def test_two_ranks_end_where_one_does_growth_and_resume_included(shared: Path, w
     assert runs.read_json(tmp_path / "stopped" / runs.RESULT)["step"] == 8
     assert on_two_ranks(run_in_child, table, tmp_path / "stopped", True) == [0, 0]
     assert same(weights(tmp_path / "stopped"), weights(tmp_path / "two"))
+
+
+def test_two_ranks_see_the_slope_that_one_does(shared: Path, unbroken: Path, tmp_path: Path) -> None:
+    assert on_two_ranks(run_in_child, recipe_to_dict(scheduled(shared)), tmp_path / "two", False) == [0, 0]
+    assert grown_at(tmp_path / "two") == grown_at(unbroken)
+    assert largest_difference(weights(tmp_path / "two"), weights(unbroken)) < 1e-3
 
 
 def refused(table: dict[str, Any], folder: Path) -> None:

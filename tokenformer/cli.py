@@ -203,8 +203,7 @@ def parser() -> Parser:
     sub.add_argument(
         "--operator",
         default="zero_keys",
-        choices=("zero_keys", "tile", "published"),
-        help="zero_keys and tile are exact, published is the release's own way (%(default)s)",
+        help="one of `tokenformer operators`, or several joined by + (%(default)s)",
     )
     sub.add_argument(
         "--moments", default="keep", choices=("keep", "drop"), help="Adam's, of the old rows (%(default)s)"

@@ -3,16 +3,24 @@
 Steps are counted from 0; "step s" on a boundary means that s steps are done. A growth at step s happens on
 that boundary, before the step of index s. A model of one size takes the same FLOPs in every step, so the
 whole run is a short list of phases and every total is a sum of whole numbers.
+
+A growth that waits for a slope of the loss is planned for the latest share that it may wait for, and what comes after
+it is planned anew, once, when it has happened: a plan is a function of the recipe and the growth steps known so far.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from .flops import training_flops
-from .growth.operators import steps_of, target_sizes
+from .growth.operators import steps_of, takers, target_sizes
+from .growth.plan import Plan as Change
 from .models import build_config
-from .recipe import Recipe
+from .models.axes import size_of
+from .recipe import GrowthSection, Recipe
+from .schedule import Window, expand, window_of
 from .start import Start, start_config, start_of
 
 
@@ -27,9 +35,20 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Event:
+    """One growth of the run: a [[growth]], or one of several that it stands for."""
+
+    name: str  # growth.0, or growth.0 (2 of 3)
+    section: GrowthSection
+
+
+@dataclass(frozen=True)
 class Plan:
     phases: tuple[Phase, ...]
     tokens_per_step: int
+    events: tuple[Event, ...]  # event i lies between phases i and i + 1
+    budget_flops: int  # what shares of the FLOPs are shares of
+    window: Window | None = None  # of the slope that the next growth waits for
 
     @property
     def steps(self) -> int:
@@ -52,23 +71,36 @@ class Plan:
         """Training FLOPs of the first `step` steps."""
         return sum(max(0, min(step, p.end_step) - p.first_step) * p.flops_per_step for p in self.phases)
 
+    def progress(self, step: int) -> float:
+        """The share of the run's training FLOPs that its first `step` steps take."""
+        return self.flops_at(step) / self.flops
 
-def plan(recipe: Recipe, vocab_size: int = 256, start: Start | None = None) -> Plan:
+
+def plan(
+    recipe: Recipe, vocab_size: int = 256, start: Start | None = None, grown_at: Sequence[int] = ()
+) -> Plan:
     """The phases of a recipe: growth placed on step boundaries, and as many whole steps as the budget allows.
 
     `at_fraction` is a share of this run's FLOPs: of those that train.flops leaves after the checkpoint that it starts
     from (`start`, looked up if not given), or that train.steps come to. The growth falls on the first boundary at or
-    past it. Raises ValueError when a growth falls outside the run, names an unknown axis
-    or shrinks one, and when the budget is less than one step.
+    past it.
+
+    `grown_at`: the steps of the growths that have happened. One that waits for a slope and has not is taken to come at
+    the latest, which makes the longest run of a budget; train.steps then come to more FLOPs when it comes early, and
+    the shares still ahead are shares of those.
+
+    Raises ValueError when a growth falls outside the run, names an unknown axis or shrinks one, and when the budget is
+    less than one step.
     """
     start = start or start_of(recipe)
     ancestors = start.flops
-    configs = phase_configs(recipe, vocab_size, start)
+    events, configs = phase_configs(recipe, vocab_size, start)
     length, batch = recipe.data.sequence_length, recipe.data.batch_size
     costs = [training_flops(config, length, batch) for config, _ in configs]
+    known = settled(events, grown_at)
     if recipe.train.flops is not None:
         budget = int(recipe.train.flops) - ancestors
-        boundaries = growth_boundaries(recipe, costs, budget)
+        boundaries = growth_boundaries(events, costs, budget, known)
         left = budget - spent(boundaries, costs)
         steps = (boundaries[-1] if boundaries else 0) + max(0, left) // costs[-1]
         if steps < 1:
@@ -80,16 +112,23 @@ def plan(recipe: Recipe, vocab_size: int = 256, start: Start | None = None) -> P
     else:
         assert recipe.train.steps is not None
         steps = recipe.train.steps
-        boundaries = boundaries_of_steps(recipe, costs, steps)
+        boundaries = boundaries_of_steps(events, costs, steps, known)
+        budget = spent([*boundaries, steps], costs)
         said = f"train.steps = {steps}"
-    for i, (before, step) in enumerate(zip([0, *boundaries], boundaries, strict=False)):
+    for event, before, step in zip(events, [0, *boundaries], boundaries, strict=False):
         if not before < step < steps:
             between = f"after step {before} and before the end, {said}"
-            raise ValueError(f"growth.{i} would come at step {step}; it must come {between}")
+            raise ValueError(f"{event.name} would come at step {step}; it must come {between}")
+    require_room(events, costs, budget)
     edges = [0, *boundaries, steps]
     stretches = zip(edges, edges[1:], configs, costs, strict=False)
     phases = (Phase(first, end, sizes, cost) for first, end, (_, sizes), cost in stretches)
-    return Plan(tuple(phases), length * batch)
+    window, done = None, len(grown_at)
+    if done < len(events) and events[done].section.at_slope is not None:
+        share = Fraction(str(events[done].section.slope_window)) * budget
+        since = grown_at[-1] + rewarm_steps(events[done - 1]) if grown_at else recipe.train.warmup_steps
+        window = window_of(int(share / costs[done]), since)
+    return Plan(tuple(phases), length * batch, tuple(events), budget, window)
 
 
 def model_config(recipe: Recipe, vocab_size: int, start: Start | None = None, **fields: Any) -> Any:
@@ -111,41 +150,66 @@ def model_config(recipe: Recipe, vocab_size: int, start: Start | None = None, **
     return config
 
 
-def phase_configs(recipe: Recipe, vocab_size: int, start: Start) -> list[tuple[Any, dict[str, int]]]:
-    """Configuration and changed sizes of each phase. An operator that refuses does so here, up front."""
+def phase_configs(
+    recipe: Recipe, vocab_size: int, start: Start
+) -> tuple[list[Event], list[tuple[Any, dict[str, int]]]]:
+    """The growths one by one; configuration and changed sizes of each phase. An operator that refuses does so here."""
     config = model_config(recipe, vocab_size, start)
+    events: list[Event] = []
     phases: list[tuple[Any, dict[str, int]]] = [(config, {})]
-    for i, event in enumerate(recipe.growth):
-        afresh = event.moments == "drop" or event.operator == "published"
-        if afresh and event.learning_rate == "rewarm_new":
-            raise ValueError(
-                f"growth.{i}.learning_rate = 'rewarm_new' has no effect where the optimizer starts afresh "
-                f"(moments = {event.moments!r}, operator = {event.operator!r}); rewarm_all has"
-            )
+    for i, section in enumerate(recipe.growth):
         try:
-            sizes = target_sizes(config, event.to)
-            changes = [change for _, _, change in steps_of(config, event.operator, event.to, event.seed, event.options)]
+            target = target_sizes(config, section.to)
+            parts = expand(section, {axis: size_of(config, axis) for axis in target}, target)
+            changes: list[Change] = []
+            for k, part in enumerate(parts):
+                if len(parts) > 1:  # a part may have nothing to grow for some operator of a mixture
+                    part = parts[k] = dataclasses.replace(part, operator=takers(config, part.operator, part.to))
+                changes += [change for *_, change in steps_of(config, part.operator, part.to, part.seed, part.options)]
+                config = changes[-1].config
+                phases.append((config, phases[-1][1] | part.to))
         except ValueError as error:
             raise ValueError(f"growth.{i}.{error}") from None
-        if event.learning_rate == "rewarm_new" and not any(change.adds_entries for change in changes):
+        afresh = section.moments == "drop" or any(change.drops_moments for change in changes)
+        if afresh and section.learning_rate == "rewarm_new":
             raise ValueError(
-                f"growth.{i}.learning_rate = 'rewarm_new' has no effect with operator = {event.operator!r}, whose rows "
-                "are copies with the age of the old ones; rewarm_all has"
+                f"growth.{i}.learning_rate = 'rewarm_new' has no effect where the optimizer starts afresh "
+                f"(moments = {section.moments!r}, operator = {section.operator!r}); rewarm_all has"
             )
-        config = changes[-1].config
-        phases.append((config, phases[-1][1] | sizes))
-    return phases
+        if section.learning_rate == "rewarm_new" and not all(change.adds_entries for change in changes):
+            raise ValueError(
+                f"growth.{i}.learning_rate = 'rewarm_new' has no effect with operator = {section.operator!r}, whose "
+                "rows are copies with the age of the old ones; rewarm_all has"
+            )
+        for j, part in enumerate(parts, start=1):
+            events.append(Event(f"growth.{i}" + (f" ({j} of {len(parts)})" if len(parts) > 1 else ""), part))
+    return events, phases
 
 
-def growth_boundaries(recipe: Recipe, costs: list[int], total_flops: int) -> list[int]:
-    """The step of each growth if the run takes `total_flops`: as given, or the first at or past its share."""
-    boundaries: list[int] = []
-    for event, cost in zip(recipe.growth, costs, strict=False):
-        if event.at_step is not None:
-            boundaries.append(event.at_step)
+def rewarm_steps(event: Event) -> int:
+    """Steps after a growth in which the learning rate of the whole model rises."""
+    return event.section.rewarm_steps if event.section.learning_rate in ("rewarm_all", "restart", "rewind") else 0
+
+
+def settled(events: list[Event], grown_at: Sequence[int]) -> list[int]:
+    """The steps of past growths, up to the last that a slope may have set off; the others follow from the recipe."""
+    waited = [i for i in range(len(grown_at)) if events[i].section.at_slope is not None]
+    return list(grown_at[: waited[-1] + 1]) if waited else []
+
+
+def share_of_flops(section: GrowthSection) -> Fraction:
+    """When a growth comes at the latest. 0.3 is meant as three tenths, not as the nearest float."""
+    return Fraction(str(section.at_latest_fraction if section.at_fraction is None else section.at_fraction))
+
+
+def growth_boundaries(events: list[Event], costs: list[int], total_flops: int, known: list[int]) -> list[int]:
+    """The step of each growth if the run takes `total_flops`: known, as given, or the first at or past its share."""
+    boundaries = list(known)
+    for event, cost in list(zip(events, costs, strict=False))[len(known) :]:
+        if event.section.at_step is not None:
+            boundaries.append(event.section.at_step)
             continue
-        share = Fraction(str(event.at_fraction)) * total_flops  # 0.3 is meant as three tenths, not as the nearest float
-        missing = share - spent(boundaries, costs)
+        missing = share_of_flops(event.section) * total_flops - spent(boundaries, costs)
         boundaries.append((boundaries[-1] if boundaries else 0) + max(0, -(-missing // cost)))
     return boundaries
 
@@ -155,7 +219,7 @@ def spent(boundaries: list[int], costs: list[int]) -> int:
     return sum((b - a) * cost for a, b, cost in zip([0, *boundaries], boundaries, costs, strict=False))
 
 
-def boundaries_of_steps(recipe: Recipe, costs: list[int], steps: int) -> list[int]:
+def boundaries_of_steps(events: list[Event], costs: list[int], steps: int, known: list[int]) -> list[int]:
     """Growth steps of a run of `steps` steps, whose total FLOPs depend on where the growth falls.
 
     The later the growth, the smaller the total. So assume a total, place the growth, and compare with the
@@ -165,7 +229,7 @@ def boundaries_of_steps(recipe: Recipe, costs: list[int], steps: int) -> list[in
     """
 
     def place(assumed: int) -> tuple[list[int], int]:
-        boundaries = growth_boundaries(recipe, costs, assumed)
+        boundaries = growth_boundaries(events, costs, assumed, known)
         inside = [min(boundary, steps) for boundary in boundaries]
         return boundaries, spent([*inside, steps], costs)
 
@@ -175,3 +239,18 @@ def boundaries_of_steps(recipe: Recipe, costs: list[int], steps: int) -> list[in
         low, high = (middle, high) if place(middle)[1] >= middle else (low, middle - 1)
     boundaries, total = place(low)
     return boundaries if total == low else place(low + 1)[0]
+
+
+def require_room(events: list[Event], costs: list[int], budget: int) -> None:
+    """ValueError unless a growth that may come early leaves those after it, and the end, a step of their own.
+
+    A growth lies less than one step past its share, wherever those before it fell, and the next takes a step more.
+    """
+    first = next((i for i, event in enumerate(events) if event.section.at_slope is not None), len(events))
+    shares = [share_of_flops(event.section) for event in events[first:]] + [Fraction(1)]
+    for i, (share, following) in enumerate(zip(shares, shares[1:], strict=False), start=first):
+        if (following - share) * budget < costs[i] + costs[i + 1]:
+            raise ValueError(
+                f"{events[i].name} may come as late as {float(share):g} of the FLOPs, and less than two steps lie "
+                f"between that and {float(following):g}, where the next growth or the end is"
+            )

@@ -13,7 +13,7 @@ from .data import Batches, Corpus
 from .distributed import Ranks
 from .flops import count_parameters
 from .optim import AdamW, parameter_groups
-from .plan import Plan
+from .plan import Plan, plan
 from .random_states import rng_state
 from .recipe import GrowthSection, Recipe
 from .runs import Say
@@ -27,7 +27,6 @@ class Run:
     recipe: Recipe
     folder: Path
     start: Start
-    plan: Plan
     corpus: Corpus
     batches: Batches
     windows: tuple[Tensor, Tensor]  # held out: token ids and bytes, (W, T + 1) each
@@ -48,12 +47,23 @@ class State:
 
     model: Any
     optimizer: AdamW
+    plan: Plan  # follows from the recipe and grown_at
     step: int = 0  # steps done
-    grown: int = 0  # growths done
+    grown_at: list[int] = dataclasses.field(default_factory=list)  # the steps of the growths done
+    loss_sums: list[float] = dataclasses.field(default_factory=list)  # of the slope that the next growth waits for
     seconds: float = 0.0  # in training steps and growths, ancestors' too; evaluation and saving are left out
     lineage: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest
     logged: tuple[int, float] = (0, 0.0)  # step and seconds at the last line of progress
+
+    @property
+    def grown(self) -> int:
+        """How many growths are done."""
+        return len(self.grown_at)
+
+
+def plan_of(run: Run, grown_at: list[int]) -> Plan:
+    return plan(run.recipe, run.corpus.tokenizer.vocab_size, run.start, grown_at)
 
 
 def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> AdamW:
@@ -75,8 +85,8 @@ def position(run: Run, state: State) -> dict[str, Any]:
     """Steps of this run; training FLOPs, tokens and seconds so far, those of its ancestors included."""
     return {
         "step": state.step,
-        "flops": run.start.flops + run.plan.flops_at(state.step),
-        "tokens": run.start.tokens + state.step * run.plan.tokens_per_step,
+        "flops": run.start.flops + state.plan.flops_at(state.step),
+        "tokens": run.start.tokens + state.step * state.plan.tokens_per_step,
         "seconds": round(state.seconds, 3),
     }
 
@@ -96,14 +106,14 @@ def record(run: Run, state: State, kind: str, values: dict[str, Any]) -> None:
 
 def progress(run: Run, state: State, loss: float) -> None:
     """Say one line: step, share of the FLOPs, loss, held-out bits per byte, speed, time left at it."""
-    done = run.plan.flops_at(state.step)
+    done = state.plan.flops_at(state.step)
     steps, seconds = state.step - state.logged[0], max(state.seconds - state.logged[1], 1e-9)
-    left = int((run.plan.flops - done) / (done - run.plan.flops_at(state.logged[0])) * seconds)
+    left = int((state.plan.flops - done) / (done - state.plan.flops_at(state.logged[0])) * seconds)
     state.logged = (state.step, state.seconds)
     run.tell(
-        f"step {state.step}/{run.plan.steps} · {done / run.plan.flops:.0%} of the FLOPs · "
+        f"step {state.step}/{state.plan.steps} · {done / state.plan.flops:.0%} of the FLOPs · "
         f"loss {loss:.4f} · {state.evaluation.get('bits_per_byte', math.nan):.3f} bits per byte · "
-        f"{steps * run.plan.tokens_per_step / seconds:,.0f} tokens/s · {left // 60}:{left % 60:02d} left"
+        f"{steps * state.plan.tokens_per_step / seconds:,.0f} tokens/s · {left // 60}:{left % 60:02d} left"
     )
 
 
@@ -129,7 +139,8 @@ def save_state(run: Run, state: State) -> Path:
         trainer = {
             **position(run, state),
             "seconds": state.seconds,
-            "grown": state.grown,
+            "grown_at": state.grown_at,
+            "loss_sums": state.loss_sums,
             "evaluation": state.evaluation,
             "metrics_lines": run.metrics.lines,
             "streams": streams_with(
@@ -151,7 +162,7 @@ def save_state(run: Run, state: State) -> Path:
 
 def load_state(run: Run, folder: Path) -> tuple[State, int]:
     """The state that a checkpoint of this run holds, and how many lines of metrics belong to it."""
-    kinds = {"step": int, "grown": int, "evaluation": dict, "metrics_lines": int}
+    kinds = {"step": int, "grown_at": list, "loss_sums": list, "evaluation": dict, "metrics_lines": int}
     runs.read_object(folder / checkpoint.TRAINER, kinds | runs.COST)
     model, lineage = checkpoint.load_checkpoint(folder)
     model = model.to(run.device).train()
@@ -160,15 +171,17 @@ def load_state(run: Run, folder: Path) -> tuple[State, int]:
     state = State(
         model,
         optimizer,
+        plan_of(run, trainer["grown_at"]),
         trainer["step"],
-        trainer["grown"],
+        trainer["grown_at"],
+        trainer["loss_sums"],
         trainer["seconds"],
         lineage,
         trainer["evaluation"],
     )
     state.logged = (state.step, state.seconds)
     if state.grown:
-        set_rewarm(optimizer, run.recipe.growth[state.grown - 1])
+        set_rewarm(optimizer, state.plan.events[state.grown - 1].section)
     return state, trainer["metrics_lines"]
 
 
@@ -184,12 +197,12 @@ def result_of(run: Run, state: State, status: str, **more: Any) -> dict[str, Any
     """What result.json says: how the run ended, what it cost and what it saw."""
     here = position(run, state)
     complete = runs.checkpoints(run.folder)
-    phase = max((p for p in run.plan.phases if p.first_step <= state.step), key=lambda p: p.first_step)
+    phase = max((p for p in state.plan.phases if p.first_step <= state.step), key=lambda p: p.first_step)
     return {
         "name": run.recipe.name,
         "status": status,
         "step": state.step,
-        "steps": run.plan.steps,
+        "steps": state.plan.steps,
         "bits_per_byte": state.evaluation.get("bits_per_byte"),
         "loss": state.evaluation.get("loss"),
         "flops": here["flops"],
@@ -198,7 +211,7 @@ def result_of(run: Run, state: State, status: str, **more: Any) -> dict[str, Any
         "epochs": run.batches.epochs(state.step),
         "seconds": here["seconds"],
         "parameters": count_parameters(state.model),
-        "flops_per_token": phase.flops_per_step // run.plan.tokens_per_step,
+        "flops_per_token": phase.flops_per_step // state.plan.tokens_per_step,
         "growth": state.lineage,
         "checkpoint": complete[-1].relative_to(run.folder).as_posix() if complete else None,
         **more,

@@ -4,6 +4,7 @@ All that a step does follows from the recipe and the step's number, so a resumed
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 import time
@@ -17,6 +18,7 @@ from .evaluate import autocast, cross_entropy
 from .optim import learning_rate
 from .plan import Plan
 from .recipe import Recipe
+from .schedule import add_loss
 from .state import Run, State, last_good, progress, record
 
 
@@ -39,7 +41,7 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     """One optimizer step; returns the signal that some rank has caught, 0 without one."""
     section = run.recipe.train
     began = time.perf_counter()
-    rate = learning_rate_at(run.recipe, run.plan, state.step)
+    rate = learning_rate_at(run.recipe, state.plan, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     own_loss = backward(run, state.step, wrapped)
@@ -52,9 +54,11 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     if hasattr(state.model, "after_step"):  # nGPT puts its matrices back to unit length
         state.model.after_step()
     state.optimizer.zero_grad(set_to_none=True)
+    if state.plan.window is not None:
+        add_loss(state.loss_sums, loss, state.step, state.plan.window)
     state.step += 1
     state.seconds += time.perf_counter() - began
-    if state.step % section.log_every == 0 or state.step == run.plan.steps:
+    if state.step % section.log_every == 0 or state.step == state.plan.steps:
         record(run, state, "train", {"loss": loss, "learning_rate": rate, "grad_norm": norm})
         progress(run, state, loss)
     if not signals:
@@ -84,12 +88,24 @@ def rank_rows(batch: Tensor, ranks: Ranks) -> Tensor:
 
 
 def learning_rate_at(recipe: Recipe, planned: Plan, step: int) -> float:
-    """The schedule at the share of FLOPs spent before `step`, warmed up again after growth if asked for."""
-    rate = learning_rate(recipe.train, planned.flops_at(step) / planned.flops, step)
-    for event, grown_step in zip(recipe.growth, planned.growth_steps, strict=True):
-        if event.learning_rate == "rewarm_all" and step >= grown_step:
-            rate *= min(1.0, (step - grown_step + 1) / event.rewarm_steps)
-    return rate
+    """The schedule at the share of FLOPs spent before `step`, and what the growths so far do to it.
+
+    restart and rewind: from the growth, at share g of the FLOPs, to the end the schedule runs from r to 1, r being 0 or
+    `rewind_to`: at share p it stands at r + (1 - r) (p - g) / (1 - g). Its warm-up is of rewarm_steps, and nothing of
+    what came before counts any more. rewarm_all: a factor that rises to 1 over rewarm_steps.
+    """
+    section, progress, since, ramps = recipe.train, planned.progress(step), 0, 1.0
+    for event, grown in zip(planned.events, planned.growth_steps, strict=True):
+        policy, steps = event.section.learning_rate, event.section.rewarm_steps
+        if step < grown:
+            break
+        if policy == "rewarm_all":
+            ramps *= min(1.0, (step - grown + 1) / steps)
+        elif policy in ("restart", "rewind"):
+            begin, share = event.section.rewind_to or 0.0, planned.progress(grown)
+            progress = begin + (1 - begin) * (planned.progress(step) - share) / (1 - share)
+            section, since, ramps = dataclasses.replace(recipe.train, warmup_steps=steps), grown, 1.0
+    return learning_rate(section, progress, step - since) * ramps
 
 
 def require_finite(run: Run, state: State, loss: float, norm: float, rate: float) -> None:

@@ -6,7 +6,8 @@
 
 What a run does at step s is a function of its recipe and of s alone: the batch, the learning rate, the
 growth. So a checkpoint needs the weights, the moments and the random states, and a resumed run takes the same
-path bit for bit.
+path bit for bit. Where a growth waits for a slope of the loss, the steps of past growths and a few sums of losses
+are in the checkpoint too, and all follows from them.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import gc
 import signal
 import traceback
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,18 @@ from .event import change_text, grow_measured, sizes_text
 from .flops import count_parameters
 from .models import build_model
 from .optim import AdamW
-from .plan import Plan, model_config, plan
+from .plan import model_config, plan
 from .random_states import seed_all
 from .recipe import Recipe, recipe_to_dict
 from .runs import Say
+from .schedule import slope_at
 from .start import Start, is_begun, require_same_tokenizer, require_unseen, start_of, stream_of
 from .state import (
     Run,
     State,
     build_optimizer,
     load_state,
+    plan_of,
     position,
     record,
     result_of,
@@ -141,8 +145,7 @@ def prepare_run(recipe: Recipe, folder: Path, say: Say, ranks: Ranks, device: to
         require_divisible(recipe, ranks)
         if recipe.train.tensorboard:
             tensorboard_writer()
-        parts = require_feasible(recipe, folder, say if ranks.main else None)
-        return Run(recipe, folder, *parts, device, ranks, say)
+        return Run(recipe, folder, *require_feasible(recipe, folder, say if ranks.main else None), device, ranks, say)
 
     # Rank 0 first: the others find the corpus in the cache then.
     run = distributed.together(lambda: check() if ranks.main else None, ranks)
@@ -151,8 +154,11 @@ def prepare_run(recipe: Recipe, folder: Path, say: Say, ranks: Ranks, device: to
 
 def require_feasible(
     recipe: Recipe, folder: Path, say: Say
-) -> tuple[Start, Plan, Corpus, Batches, tuple[Tensor, Tensor]]:
-    """Start, plan, corpus, batches and held-out windows of a run in `folder`; ValueError if they do not go together."""
+) -> tuple[Start, Corpus, Batches, tuple[Tensor, Tensor]]:
+    """Start, corpus, batches and held-out windows of a run in `folder`; ValueError if they do not go together.
+
+    The corpus has text for the longest run that the recipe can mean, in which every growth comes at the latest.
+    """
     data, tokenizer = recipe.data, load_tokenizer(recipe.data.tokenizer)
     start = start_of(recipe, folder)
     if not is_begun(folder):
@@ -164,7 +170,7 @@ def require_feasible(
         corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat, data.skip_tokens
     )
     batches.require(planned.steps)
-    return start, planned, corpus, batches, eval_windows(corpus, data.sequence_length)
+    return start, corpus, batches, eval_windows(corpus, data.sequence_length)
 
 
 def require_divisible(recipe: Recipe, ranks: Ranks) -> None:
@@ -192,7 +198,7 @@ def first_state(run: Run) -> State:
     run.tell(
         f"{run.recipe.name}: {short(counts['total'])} parameters, "
         f"{short(counts['embedding'])} of them embedding · "
-        f"{run.plan.steps} steps, {short(run.plan.tokens)} tokens, {run.plan.flops:.3g} FLOPs · {run.device}"
+        f"{state.plan.steps} steps, {short(state.plan.tokens)} tokens, {state.plan.flops:.3g} FLOPs · {run.device}"
     )
     if complete:
         run.tell(f"resumed from {complete[-1]}")
@@ -215,7 +221,7 @@ def fresh_state(run: Run) -> State:
         config = model_config(run.recipe, tokenizer.vocab_size, run.start, **marks)
         model = build_model(config, run.recipe.train.seed).to(run.device)
         optimizer = build_optimizer(run.recipe, model)
-    return State(model, optimizer, seconds=seconds, lineage=lineage, logged=(0, seconds))
+    return State(model, optimizer, plan_of(run, []), seconds=seconds, lineage=lineage, logged=(0, seconds))
 
 
 def tensorboard_writer() -> Any:
@@ -242,14 +248,14 @@ def loop(run: Run, state: State) -> None:
         if state.step == 0 and state.grown == 0:
             evaluate_now(run, state)
         wrapped = wrap(run, state.model)
-        while state.step < run.plan.steps:
-            if state.grown < len(run.plan.growth_steps) and state.step == run.plan.growth_steps[state.grown]:
+        while state.step < state.plan.steps:
+            if growth_due(run, state):
                 grow_now(run, state)
                 evaluate_now(run, state)
                 wrapped = wrap(run, state.model)
             stopped_by = train_step(run, state, wrapped, stop)
-            last = state.step == run.plan.steps
-            if last or state.step % section.evaluate_every == 0 or state.step in run.plan.growth_steps:
+            last = state.step == state.plan.steps
+            if last or state.step % section.evaluate_every == 0 or growth_due(run, state):
                 evaluate_now(run, state)
             if last or stopped_by or state.step % section.checkpoint_every == 0:
                 save_state(run, state)
@@ -261,7 +267,7 @@ def evaluate_now(run: Run, state: State) -> None:
     rows, dtype = rows_at_once(run), run.recipe.train.dtype
     state.evaluation = evaluate(state.model, run.windows, rows, run.device, dtype, run.ranks)
     record(run, state, "eval", {key: state.evaluation[key] for key in ("loss", "bits_per_byte")})
-    run.tell(f"step {state.step}/{run.plan.steps}: {state.evaluation['bits_per_byte']:.4f} bits per byte held out")
+    run.tell(f"step {state.step}/{state.plan.steps}: {state.evaluation['bits_per_byte']:.4f} bits per byte held out")
 
 
 def rows_at_once(run: Run) -> int:
@@ -302,9 +308,31 @@ def stop_signals() -> Iterator[list[int]]:
 # --- growth ---
 
 
+def growth_due(run: Run, state: State) -> dict[str, Any]:
+    """Empty unless the next growth is to come at this boundary; else the key of its [[growth]] that says so.
+
+    A function of the state alone, alike on every rank, since the losses are means over all of them.
+    """
+    planned, step = state.plan, state.step
+    if state.grown == len(planned.events):
+        return {}
+    section = planned.events[state.grown].section
+    if planned.window is not None and section.at_slope is not None:
+        slope = slope_at(state.loss_sums, step, planned.window, run.start.tokens, planned.tokens_per_step)
+        if slope is not None and slope > section.at_slope:
+            earliest = Fraction(str(section.at_earliest_fraction)) * planned.budget_flops
+            if planned.flops_at(step) >= earliest:
+                return {"trigger": "at_slope", "slope": slope}
+    if step < planned.growth_steps[state.grown]:
+        return {}
+    given = ("at_step", "at_fraction", "at_latest_fraction")
+    return {"trigger": next(key for key in given if getattr(section, key) is not None)}
+
+
 def grow_now(run: Run, state: State) -> None:
-    """The next growth: weights and moments grown, measured on held-out text, written down, said."""
-    section = run.recipe.growth[state.grown]
+    """The next growth: weights and moments grown, measured on held-out text, written down, said; the rest replanned."""
+    event, due, steps = state.plan.events[state.grown], growth_due(run, state), state.plan.steps
+    section = event.section
     # In float32, with a gradient and two models: half of what a step passes at a time must do.
     probe = run.windows[0][: max(1, min(PROBE_WINDOWS, rows_at_once(run) // 2)), :-1]
     grown = grow_measured(
@@ -322,10 +350,16 @@ def grow_now(run: Run, state: State) -> None:
     enable_checkpointing(run, state.model)
     set_rewarm(state.optimizer, section)
     state.seconds += grown.event["grow_seconds"]
-    state.grown += 1
-    state.lineage.append({**grown.event, **position(run, state), "learning_rate": section.learning_rate})
-    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS})
+    state.grown_at.append(state.step)
+    state.loss_sums.clear()
+    state.plan = plan_of(run, state.grown_at)
+    why = {"growth": event.name, **due}
+    state.lineage.append({**grown.event, **position(run, state), "learning_rate": section.learning_rate, **why})
+    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS} | why)
     run.tell(f"grown at step {state.step}: {sizes_text(grown.event)}, {change_text(grown.event)}")
+    if "slope" in due:
+        to_go = f"; {state.plan.steps} steps in all, not {steps}" if state.plan.steps != steps else ""
+        run.tell(f"the slope of the loss was {due['slope']:.4f}, above {section.at_slope}{to_go}")
 
 
 # --- the end ---

@@ -142,6 +142,14 @@ def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]
     return sizes
 
 
+def takers(config: PreTrainedConfig, operator: str, to: dict[str, int]) -> str:
+    """The operators of a mixture that grow a field of `to`, joined by + again."""
+    fields = [field_of(config, name) for name in to]
+    table = table_of(config)
+    first = [next((o.name for o in operators_of(operator) if f in o.fields(table)), "") for f in fields]
+    return "+".join(o.name for o in operators_of(operator) if o.name in first) or operator
+
+
 def steps_of(
     config: PreTrainedConfig, operator: str, to: dict[str, int], seed: int = 0, options: dict[str, Any] | None = None
 ) -> list[tuple[Operator, PreTrainedConfig, Plan]]:

@@ -85,7 +85,7 @@ class Plan:
     def adds_entries(self) -> bool:
         """Whether any slot is new; copies of old slots are not, and have no birth of their own."""
         fresh_layers = any(layer.source < 0 or layer.closed for layer in self.layers or ())
-        return fresh_layers or any(bool(axis.fresh.any()) for axis in self.maps.values())
+        return self.resets_copies or fresh_layers or any(bool(axis.fresh.any()) for axis in self.maps.values())
 
 
 def padded(old: int, new: int, closed: str = "read") -> AxisMap:

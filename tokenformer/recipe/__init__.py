@@ -128,12 +128,13 @@ def arm_recipe(recipe: Recipe, arm: ArmSection) -> Recipe:
             continue
         if not isinstance(values, dict):
             raise ValueError(f"{section}: must be a table, not {describe(values)} (from {origin})")
-        other = values.get("architecture") not in (None, recipe.model.architecture)
-        if section == "model" and (other or "checkpoint" in values):
+        foreign = values.get("architecture") not in (None, recipe.model.architecture)
+        if section == "model" and (foreign or "checkpoint" in values):
             table["model"] = {}
         for name, value in values.items():
-            if name in ALTERNATIVES and ALTERNATIVES[name] not in values:
-                table[section].pop(ALTERNATIVES[name], None)
+            for other in ALTERNATIVES.get(name, ()):
+                if other not in values:
+                    table[section].pop(other, None)
             table[section][name] = value
     return resolve(table, lambda _: origin)
 
@@ -157,7 +158,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 def override(table: dict[str, Any], dotted: str, value: Any, given: Iterable[str] = ()) -> None:
     """Set one dotted key of a nested table in place; entries of a list go by number or by name.
 
-    `given`: the dotted keys of all overrides; of an either-or pair, the one not among them is taken out.
+    `given`: the dotted keys of all overrides; the alternatives of the key that are not among them are taken out.
     """
     *parents, last = dotted.split(".")
     node: Any = table
@@ -172,8 +173,9 @@ def override(table: dict[str, Any], dotted: str, value: Any, given: Iterable[str
             raise ValueError(f"{dotted}: {'.'.join(parents[:depth])} is not a table (from the command line)")
         elif final:
             node[name] = value
-            if name in ALTERNATIVES and ".".join([*parents, ALTERNATIVES[name]]) not in given:
-                node.pop(ALTERNATIVES[name], None)
+            for other in ALTERNATIVES.get(name, ()):
+                if ".".join([*parents, other]) not in given:
+                    node.pop(other, None)
         else:
             node = node.setdefault(name, {})
 
@@ -200,7 +202,7 @@ def resolve(table: dict[str, Any], where: Where) -> Recipe:
     """Every key known, of its type and in its range; then what keys must be true together."""
     recipe = build(Recipe, copy.deepcopy(table), "", where)
 
-    exactly_one(recipe.train, "steps", "flops", "train", where)
+    exactly_one(recipe.train, ("steps", "flops"), "train", where)
     if recipe.data.batch_size % recipe.train.accumulation_steps:
         raise ValueError(
             f"train.accumulation_steps: {recipe.train.accumulation_steps} does not divide "
@@ -223,7 +225,7 @@ def resolve(table: dict[str, Any], where: Where) -> Recipe:
 def check_growth(recipe: Recipe, where: Where) -> None:
     for i, event in enumerate(recipe.growth):
         path = f"growth.{i}"
-        exactly_one(event, "at_step", "at_fraction", path, where)
+        exactly_one(event, ("at_step", "at_fraction", "at_slope"), path, where)
         if not event.to:
             raise ValueError(f"{path}.to: names nothing that grows (from {where(path)})")
         for axis, size in event.to.items():
@@ -233,20 +235,76 @@ def check_growth(recipe: Recipe, where: Where) -> None:
                 f"{path}.at_step: {event.at_step} is not before the end, train.steps = {recipe.train.steps} "
                 f"(from {where(path)})"
             )
-        before = recipe.growth[i - 1] if i else event
-        for unit in ("at_step", "at_fraction"):
-            earlier, later = getattr(before, unit), getattr(event, unit)
-            if i and earlier is not None and later is not None and later <= earlier:
-                origin = where(path)
-                raise ValueError(
-                    f"{path}.{unit}: {later} is not after the one before it, {earlier} (from {origin})"
-                )
+        check_effects(event, recipe.train.schedule, path, where)
+        check_order(recipe.growth[:i], event, path, where)
 
 
-def exactly_one(section: Any, one: str, other: str, path: str, where: Where) -> None:
-    count = (getattr(section, one) is not None) + (getattr(section, other) is not None)
-    if count != 1:
-        said = "both are" if count else "neither is"
+def check_effects(event: GrowthSection, schedule: str, path: str, where: Where) -> None:
+    """Every key that is set has an effect beside the others, and what another one needs is there."""
+    slope, several = event.at_slope is not None, event.stages > 1 or event.order == "one_by_one"
+    needs = {
+        "at_earliest_fraction": (slope, "at_slope"),
+        "at_latest_fraction": (slope, "at_slope"),
+        "slope_window": (slope, "at_slope"),
+        "until_fraction": (several, "stages or order = 'one_by_one'"),
+        "shape": (event.stages > 1, "stages"),
+        "multiple_of": (event.stages > 1, "stages"),
+        "order": (len(event.to) > 1, "a second axis in `to`"),
+        "rewind_to": (event.learning_rate == "rewind", "learning_rate = 'rewind'"),
+    }
+    for field in dataclasses.fields(event):
+        met, need = needs.get(field.name, (True, ""))
+        if not met and getattr(event, field.name) != field.default:
+            raise ValueError(f"{path}.{field.name}: has no effect without {need} (from {where(path)})")
+    required = {
+        "at_latest_fraction": (slope, "at_slope: the share of the FLOPs at which it grows anyway"),
+        "at_fraction": (several, "stages and order = 'one_by_one': when the first of them comes"),
+        "until_fraction": (several, "stages and order = 'one_by_one': when the last of them comes"),
+        "rewind_to": (event.learning_rate == "rewind", "learning_rate = 'rewind': the share that it goes back to"),
+    }
+    for name, (needed, why) in required.items():
+        if needed and getattr(event, name) is None:
+            raise ValueError(f"{path}.{name}: missing; needed by {why} (from {where(path)})")
+    for name, after in (("until_fraction", "at_fraction"), ("at_latest_fraction", "at_earliest_fraction")):
+        late, early = getattr(event, name), getattr(event, after)
+        if late is not None and late <= early:
+            raise ValueError(f"{path}.{name}: {late} is not after {after} = {early} (from {where(path)})")
+    if event.learning_rate in ("restart", "rewind") and schedule == "constant":
         raise ValueError(
-            f"{path}: exactly one of {one} and {other} must be given; {said} (from {where(f'{path}.{one}')})"
+            f"{path}.learning_rate: {event.learning_rate!r} has no effect with train.schedule = 'constant'; rewarm_all "
+            f"has (from {where(path)})"
+        )
+
+
+def check_order(earlier: list[GrowthSection], event: GrowthSection, path: str, where: Where) -> None:
+    """The event comes after those before it, however late they come, and a slope has the room to be seen."""
+    before = earlier[-1] if earlier else None
+    ends = (before.at_step, before.until_fraction or before.at_fraction or before.at_latest_fraction) if before else ()
+    for names, end in zip((("at_step",), ("at_fraction", "at_latest_fraction")), ends, strict=False):
+        for name in names:
+            begin = getattr(event, name)
+            if end is not None and begin is not None and begin <= end:
+                origin = where(path)
+                raise ValueError(f"{path}.{name}: {begin} is not after the one before it, {end} (from {origin})")
+    if event.at_step is not None and any(each.at_slope is not None for each in earlier):
+        raise ValueError(
+            f"{path}.at_step: cannot come after at_slope, since how far the run is by then is not known; "
+            f"use at_fraction (from {where(path)})"
+        )
+    if event.at_slope is not None and event.at_latest_fraction is not None:
+        begin = (before.until_fraction or before.at_fraction or before.at_earliest_fraction) if before else 0.0
+        if event.slope_window >= event.at_latest_fraction - begin:
+            raise ValueError(
+                f"{path}.slope_window: {event.slope_window} does not fit between {begin}, where this size begins, and "
+                f"at_latest_fraction = {event.at_latest_fraction}, so at_slope has no effect (from {where(path)})"
+            )
+
+
+def exactly_one(section: Any, names: tuple[str, ...], path: str, where: Where) -> None:
+    given = [name for name in names if getattr(section, name) is not None]
+    if len(given) != 1:
+        said = f"{' and '.join(given)} are" if given else "none is"
+        allowed = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise ValueError(
+            f"{path}: exactly one of {allowed} must be given; {said} (from {where(f'{path}.{names[0]}')})"
         )

@@ -14,8 +14,15 @@ def key(
     return dataclasses.field(default=default, default_factory=factory, metadata={"doc": doc, **limits})
 
 
-# Two ways to say one thing: setting one of a pair in an override or an arm replaces the other.
-ALTERNATIVES = {"steps": "flops", "flops": "steps", "at_step": "at_fraction", "at_fraction": "at_step"}
+# Ways to say one thing: setting one of them in an override or an arm takes out the others and what belongs to them.
+SLOPE_KEYS = ("at_slope", "at_earliest_fraction", "at_latest_fraction", "slope_window")
+ALTERNATIVES: dict[str, tuple[str, ...]] = {
+    "steps": ("flops",),
+    "flops": ("steps",),
+    "at_step": ("at_fraction", "until_fraction", *SLOPE_KEYS),
+    "at_fraction": ("at_step", *SLOPE_KEYS),
+    "at_slope": ("at_step", "at_fraction", "until_fraction"),
+}
 ARM_TABLES = ("model", "data", "train", "growth")
 
 
@@ -94,8 +101,40 @@ class TrainSection:
 @dataclasses.dataclass
 class GrowthSection:
     to: dict[str, int] = key("what grows, to which size: { ffn_tokens = 512, qkv_tokens = 128 }")
-    at_step: int | None = key("when: before this step; give this or at_fraction", default=None, low=1)
+    at_step: int | None = key(
+        "when: before this step; give this, at_fraction or at_slope", default=None, low=1
+    )
     at_fraction: float | None = key("when: at this share of the total FLOPs", default=None, above=0, below=1)
+    at_slope: float | None = key(
+        "when: once d log(loss) / d log(tokens seen) is above this, such as -0.05", default=None, below=0
+    )
+    at_earliest_fraction: float = key(
+        "at_slope only: not before this share of the FLOPs", default=0.0, low=0, below=1
+    )
+    at_latest_fraction: float | None = key(
+        "at_slope only: at this share of the FLOPs it grows anyway", default=None, above=0, below=1
+    )
+    slope_window: float = key(
+        "at_slope only: newest share of the FLOPs, no warm-up in it, that it is fitted over",
+        default=0.1,
+        above=0,
+        below=1,
+    )
+    stages: int = key("how often, in equal parts, from at_fraction to until_fraction", default=1, low=1)
+    until_fraction: float | None = key(
+        "when the last of several comes: share of the total FLOPs", default=None, above=0, below=1
+    )
+    shape: str = key(
+        "of the stages: equal steps (linear) or equal factors (exponential)",
+        default="linear",
+        choices=("linear", "exponential"),
+    )
+    multiple_of: int = key("sizes of the stages but the last are rounded to multiples of it", default=1, low=1)
+    order: str = key(
+        "together, or one_by_one: each axis of `to` at a time of its own, in the order written",
+        default="together",
+        choices=("together", "one_by_one"),
+    )
     operator: str = key(
         "how; `tokenformer operators` lists all; several joined by + are applied one after another",
         default="zero_keys",
@@ -104,12 +143,15 @@ class GrowthSection:
     options: dict[str, Any] = key("the operator's own, { noise = 0.1 }", factory=dict)
     moments: str = key("Adam's moments of the old rows", default="keep", choices=("keep", "drop"))
     learning_rate: str = key(
-        "keep, or warm up again: new rows only, or all",
+        "keep; warm up again: new rows only, or all; restart the schedule, or rewind it",
         default="keep",
-        choices=("keep", "rewarm_new", "rewarm_all"),
+        choices=("keep", "rewarm_new", "rewarm_all", "restart", "rewind"),
     )
     rewarm_steps: int = key("steps of that warm-up", default=100, low=1)
-    seed: int = key("the new rows' values", default=0, low=0, high=2**32 - 1)
+    rewind_to: float | None = key(
+        "rewind only: the share of its course that the schedule goes back to", default=None, low=0, below=1
+    )
+    seed: int = key("the new rows' values; of several parts each takes the next", default=0, low=0, high=2**32 - 1)
 
 
 @dataclasses.dataclass
