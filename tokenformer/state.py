@@ -12,6 +12,7 @@ from . import checkpoint, distributed, runs
 from .data import Batches, Corpus
 from .distributed import Ranks
 from .flops import count_parameters
+from .growth import freeze_as_grown
 from .optim import AdamW, parameter_groups
 from .plan import Plan, plan
 from .random_states import rng_state
@@ -166,6 +167,7 @@ def load_state(run: Run, folder: Path) -> tuple[State, int]:
     runs.read_object(folder / checkpoint.TRAINER, kinds | runs.COST)
     model, lineage = checkpoint.load_checkpoint(folder)
     model = model.to(run.device).train()
+    freeze_as_grown(model, lineage)
     optimizer = build_optimizer(run.recipe, model)
     trainer = checkpoint.load_training_state(folder, model, optimizer, run.ranks.rank)
     state = State(

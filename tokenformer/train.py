@@ -29,6 +29,7 @@ from .distributed import Ranks
 from .evaluate import evaluate, sample_text
 from .event import change_text, grow_measured, sizes_text
 from .flops import count_parameters
+from .growth import freeze_as_grown
 from .models import build_model
 from .optim import AdamW
 from .plan import model_config, plan
@@ -212,6 +213,7 @@ def fresh_state(run: Run) -> State:
         folder = checkpoint.find_checkpoint(run.start.checkpoint)
         model, lineage = checkpoint.load_checkpoint(folder)
         model = model.float().to(run.device).train()
+        freeze_as_grown(model, lineage)
         optimizer = build_optimizer(run.recipe, model)
         if (folder / checkpoint.OPTIMIZER).exists():
             checkpoint.load_moments(folder, model, optimizer)
