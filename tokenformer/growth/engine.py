@@ -90,7 +90,7 @@ def grow(
 
 
 def freeze_as_grown(model: nn.Module, lineage: list[dict[str, Any]]) -> None:
-    """Train on what the last growth of a lineage left to train: LLaMA Pro's new layers, say; all if it froze nothing."""
+    """Train on what the last growth of a lineage left to train (LLaMA Pro's new layers); all if it froze nothing."""
     trained = lineage[-1].get("trained_parameters") if lineage else None
     if trained is not None:
         for name, p in model.named_parameters():
