@@ -72,6 +72,7 @@ class Prepared:
         return sum(size.bytes for size in self.sizes.values())
 
 
+@files.quiet()
 def grow_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
@@ -116,6 +117,7 @@ def grow_checkpoint(
 # --- planning ---
 
 
+@files.quiet()
 def prepare(
     checkpoint: str | Path,
     operator: str | None,
@@ -313,13 +315,19 @@ def write_streamed(
 
 
 def largest_rounding(tensor: Tensor, dtype: torch.dtype, new: Tensor | None) -> float:
-    """Largest |rounded - exact| / |exact| over the entries of `tensor` that are not `new`."""
-    if tensor.dtype == dtype:
+    """Largest |rounded - exact| / |exact| over the entries of `tensor` that are not `new`; some rows at a time."""
+    if tensor.dtype == dtype or tensor.numel() == 0:
         return 0.0
-    error = tensor.to(dtype).to(tensor).sub_(tensor).abs_()
-    if new is not None:
-        error = error.masked_fill_(new.expand_as(error), 0)
-    return error.div_(tensor.abs().clamp_(min=torch.finfo(tensor.dtype).tiny)).max().item() if error.any() else 0.0
+    rows = max(1, 2**24 * len(tensor) // tensor.numel())
+    masks = [None] * len(tensor) if new is None else new.expand_as(tensor).split(rows)
+    largest = 0.0
+    for part, mask in zip(tensor.split(rows), masks, strict=False):
+        error = part.to(dtype).to(part).sub_(part).abs_()
+        if mask is not None:
+            error.masked_fill_(mask, 0)
+        if bool(error.any()):
+            largest = max(largest, error.div_(part.abs().clamp_(min=torch.finfo(part.dtype).tiny)).max().item())
+    return largest
 
 
 def write_in_memory(prepared: Prepared, folder: Path, moments: str, max_shard_bytes: int) -> dict[str, float]:
@@ -420,7 +428,7 @@ def plan_lines(prepared: Prepared) -> list[str]:
     lines += [f"  {name} {old} -> {new}, which follows" for name, old, new in followers(before, after, event["to"])]
     lines.append(f"  parameters {event['parameters_before']:,} -> {event['parameters_after']:,}")
     lines.append(f"  forward FLOPs per token: {flops_text(before, after)}")
-    lines.append(f"  promise: {'; '.join(promise_words(prepared))}")
+    lines += [f"  {line}" for line in promise_lines(prepared)]
     factors = f", factors {event['moment_factors']}" if event["moments"] == "kept" else ""
     lines.append(f"  optimizer moments: {event['moments']}{factors}")
     dtypes = sorted({str(size.dtype).removeprefix("torch.") for size in prepared.sizes.values()})
@@ -432,7 +440,8 @@ def plan_lines(prepared: Prepared) -> list[str]:
 def followers(before: PreTrainedConfig, after: PreTrainedConfig, to: Mapping[str, int]) -> list[tuple[str, Any, Any]]:
     """Numbers of the configuration that change besides the ones asked for."""
     old, new = before.to_dict(), after.to_dict()
-    changed = [name for name, value in new.items() if name not in to and isinstance(value, int | float)]
+    asked = {before.attribute_map.get(name, name) for name in to}
+    changed = [name for name, value in new.items() if name not in asked and isinstance(value, int | float)]
     return [(name, old.get(name), new[name]) for name in changed if old.get(name) != new[name]]
 
 
@@ -444,13 +453,15 @@ def flops_text(before: PreTrainedConfig, after: PreTrainedConfig) -> str:
     return f"{old:.3g} -> {new:.3g} over a context of {CONTEXT:,}"
 
 
-def promise_words(prepared: Prepared) -> list[str]:
-    """What is promised; where that is not the same function, why, and which operators keep it."""
+def promise_lines(prepared: Prepared) -> list[str]:
+    """What is promised and what that hangs on; where it is not the same function, why, and which operators keep it."""
     event = prepared.event
     if event["promise"] == "exact":
-        return ["exact", *[f"it is {promise}" for promise in prepared.promises if promise != "exact"]]
+        conditions = [f" ({promise})" for promise in prepared.promises if promise != "exact"]
+        return [f"promise: exact{''.join(conditions)}"]
     exact = exact_for(prepared.old.config, event["to"])
-    return ["approximate", event["note"], f"exact: {', '.join(exact)}" if exact else "no one operator does it exactly"]
+    instead = f"exact would be: {', '.join(exact)}" if exact else "no one operator does it exactly"
+    return [f"promise: approximate, since {event['note']}", instead]
 
 
 def measured_lines(event: Mapping[str, Any]) -> list[str]:
