@@ -557,23 +557,32 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(shared: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def refused_together(table: dict[str, Any], folder: Path, full_disk: bool) -> None:
-    if full_disk:
-        checkpoint.flush_to_disk = lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+def refused_together(table: dict[str, Any], folder: Path, trouble: str) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def say(line: str) -> None:
+        if trouble == "progress" and line.startswith("step 3/"):
+            full()
+
+    if trouble == "checkpoint":
+        checkpoint.flush_to_disk = full
+    if trouble == "metrics":
+        runs.Metrics.write = full
     try:
-        train(recipe_from_dict(table, "the test"), folder, say=None)
-    except ValueError as error:
-        assert ("no space left on the disk" if full_disk else "holds files but no run") in str(error)
+        train(recipe_from_dict(table, "the test"), folder, say=say)
+    except (ValueError, OSError) as error:
+        assert ("holds files but no run" if trouble == "folder" else "o space left on ") in str(error)
         sys.exit(8 if getattr(error, "silent", False) else 7)
 
 
-@pytest.mark.parametrize("full_disk", [False, True])
-def test_what_rank_0_meets_all_ranks_raise_and_one_says(shared: Path, tmp_path: Path, full_disk: bool) -> None:
-    if not full_disk:
+@pytest.mark.parametrize("trouble", ["folder", "checkpoint", "metrics", "progress"])
+def test_what_rank_0_meets_all_ranks_raise_and_one_says(shared: Path, tmp_path: Path, trouble: str) -> None:
+    if trouble == "folder":
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    table = recipe_to_dict(tiny(shared, train={"steps": 1}, growth=[]))
-    assert on_two_ranks(refused_together, table, tmp_path / "run", full_disk) == [7, 8]
+    table = recipe_to_dict(tiny(shared, train={"steps": 4}, growth=[]))
+    assert on_two_ranks(refused_together, table, tmp_path / "run", trouble) == [7, 8]
 
 
 def test_the_batches_of_a_run_are_the_data_module_s(shared: Path, whole: Path) -> None:

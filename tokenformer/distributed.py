@@ -5,7 +5,9 @@ WORLD_SIZE in their environment; they meet over gloo on CPUs and over NCCL on GP
 """
 
 import datetime
+import gc
 import os
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,9 +63,16 @@ def stop(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
-def barrier(ranks: Ranks) -> None:
+def let_go(error: BaseException, ranks: Ranks) -> None:
+    """Free what the frames of an error hold, before `stop`.
+
+    They would keep the data-parallel model, and with it the group, until after the peers are gone: freed then, gloo
+    waits for them for ever.
+    """
     if ranks.world > 1:
-        dist.barrier()
+        for each in (error, error.__cause__, error.__context__):
+            traceback.clear_frames(each.__traceback__ if each else None)
+        gc.collect()
 
 
 def sums(values: list[float], ranks: Ranks, device: torch.device) -> list[float]:

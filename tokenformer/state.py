@@ -81,26 +81,32 @@ def position(run: Run, state: State) -> dict[str, Any]:
     }
 
 
-def record(run: Run, state: State, kind: str, values: dict[str, Any]) -> None:
-    """One line of metrics.jsonl, and its numbers to TensorBoard."""
-    if run.metrics is not None:
-        try:
-            run.metrics.write({"kind": kind, **position(run, state), **values})
-        except OSError as error:
-            raise ValueError(f"{run.metrics.path}: {error.strerror}; {last_good(run)}") from error
-    if run.writer is not None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                run.writer.add_scalar(f"{kind}/{name}", value, state.step)
+def record(run: Run, state: State, kind: str, values: dict[str, Any], told: str) -> None:
+    """One line of metrics.jsonl, its numbers to TensorBoard, one line `told`. Every rank calls this, and where rank 0
+    cannot write or speak, all raise."""
+
+    def write() -> None:
+        if run.metrics is not None:
+            try:
+                run.metrics.write({"kind": kind, **position(run, state), **values})
+            except OSError as error:
+                raise ValueError(f"{run.metrics.path}: {error.strerror}; {last_good(run)}") from error
+        if run.writer is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    run.writer.add_scalar(f"{kind}/{name}", value, state.step)
+        run.tell(told)
+
+    distributed.together(write, run.ranks)
 
 
-def progress(run: Run, state: State, loss: float) -> None:
-    """Say one line: step, share of the FLOPs, loss, held-out bits per byte, speed, time left at it."""
+def progress(run: Run, state: State, loss: float) -> str:
+    """One line: step, share of the FLOPs, loss, held-out bits per byte, speed since the last such line, time left."""
     done = run.plan.flops_at(state.step)
     steps, seconds = state.step - state.logged[0], max(state.seconds - state.logged[1], 1e-9)
     left = int((run.plan.flops - done) / (done - run.plan.flops_at(state.logged[0])) * seconds)
     state.logged = (state.step, state.seconds)
-    run.tell(
+    return (
         f"step {state.step}/{run.plan.steps} · {done / run.plan.flops:.0%} of the FLOPs · "
         f"loss {loss:.4f} · {state.evaluation.get('bits_per_byte', math.nan):.3f} bits per byte · "
         f"{steps * run.plan.tokens_per_step / seconds:,.0f} tokens/s · {left // 60}:{left % 60:02d} left"

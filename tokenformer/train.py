@@ -11,9 +11,7 @@ path bit for bit.
 
 import contextlib
 import dataclasses
-import gc
 import signal
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,12 +81,7 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say = p
     except BaseException as error:
         if isinstance(error, (Stopped, Diverged)):  # raised on every rank alike, and rank 0 says so
             error.silent = not ranks.main
-        if ranks.world > 1:
-            # The trace would keep the data-parallel model, and with it the group, until after the peers are gone: freed
-            # then, gloo waits for them for ever.
-            for each in (error, error.__cause__, error.__context__):
-                traceback.clear_frames(each.__traceback__ if each else None)
-            gc.collect()
+        distributed.let_go(error, ranks)
         raise
     finally:
         distributed.stop(ranks)
@@ -106,10 +99,9 @@ def train_locked(
             say(f"{folder} is finished: {done['bits_per_byte']:.4f} bits per byte after {done['step']} steps")
         return done
     run = prepare_run(recipe, folder, say, ranks, device)
+    state, lines = distributed.together(lambda: first_state(run), ranks)
     # Not before the run is known to be possible.
-    origin = dataclasses.asdict(run.start) if recipe.model.checkpoint else None
-    distributed.on_main(lambda: runs.open_run(folder, recipe_to_dict(recipe), run.corpus.info, origin), ranks)
-    state = distributed.together(lambda: first_state(run), ranks)
+    distributed.on_main(lambda: open_run(run, state, lines), ranks)
     try:
         loop(run, state)
         return distributed.on_main(lambda: finish(run, state), ranks)
@@ -176,27 +168,32 @@ def require_divisible(recipe: Recipe, ranks: Ranks) -> None:
         )
 
 
-def first_state(run: Run) -> State:
-    """The state at step 0, or that of the newest complete checkpoint; metrics past it are dropped."""
+def first_state(run: Run) -> tuple[State, int]:
+    """The state at step 0, or that of the newest complete checkpoint, and how many lines of metrics belong to it."""
     seed_all(run.recipe.train.seed + run.ranks.rank)
     complete = runs.checkpoints(run.folder)
     state, lines = load_state(run, complete[-1]) if complete else (fresh_state(run), 0)
     enable_checkpointing(run, state.model)
-    if run.ranks.main:
-        (run.folder / runs.RESULT).unlink(missing_ok=True)  # of the part that was stopped or failed
-        run.metrics = runs.Metrics(run.folder, keep_lines=lines)
-        if run.recipe.train.tensorboard:
-            purge = state.step + 1 if state.step else None
-            run.writer = tensorboard_writer()(str(run.folder / runs.TENSORBOARD), purge_step=purge)
+    return state, lines
+
+
+def open_run(run: Run, state: State, lines: int) -> None:
+    """The run folder with its first files, metrics past the state dropped; says what is trained."""
+    origin = dataclasses.asdict(run.start) if run.recipe.model.checkpoint else None
+    runs.open_run(run.folder, recipe_to_dict(run.recipe), run.corpus.info, origin)
+    (run.folder / runs.RESULT).unlink(missing_ok=True)  # of the part that was stopped or failed
+    run.metrics = runs.Metrics(run.folder, keep_lines=lines)
+    if run.recipe.train.tensorboard:
+        purge = state.step + 1 if state.step else None
+        run.writer = tensorboard_writer()(str(run.folder / runs.TENSORBOARD), purge_step=purge)
     counts = count_parameters(state.model)
     run.tell(
         f"{run.recipe.name}: {short(counts['total'])} parameters, "
         f"{short(counts['embedding'])} of them embedding · "
         f"{run.plan.steps} steps, {short(run.plan.tokens)} tokens, {run.plan.flops:.3g} FLOPs · {run.device}"
     )
-    if complete:
-        run.tell(f"resumed from {complete[-1]}")
-    return state
+    if state.step:
+        run.tell(f"resumed from {runs.checkpoint_folder(run.folder, state.step)}")
 
 
 def fresh_state(run: Run) -> State:
@@ -260,8 +257,9 @@ def loop(run: Run, state: State) -> None:
 def evaluate_now(run: Run, state: State) -> None:
     rows, dtype = rows_at_once(run), run.recipe.train.dtype
     state.evaluation = evaluate(state.model, run.windows, rows, run.device, dtype, run.ranks)
-    record(run, state, "eval", {key: state.evaluation[key] for key in ("loss", "bits_per_byte")})
-    run.tell(f"step {state.step}/{run.plan.steps}: {state.evaluation['bits_per_byte']:.4f} bits per byte held out")
+    values = {key: state.evaluation[key] for key in ("loss", "bits_per_byte")}
+    told = f"step {state.step}/{run.plan.steps}: {values['bits_per_byte']:.4f} bits per byte held out"
+    record(run, state, "eval", values, told)
 
 
 def rows_at_once(run: Run) -> int:
@@ -317,8 +315,8 @@ def grow_now(run: Run, state: State) -> None:
     state.seconds += grown.event["grow_seconds"]
     state.grown += 1
     state.lineage.append({**grown.event, **position(run, state), "learning_rate": section.learning_rate})
-    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS})
-    run.tell(f"grown at step {state.step}: {sizes_text(grown.event)}, {change_text(grown.event)}")
+    told = f"grown at step {state.step}: {sizes_text(grown.event)}, {change_text(grown.event)}"
+    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS}, told)
 
 
 # --- the end ---
