@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import corpus as tiny_corpus
 from tiny_runs import ended, losses, same, start_child, tiny, weights
 
 from tokenformer import checkpoint, runs
@@ -617,6 +618,25 @@ def test_a_run_goes_on_from_a_grown_checkpoint_with_its_moments_and_its_cost(
     assert first["bits_per_byte"] == pytest.approx(last["bits_per_byte"], abs=1e-4)
     moments = load_file(tmp_path / "on" / result["checkpoint"] / checkpoint.OPTIMIZER)
     assert moments["step.model.norm.weight"] == 12 + 4
+
+
+def test_a_run_goes_on_past_a_text_that_has_grown_longer(shared: Path, tmp_path: Path) -> None:
+    documents = tiny_corpus(shared).read_text().split("\f")
+    text = tmp_path / "text.txt"
+    text.write_text("\f".join(documents[:100]))
+    train(tiny(shared, data={"source": str(text)}, growth=[]), tmp_path / "first", say=None)
+    held = runs.read_json(tmp_path / "first" / runs.DATA)["train_tokens"]
+    table = recipe_to_dict(tiny(shared, data={"source": str(text)}))
+    table |= {"model": {"checkpoint": str(tmp_path / "first")}, "growth": []}
+    table["data"] |= {"skip_tokens": held, "seed": 1}
+    text.write_text("\f".join([documents[200], *documents[1:]]))  # the control: another text of the same length
+    with pytest.raises(ValueError, match="the text has changed"):
+        train(recipe_from_dict(table, "test"), tmp_path / "on", say=None)
+    text.write_text("\f".join(documents))
+    result = train(recipe_from_dict(table, "test"), tmp_path / "on", say=None)
+    assert result["unique_tokens"] == held + 12 * 4 * 16 and result["tokens"] == 2 * 12 * 4 * 16
+    shorter, longer = checkpoint.ancestry(tmp_path / "on" / result["checkpoint"])["streams"]
+    assert (shorter["length"], longer["first"], longer["tokens"]) == (held, held, result["unique_tokens"])
 
 
 @pytest.mark.parametrize("change", ["gains a checkpoint", "is removed"])

@@ -85,7 +85,12 @@ def save_checkpoint(
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     save = getattr(tokenizer, "save", None) or tokenizer.save_pretrained
-    save(folder)
+    try:
+        save(folder)
+    except Exception as error:
+        if type(error) is Exception:  # what tokenizers raises on a full disk
+            raise OSError(str(error)) from error
+        raise
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

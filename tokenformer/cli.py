@@ -104,13 +104,16 @@ TEXTS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a mistake or a full disk or memory, 130 for an interrupt."""
-    arguments, rest = parser().parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments, rest = parser().parse_known_args(words)
     # argparse takes no positional arguments on both sides of an option, and people write overrides anywhere.
     if hasattr(arguments, "overrides") and not any(text.startswith("-") for text in rest):
         arguments.overrides += rest
     elif rest:
         Parser(prog=f"tokenformer {arguments.verb}").error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        for word in words:
+            require_utf8(word)
         arguments.run(arguments)
     except (KeyboardInterrupt, Exception) as error:
         code = exit_code(error)
@@ -122,6 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"tokenformer: {one_line(error)}", file=sys.stderr)
         return code
     return 0
+
+
+def require_utf8(word: str) -> None:
+    """Python stands surrogates in for bytes of the command line that are no text; nothing could write them down."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{ascii(word)}: is not UTF-8 text") from None
 
 
 def exit_code(error: BaseException) -> int | None:
@@ -228,7 +239,7 @@ def parser() -> Parser:
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
     sub.add_argument("--prompt", default="", help="the text to continue (default: none)")
     sub.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (%(default)s)"
+        "--max-new-tokens", type=int, metavar="N", help=f"at most so many ({verbs.NEW_TOKENS}, if the model has room)"
     )
     sub.add_argument("--temperature", type=float, help="below 1: safer, above 1: wilder (0.8)")
     sub.add_argument("--top-k", type=int, help="sample among the K likeliest tokens; 0: all (0)")

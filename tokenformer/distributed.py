@@ -7,6 +7,7 @@ WORLD_SIZE in their environment; they meet over gloo on CPUs and over NCCL on GP
 import datetime
 import gc
 import os
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,19 +43,21 @@ def start(device: str) -> tuple[Ranks, torch.device]:
     return ranks, chosen
 
 
-def choose_device(device: str, ranks: Ranks) -> torch.device:
+def choose_device(device: str, ranks: Ranks, key: str = "train.device") -> torch.device:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"{key} = {device!r}: allowed are auto, cpu, cuda, cuda:N and mps")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.partition(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train.device = {device!r}: this machine, or this PyTorch, has no CUDA device")
+        raise ValueError(f"{key} = {device!r}: this machine, or this PyTorch, has no CUDA device")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"train.device = {device!r}: this machine, or this PyTorch, has no MPS device")
+        raise ValueError(f"{key} = {device!r}: this machine, or this PyTorch, has no MPS device")
     if kind != "cuda":
         return torch.device(device)
     chosen = torch.device(f"cuda:{ranks.local}" if device == "cuda" else device)
     if (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"train.device = {str(chosen)!r}: there are {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"{key} = {str(chosen)!r}: there are {torch.cuda.device_count()} CUDA devices")
     return chosen
 
 

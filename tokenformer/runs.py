@@ -134,6 +134,16 @@ class Metrics:
             self.file.close()
 
 
+def finished_result(folder: Path) -> dict[str, Any] | None:
+    """result.json of a run that took all its steps; None of another."""
+    if not (folder / RESULT).exists():
+        return None
+    result = read_object(folder / RESULT, {"status": str})
+    if result["status"] != "finished":
+        return None
+    return require_object(result, {"bits_per_byte": float, "step": int}, str(folder / RESULT))
+
+
 # --- opening a run ---
 
 

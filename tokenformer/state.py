@@ -132,15 +132,14 @@ def save_state(run: Run, state: State) -> Path:
     def write() -> None:
         if run.metrics is None:
             return
+        mine = stream_of(run.recipe.data, run.corpus, run.batches.first)
         trainer = {
             **position(run, state),
             "seconds": state.seconds,
             "grown": state.grown,
             "evaluation": state.evaluation,
             "metrics_lines": run.metrics.lines,
-            "streams": streams_with(
-                run.start.streams, stream_of(run.recipe.data, run.corpus), run.batches.unique_tokens(state.step)
-            ),
+            "streams": streams_with(run.start.streams, mine, run.batches.unique_tokens(state.step)),
         }
         try:
             run.metrics.sync()
@@ -158,7 +157,10 @@ def save_state(run: Run, state: State) -> Path:
 def load_state(run: Run, folder: Path) -> tuple[State, int]:
     """The state that a checkpoint of this run holds, and how many lines of metrics belong to it."""
     kinds = {"step": int, "grown": int, "evaluation": dict, "metrics_lines": int}
-    runs.read_object(folder / checkpoint.TRAINER, kinds | runs.COST)
+    trainer = runs.read_object(folder / checkpoint.TRAINER, kinds | runs.COST)
+    for key, most in (("step", run.plan.steps), ("grown", len(run.recipe.growth))):
+        if not 0 <= trainer[key] <= most:
+            raise ValueError(f"{folder / checkpoint.TRAINER}: {key} = {trainer[key]}: the recipe allows 0 to {most}")
     model, lineage = checkpoint.load_checkpoint(folder)
     model = model.to(run.device).train()
     optimizer = build_optimizer(run.recipe, model)

@@ -31,7 +31,7 @@ from .plan import Plan, model_config, plan
 from .random_states import seed_all
 from .recipe import Recipe, recipe_to_dict
 from .runs import Say
-from .start import Start, is_begun, require_same_tokenizer, require_unseen, start_of, stream_of
+from .start import Start, first_token, is_begun, require_same_tokenizer, require_unseen, start_of, stream_of
 from .state import (
     Run,
     State,
@@ -93,7 +93,7 @@ def train_locked(
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     distributed.on_main(lambda: runs.check_folder(folder, recipe_to_dict(recipe), resume), ranks)
-    done = distributed.on_main(lambda: finished_result(folder), ranks)
+    done = distributed.on_main(lambda: runs.finished_result(folder), ranks)
     if done:
         if say and ranks.main:
             say(f"{folder} is finished: {done['bits_per_byte']:.4f} bits per byte after {done['step']} steps")
@@ -121,12 +121,6 @@ def train_locked(
 # --- before the first step ---
 
 
-def finished_result(folder: Path) -> dict[str, Any] | None:
-    path = folder / runs.RESULT
-    result = runs.read_json(path) if path.exists() else {}
-    return result if result.get("status") == "finished" else None
-
-
 def prepare_run(recipe: Recipe, folder: Path, say: Say, ranks: Ranks, device: torch.device) -> Run:
     """The corpus, the plan and the batches of a run; ValueError when they do not fit together."""
     def check() -> Run:
@@ -151,9 +145,10 @@ def require_feasible(
         require_same_tokenizer(start, tokenizer, data.tokenizer)
     planned = plan(recipe, tokenizer.vocab_size, start)
     corpus = prepare(data, data.skip_tokens + planned.tokens, progress=say)
-    require_unseen(data, start.streams, stream_of(data, corpus))
+    first = first_token(data, start.streams, corpus)
+    require_unseen(data, start.streams, stream_of(data, corpus, first), corpus)
     batches = Batches(
-        corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat, data.skip_tokens
+        corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat, data.skip_tokens, first
     )
     batches.require(planned.steps)
     return start, planned, corpus, batches, eval_windows(corpus, data.sequence_length)

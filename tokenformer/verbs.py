@@ -13,6 +13,7 @@ from typing import Any
 
 LARGEST_SEED = 2**32 - 1  # as in recipes
 LARGEST_SIZE = 10**12 - 1  # beyond any memory, and the products of sizes still fit 64 bits
+NEW_TOKENS = 256
 LEAST_TEMPERATURE = 0.001  # logits over less than this could leave the range of float32
 
 
@@ -95,7 +96,8 @@ def evaluate(arguments: Any) -> None:
     from .runs import write_json
 
     folder = find_checkpoint(arguments.checkpoint)
-    device = choose_device(arguments.device, Ranks())
+    device = choose_device(arguments.device, Ranks(), "--device")
+    model, _ = load_checkpoint(folder)
     section = run_section(folder) or stream_section(folder)
     section.source = arguments.source or section.source
     section.sequence_length = arguments.sequence_length or section.sequence_length
@@ -107,7 +109,6 @@ def evaluate(arguments: Any) -> None:
         raise ValueError(
             f"{folder} names no text that it was trained on, so say what to score: --text PATH or --source embedded"
         )
-    model, _ = load_checkpoint(folder)
     measured = score(model.to(device), parts, device)
     say(
         f"{measured['bits_per_byte']:.4f} bits per byte, loss {measured['loss']:.4f} nats per token: "
@@ -179,13 +180,9 @@ def generate(arguments: Any) -> None:
         )
     if top_k < 0:
         raise ValueError(f"--top-k {top_k}: must be 0 (all tokens) or more")
-    if arguments.max_new_tokens < 1:
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: must be 1 or more")
     require_seed(arguments.seed)
-    try:
-        arguments.prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"--prompt {ascii(arguments.prompt)}: is not UTF-8 text") from None
     import torch
 
     from .checkpoint import find_checkpoint, load_checkpoint
@@ -194,11 +191,18 @@ def generate(arguments: Any) -> None:
     from .report.units import printable
 
     folder = find_checkpoint(arguments.checkpoint)
-    device = choose_device(arguments.device, Ranks())
+    device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
     tokenizer = load_tokenizer(str(folder))
     end = tokenizer.eos_token_id
     ids = torch.tensor([tokenizer.encode(arguments.prompt) or [end]], device=device)
+    longest = getattr(model.config, "max_position_embeddings", None) or LARGEST_SIZE
+    room = longest - ids.shape[1]
+    if room < (arguments.max_new_tokens or 1):
+        raise ValueError(
+            f"--max-new-tokens {arguments.max_new_tokens or 1}: is more than {max(room, 0)}, what the {ids.shape[1]:,} "
+            f"tokens of --prompt leave of the model's max_position_embeddings = {longest}"
+        )
     chance = (
         {"do_sample": False}
         if arguments.greedy
@@ -208,7 +212,7 @@ def generate(arguments: Any) -> None:
     output = model.to(device).generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or min(NEW_TOKENS, room),
         pad_token_id=end,
         eos_token_id=end,
         **chance,
