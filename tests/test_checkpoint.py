@@ -244,6 +244,21 @@ def test_a_failed_save_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_is_full_when_the_tokenizer_comes_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    class Tokenizer:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def save(self, folder: Path) -> None:
+            raise self.error
+
+    with pytest.raises(ValueError, match="cannot be written .no space left on the disk."):  # as tokenizers says it
+        save_checkpoint(tmp_path / "a", llama(), Tokenizer(Exception("No space left on device (os error 28)")))
+    with pytest.raises(KeyError):  # the control: a mistake of ours is not taken for the disk's
+        save_checkpoint(tmp_path / "a", llama(), Tokenizer(KeyError("ours")))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):

@@ -270,6 +270,42 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("result.json", [], "result.json: must be a JSON object"),
+        ("result.json", {"status": "finished"}, "result.json: bits_per_byte must be of type float, and is missing"),
+        ("checkpoints/step-00000012/trainer.json", {"grown": 9}, "trainer.json: grown = 9: the recipe allows 0 to 1"),
+        ("checkpoints/step-00000012/trainer.json", {"step": 13}, "trainer.json: step = 13: the recipe allows 0 to 12"),
+    ],
+)
+def test_a_damaged_run_is_not_resumed(
+    shared: Path, whole: Path, tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    if name != runs.RESULT:
+        (run / runs.RESULT).unlink()
+        train(tiny(shared), run, resume=True, say=None)  # the control: without its result, it is finished again
+        (run / runs.RESULT).unlink()
+        content = runs.read_json(run / name) | content
+    (run / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        train(tiny(shared), run, resume=True, say=None)
+
+
+@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.OPTIMIZER])
+def test_a_run_from_a_damaged_checkpoint_leaves_no_folder(
+    shared: Path, whole: Path, tmp_path: Path, name: str
+) -> None:
+    ancestor = shutil.copytree(runs.checkpoints(whole)[-1], tmp_path / "ancestor")
+    (ancestor / name).write_bytes((ancestor / name).read_bytes()[:-10])
+    table = recipe_to_dict(tiny(shared)) | {"model": {"checkpoint": str(ancestor)}, "growth": []}
+    table["data"] |= {"skip_tokens": 768}
+    with pytest.raises(ValueError, match=f"{name}: truncated"):
+        train(recipe_from_dict(table, "test"), tmp_path / "on", say=None)
+    assert not (tmp_path / "on").exists()
+
+
 def test_a_damaged_checkpoint_is_not_trained_on(shared: Path, whole: Path, tmp_path: Path) -> None:
     run, table = tmp_path / "run", recipe_to_dict(tiny(shared))
     assert ended(start_child(killed_at, table, run, "tokenformer.runs", "prune_checkpoints", 1)) == -signal.SIGKILL
