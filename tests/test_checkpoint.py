@@ -173,6 +173,30 @@ def test_bad_input_is_one_line_that_names_the_file(good: Path, spoil: Any, messa
     assert good.name in str(caught.value)
 
 
+def test_code_that_a_checkpoint_brings_is_neither_run_nor_asked_about(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    from tokenformer.data import HFTokenizer
+
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
+    config = json.loads((good / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, "model_type": "own"}
+    (good / "config.json").write_text(json.dumps(config | own))
+    (good / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["own.T", "own.T"]}}))
+    (good / "own.py").write_text("raise SystemExit")
+    for load in (load_checkpoint, lambda folder: HFTokenizer(str(folder))):
+        with pytest.raises(ValueError, match="custom code") as caught:
+            load(good)
+        assert "\n" not in str(caught.value)
+    assert not asked
+    with pytest.raises(ValueError, match="custom code"):
+        AutoConfig.from_pretrained(good)
+    assert asked  # the control: transformers would have asked, and run it for a yes
+
+
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "rng.safetensors", "trainer.json"])
 def test_training_does_not_go_on_without_a_part_of_its_state(tmp_path: Path, name: str) -> None:
     model = llama()

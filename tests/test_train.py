@@ -479,6 +479,23 @@ def test_accumulation_and_recomputation_change_nothing_but_rounding(shared: Path
     assert half == pytest.approx(reference, abs=0.05) and abs(half - reference) > 1e-6
 
 
+def test_a_compiled_run_is_the_same_and_is_compiled_anew_after_its_growth(
+    shared: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, compiled = torch.compile, []
+
+    def traced(model: Any) -> Any:  # the same graphs, without a C++ compiler
+        compiled.append(model.config.ffn_tokens)
+        return real(model, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    train(tiny(shared, train={"compile": True}), tmp_path / "run", say=None)
+    assert compiled == [16, 32]
+    assert largest_difference(weights(tmp_path / "run"), weights(whole)) < 1e-4
+    train(tiny(shared, train={"compile": True, "seed": 1}), tmp_path / "other", say=None)  # the control
+    assert largest_difference(weights(tmp_path / "other"), weights(whole)) > 1e-3
+
+
 def test_clipping_bounds_the_step_and_zero_turns_it_off(shared: Path, whole: Path, tmp_path: Path) -> None:
     train(tiny(shared, train={"clip_norm": 0.0}), tmp_path / "off", say=None)
     train(tiny(shared, train={"clip_norm": 1e9}), tmp_path / "never", say=None)

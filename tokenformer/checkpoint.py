@@ -188,7 +188,7 @@ def load_config(folder: Path) -> Any:
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"{folder / 'config.json'}: has no model_type, so it is not a model's configuration")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # validation errors of many kinds, which share no class
         raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())[:200]}") from error
 
@@ -202,6 +202,7 @@ def build_from(folder: Path) -> tuple[Any, dict[str, Any]]:
             return AutoModelForCausalLM.from_pretrained(
                 folder,
                 local_files_only=True,
+                trust_remote_code=False,  # neither run nor asked for
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
