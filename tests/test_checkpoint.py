@@ -112,6 +112,18 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path)[1] == [{"step": 2}]
 
 
+def test_a_folder_without_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a run without a checkpoint yet"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "arms" / "small").mkdir(parents=True)
+    (tmp_path / "race.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a race; name one of its arms: .*arms/small"):
+        find_checkpoint(tmp_path)
+
+
 def alter(folder: Path, change: Any) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)

@@ -139,6 +139,11 @@ def find_checkpoint(place: str | Path) -> Path:
     complete = runs.checkpoints(place)
     if complete:
         return complete[-1]
+    if (place / runs.RACE).exists():
+        arms = sorted(str(path) for path in (place / runs.ARMS).glob("*"))
+        raise ValueError(f"{place} is a race; name one of its arms: {', '.join(arms)}")
+    if (place / runs.RECIPE).exists():
+        raise ValueError(f"{place} is a run without a checkpoint yet")
     raise ValueError(f"{place} is not a checkpoint: it has no config.json")
 
 

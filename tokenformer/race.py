@@ -100,7 +100,9 @@ def with_threads(arm: Recipe, folder: Path, jobs: int) -> Recipe:
         return arm
     begun = folder / runs.RECIPE
     share = max(1, environment.usable_cores() // jobs)
-    threads = runs.read_json(begun)["train"]["threads"] if begun.exists() else share
+    threads = share
+    if begun.exists():
+        threads = runs.read_object(begun, {"train": dict})["train"].get("threads", share)
     return replace(arm, train=replace(arm.train, threads=threads))
 
 
