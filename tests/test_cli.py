@@ -228,11 +228,13 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("eval", ("--device", "tpu"), "--device = 'tpu': allowed are auto, cpu, cuda, cuda:N and mps"),
         ("generate", ("--device", ""), "--device = '': allowed are auto"),
         ("eval", ("--device", "cuda:99"), "--device = 'cuda:99': "),
+        ("eval", ("--sequence-length", "65"), "--sequence-length 65: is more than the model's max_position_embeddings"),
         ("eval", ("--text", ""), "--text '': no such file or folder"),
         ("eval", ("--text", "empty.txt"), "--text empty.txt: holds no text"),
         ("generate", ("--max-new-tokens", "64"), "--max-new-tokens 64: is more than 63, what the 1 tokens of --prompt"),
         ("generate", ("--prompt", "x" * 64), "--max-new-tokens 1: is more than 0, what the 64 tokens of --prompt"),
         ("grow", ("run/checkpoints/step-00000009", "--to", "ffn=16"), "would be taken for a checkpoint of the run"),
+        ("grow", ("astray", "--to", "ffn=16"), "astray already exists"),
         ("grow", ("out", "--to", "ffn=8"), "is the size that the model already has"),
     ],
 )
@@ -247,6 +249,7 @@ def test_a_mistake_beside_a_good_checkpoint_gets_one_line_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "astray").symlink_to("nowhere")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
@@ -256,10 +259,31 @@ def test_a_mistake_beside_a_good_checkpoint_gets_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_generate_fills_the_room_that_the_model_has(grown: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("environment", [{"RANK": ""}, {"RANK": "2"}, {"MASTER_PORT": ""}, {"WORLD_SIZE": "two"}])
+def test_half_of_torchrun_s_environment_is_refused(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenformer.distributed import Ranks, ranks_here
+
+    assert ranks_here() == Ranks(0, 1, 0)
+    whole = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in whole.items():
+        monkeypatch.setenv(name, value)
+    assert ranks_here() == Ranks(1, 2, 1)  # the control
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match="start with torchrun, or unset WORLD_SIZE"):
+        ranks_here()
+
+
+def test_without_lengths_the_verbs_keep_within_the_model_s_positions(
+    grown: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words in ((), ("--prompt", ""), ("--max-new-tokens", "63"), ("--prompt", "x" * 63)):  # 256 would be too many
         assert run("generate", str(grown), *words) == 0
-    assert capsys.readouterr().err == ""
+    assert run("eval", str(grown), "--text", str(grown / "config.json")) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "windows of 64" in captured.out
 
 
 @pytest.mark.parametrize("verb", ["eval", "generate"])

@@ -41,8 +41,8 @@ TEXTS = {
         and every key. key=value changes one key of it for this run. The run folder gets the recipe in full,
         the environment, metrics, checkpoints, the result and report.html. A recipe with [[arm]] tables is a
         race: each arm is trained. Ctrl-C and SIGTERM write a checkpoint first; --resume goes on from the
-        last one. model.checkpoint goes on from a checkpoint, its moments and its cost included; what it has
-        seen of the text is skipped.
+        last one. model.checkpoint goes on from a checkpoint, its moments and its cost included;
+        data.skip_tokens passes over the text that it has seen, and too small a number is refused.
 
           tokenformer train tiny --out runs/first train.steps=100 growth.0.to.ffn_tokens=256
           tokenformer train runs/first/recipe.json --out runs/first --resume
@@ -230,7 +230,7 @@ def parser() -> Parser:
         "--source", metavar="SOURCE", help="score the held-out share of this; as data.source in a recipe"
     )
     sub.add_argument(
-        "--sequence-length", type=int, metavar="TOKENS", help="of each window (the run's own, or 256)"
+        "--sequence-length", type=int, metavar="TOKENS", help="of each window (the run's own; 256 or the model's most)"
     )
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
     sub.add_argument("--out", metavar="FILE", help="write the numbers as JSON as well")

@@ -33,14 +33,28 @@ class Ranks:
 
 def start(device: str) -> tuple[Ranks, torch.device]:
     """Join the ranks that torchrun started, if it did, and choose this process's device (`train.device`)."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0"))) if world > 1 else Ranks()
+    ranks = ranks_here()
     chosen = choose_device(device, ranks)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if ranks.world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=WAIT)
     return ranks, chosen
+
+
+def ranks_here() -> Ranks:
+    """What torchrun's environment says; ValueError where it says half of it."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        return Ranks()
+    rank, local = os.environ.get("RANK", ""), os.environ.get("LOCAL_RANK", "0")
+    whole = all(number.isdecimal() for number in (world, rank, local)) and int(rank) < int(world)
+    if not whole or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE = {world!r} in the environment, and RANK = {rank!r}, LOCAL_RANK, MASTER_ADDR or MASTER_PORT "
+            "does not go with it: start with torchrun, or unset WORLD_SIZE"
+        )
+    return Ranks(int(rank), int(world), int(local))
 
 
 def choose_device(device: str, ranks: Ranks, key: str = "train.device") -> torch.device:

@@ -34,7 +34,7 @@ def grow_checkpoint(
     `load_checkpoint`, `grow` and `save_checkpoint` do; nothing half written is left.
     """
     folder, out = files.find_checkpoint(checkpoint), Path(out)
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ValueError(f"{out} already exists; choose another place for the checkpoint")
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} lies inside {folder}, which is not touched; choose a place outside")

@@ -100,7 +100,13 @@ def evaluate(arguments: Any) -> None:
     model, _ = load_checkpoint(folder)
     section = run_section(folder) or stream_section(folder)
     section.source = arguments.source or section.source
-    section.sequence_length = arguments.sequence_length or section.sequence_length
+    longest = positions(model)
+    if (arguments.sequence_length or 1) > longest:
+        raise ValueError(
+            f"--sequence-length {arguments.sequence_length}: is more than the model's "
+            f"max_position_embeddings = {longest}"
+        )
+    section.sequence_length = arguments.sequence_length or min(section.sequence_length, longest)
     if arguments.text:
         parts = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
     elif section.source:
@@ -119,6 +125,11 @@ def evaluate(arguments: Any) -> None:
         about = {"checkpoint": str(folder), **scored, "sequence_length": section.sequence_length}
         write_json(arguments.out, {**about, **measured})
         say(f"numbers: {arguments.out}")
+
+
+def positions(model: Any) -> int:
+    """How many tokens a model may be given at once."""
+    return getattr(model.config, "max_position_embeddings", None) or LARGEST_SIZE
 
 
 def require_writable(file: Path) -> None:
@@ -196,7 +207,7 @@ def generate(arguments: Any) -> None:
     tokenizer = load_tokenizer(str(folder))
     end = tokenizer.eos_token_id
     ids = torch.tensor([tokenizer.encode(arguments.prompt) or [end]], device=device)
-    longest = getattr(model.config, "max_position_embeddings", None) or LARGEST_SIZE
+    longest = positions(model)
     room = longest - ids.shape[1]
     if room < (arguments.max_new_tokens or 1):
         raise ValueError(
