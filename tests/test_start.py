@@ -74,6 +74,7 @@ def test_held_out_text_is_never_text_that_was_trained_on() -> None:
         (range(1500), {"skip_tokens": 1000}, 1000, None),
         (range(1500), {"skip_tokens": 1200, "seed": 1, "sequence_length": 8}, 1000, None),
         (range(1500), {"skip_tokens": 999}, 0, "data.skip_tokens = 1000 passes over it if it has only grown longer"),
+        (range(1500), {"source": "moved.txt"}, 0, "data.skip_tokens = 1000 passes over it"),
         (range(900), {"skip_tokens": 512}, 0, "data.skip_tokens = 1000 passes over it"),
         ([1, *range(1, 1500)], {"skip_tokens": 1000}, 0, "the text has changed.* cannot be passed over"),
         (range(1, 1501), {"skip_tokens": 1000}, 0, "the text has changed.* cannot be passed over"),
@@ -86,7 +87,7 @@ def test_a_longer_stream_is_gone_on_with_past_all_of_the_shorter_one(
     """Tokens 0 to 999 are the ancestor's stream, of which it saw 512 in an order that the longer one does not have."""
     hub: Any = {"source": "hf:owner/name"}
     ancestor = {**stream_of(DataSection(**hub), corpus_of(range(1000))), "tokens": 512}
-    data, corpus = DataSection(**hub, **changes), corpus_of(tokens)
+    data, corpus = DataSection(**hub | changes), corpus_of(tokens)
     assert first_token(data, [ancestor], corpus) == first
     mine = stream_of(data, corpus, first)
     if message is None:

@@ -144,15 +144,15 @@ def require_unseen(data: DataSection, ancestors: list[Stream], mine: Stream, cor
                     f"{stream['tokens']:,} tokens; set it to {stream['tokens']}, or data.repeat = true"
                 )
             continue
-        passed_over = stream.get("length", math.inf) <= mine["first"] and begins_with(corpus, stream)
-        if passed_over or mine["source"] == stream["source"] or mine["sha256"] == stream["sha256"]:
+        longer = begins_with(corpus, stream)
+        if longer or mine["source"] == stream["source"] or mine["sha256"] == stream["sha256"]:
             seen = f"model.checkpoint: has seen {stream['tokens']:,} tokens of {data.source!r} with "
             if mine["valid_fraction"] > stream["valid_fraction"]:
                 raise ValueError(
                     f"{seen}data.valid_fraction = {stream['valid_fraction']}; {mine['valid_fraction']} would hold out "
                     "text that it was trained on"
                 )
-            if passed_over or data.repeat:
+            if data.repeat or longer and stream["length"] <= mine["first"]:
                 continue
             unused = ("source",) if data.source.startswith("hf:") else ("source", "split", "text_field")
             key = next(key for key in mine if key not in unused and mine[key] != stream[key])
