@@ -55,6 +55,7 @@ def test_reference_equals_the_published_formula(theta):
 def test_fast_path_equals_reference_in_values_and_gradients(theta, gated, dtype, monkeypatch):
     for (lead, width, tokens, out), entries in itertools.product(SHAPES, (1, 2**19)):
         monkeypatch.setattr(module, "CHUNK_ENTRIES", entries)
+        monkeypatch.setattr(module, "CHUNK_ROWS", 128)
         x, key, value, up = tensors(lead, width, tokens, out, gated, dtype)
         inputs = [t for t in (x, key, value, up) if t is not None]
         scale = 1.3 * default_scale(theta, tokens)
@@ -83,6 +84,7 @@ def test_without_gradients_the_values_are_the_same_to_the_bit(theta, gated):
 @pytest.mark.parametrize("gated", [False, True])
 def test_bfloat16_is_as_close_to_float64_as_the_plain_formula(theta, gated, entries, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ENTRIES", entries)  # 1: sixteen pieces
+    monkeypatch.setattr(module, "CHUNK_ROWS", 128)
     exact = [None if t is None else t.double() for t in tensors((2048,), 16, 63, 8, gated, torch.bfloat16)]
     leaves = [None if t is None else t.detach().bfloat16().requires_grad_() for t in exact]
     exact = [None if t is None else t.detach().requires_grad_() for t in exact]

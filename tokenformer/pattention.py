@@ -33,6 +33,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 # Score entries handled at a time on a CPU: two float32 buffers of this size stay in a core's cache (measured).
 CHUNK_ENTRIES = 2**19
+CHUNK_ROWS = 512
 
 
 def default_scale(theta: str, tokens: int) -> float:
@@ -178,9 +179,11 @@ class _ChunkedPattention(torch.autograd.Function):
 
 
 def _chunk_rows(h: Tensor) -> int:
-    """Rows of (B, P) handled at a time: cache-sized on a CPU, all of them on an accelerator."""
-    rows = h.shape[0] if h.device.type != "cpu" else max(128, CHUNK_ENTRIES // h.shape[1])
-    return max(1, min(rows, h.shape[0]))
+    """Rows of (B, P) handled at a time: cache-sized and even on a CPU, all of them on an accelerator."""
+    rows, tokens = h.shape
+    if h.device.type != "cpu" or rows * tokens <= CHUNK_ENTRIES:
+        return max(1, rows)
+    return math.ceil(rows / math.ceil(rows / max(CHUNK_ROWS, CHUNK_ENTRIES // tokens)))
 
 
 def _pieces(chunk: int, x: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
@@ -228,11 +231,14 @@ def _scores_gradient(h: Tensor, w: Tensor, dw: Tensor, r: Tensor, spare: Tensor,
     if theta == "l2_norm_gelu":
         torch.ops.aten.gelu_backward.grad_input(dw, h, grad_input=dw)
         return _through_norm(h, dw, r, w, scale)
-    _through_norm(w, dw, r, spare, scale)
-    return torch.ops.aten.gelu_backward.grad_input(dw, h, grad_input=dw)
+    dt = _through_norm(w, dw, r, spare, scale)
+    return torch.ops.aten.gelu_backward.grad_input(dt, h, grad_input=dt)
 
 
 def _through_norm(z: Tensor, dz: Tensor, r: Tensor, spare: Tensor, scale: float) -> Tensor:
+    if z.dtype not in HALF:  # r (dz - z (z·dz) / scale²) in one pass: the gradient of weight normalisation, row by row
+        norm = torch.full_like(r, scale)
+        return torch.ops.aten._weight_norm_interface_backward(dz, z, r * scale, norm, 0)[0]
     dot = torch.mul(z, dz, out=spare).sum(-1, keepdim=True).mul_(-1 / scale**2)
     return dz.addcmul_(z, dot).mul_(r)
 
