@@ -33,7 +33,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..pattention import THETAS, Pattention, default_scale
+from ..pattention import THETAS, Pattention, default_scale, side_by_side
 
 # Released sizes: (layers, hidden size, heads); qkv and proj tokens = hidden size, ffn tokens = four times that.
 PRESETS = {"150m": (12, 768, 12), "450m": (24, 1024, 16), "900m": (32, 1280, 16), "1.5b": (40, 1536, 16)}
@@ -188,9 +188,11 @@ def _projection(config: TokenFormerConfig, kind: str, in_features: int, out_feat
 
 
 class PlainLayerNorm(nn.LayerNorm):
-    """LayerNorm without parameters. Given ones and zeros, torch takes its vectorised kernel: half the time on a CPU."""
+    """LayerNorm without parameters. A CPU's kernel is vectorised only with them: ones and zeros halve its time."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.shape[-2] == 1:  # one position, in generation: making them costs more
+            return super().forward(x)
         width = x.shape[-1]
         return F.layer_norm(x, (width,), x.new_ones(width), x.new_zeros(width), self.eps)
 
@@ -277,8 +279,8 @@ class TokenFormerAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         batch_and_time = hidden_states.shape[:-1]
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (layer(hidden_states).view(*batch_and_time, -1, self.head_dim) for layer in projections)
+        projected = side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        q, k, v = (t.view(*batch_and_time, -1, self.head_dim) for t in projected)
         rotate = turn if torch.compiler.is_compiling() else _Rotary.apply
         q, k = (rotate(t, *position_embeddings) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
