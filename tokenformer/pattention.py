@@ -250,7 +250,7 @@ def _scores_gradient(h: Tensor, w: Tensor, dw: Tensor, r: Tensor, spare: Tensor,
 
 
 def _through_norm(z: Tensor, dz: Tensor, r: Tensor, spare: Tensor, scale: float) -> Tensor:
-    if z.dtype not in HALF:  # r (dz - z (z·dz) / scale²) in one pass: weight normalisation's, of rows
+    if z.dtype not in HALF and z.device.type == "cpu":  # one pass: weight normalisation's gradient, row by row
         z_, dz_, r_ = (t.view(-1, t.shape[-1]) for t in (z, dz, r))
         norm = torch.full_like(r_, scale)
         return torch.ops.aten._weight_norm_interface_backward(dz_, z_, r_ * scale, norm, 0)[0].view(z.shape)
