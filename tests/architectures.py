@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ SIZES = {
 SAME = {"n_embd": "hidden_size", "n_inner": "intermediate_size"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def model_of(name: str, dtype: torch.dtype = torch.float64, layers: int = 2) -> PreTrainedModel:
     """The tiny model, made once a process; nobody may alter it (growth does not)."""
     architecture, fields = MODELS[name]
