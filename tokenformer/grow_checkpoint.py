@@ -249,6 +249,8 @@ def require_place(out: Path, prepared: Prepared) -> None:
         raise ValueError(f"{out} already exists; choose another place for the checkpoint")
     if out.resolve().is_relative_to(prepared.folder.resolve()):
         raise ValueError(f"{out} lies inside {prepared.folder}, which is not touched; choose a place outside")
+    if out.resolve().parent.name == runs.CHECKPOINTS and (out.resolve().parent.parent / runs.RECIPE).exists():
+        raise ValueError(f"{out} would be taken for a checkpoint of the run around it; choose a place outside")
     free = shutil.disk_usage(next(place for place in out.resolve().parents if place.exists())).free
     if prepared.bytes > free:
         needs = f"{gigabytes(prepared.bytes)} are to be written, {gigabytes(free)} are free"

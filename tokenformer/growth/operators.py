@@ -148,12 +148,17 @@ def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]
     return sizes
 
 
+def taker_of(mixture: list[Operator], field: str, table: Table) -> Operator | None:
+    """Which operator of a mixture grows a field: of those that do, the one that grows the fewest, then the first."""
+    able = [each for each in mixture if field in each.fields(table)]
+    return min(able, key=lambda each: len(each.fields(table)), default=None)
+
+
 def takers(config: PreTrainedConfig, operator: str, to: dict[str, int]) -> str:
     """The operators of a mixture that grow a field of `to`, joined by + again."""
-    fields = [field_of(config, name) for name in to]
-    table = table_of(config)
-    first = [next((o.name for o in operators_of(operator) if f in o.fields(table)), "") for f in fields]
-    return "+".join(o.name for o in operators_of(operator) if o.name in first) or operator
+    mixture, table = operators_of(operator), table_of(config)
+    taking = [taker_of(mixture, field_of(config, name), table) for name in to]
+    return "+".join(each.name for each in mixture if each in taking) or operator
 
 
 def steps_of(
@@ -161,18 +166,19 @@ def steps_of(
 ) -> list[tuple[Operator, PreTrainedConfig, Plan]]:
     """The plans of one growth: one for each operator of the mixture, applied one after another.
 
-    Each field goes to the first operator that grows it, each option to those that have it.
+    Each field goes to the operator that grows it and the fewest besides ("lemon+llama_pro": layers go to llama_pro),
+    each option to those that have it.
     Raises ValueError where no operator grows a field, an operator has nothing to do, or one refuses.
     """
     mixture, sizes, options = operators_of(operator), target_sizes(config, to), options or {}
     shares: list[dict[str, int]] = [{} for _ in mixture]
     for field, size in sizes.items():
         table = table_of(config)
-        taker = next((i for i, each in enumerate(mixture) if field in each.fields(table)), None)
+        taker = taker_of(mixture, field, table)
         if taker is None:
             can = [o.name for o in OPERATORS.values() if field in o.fields(table)]
             raise ValueError(f"to.{field}: {operator} does not grow it in {config.model_type}; {', '.join(can)} do")
-        shares[taker][field] = size
+        shares[mixture.index(taker)][field] = size
     for key in options:
         if not any(key in each.options for each in mixture):
             known = sorted({key for each in mixture for key in each.options})
