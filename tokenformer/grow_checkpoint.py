@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from . import checkpoint as files
 from . import runs
@@ -65,6 +67,7 @@ class Prepared:
     promises: list[str]
     stored: dict[str, Stored] = field(repr=False)
     sizes: dict[str, Size] = field(repr=False)
+    split: bool = False  # whether the files hold some parameters in parts
     in_memory: str = ""  # why the tensors cannot pass one by one
 
     @property
@@ -146,6 +149,7 @@ def prepare(
     trained = trained_names(maps, old, new)
     if len(trained) < len(list(new.named_parameters())):
         event["trained_parameters"] = trained
+    split, reason = how_stored(old, stored)
     return Prepared(
         folder=folder,
         operator=operator,
@@ -157,8 +161,9 @@ def prepare(
         seed=seed,
         promises=[each.promise for each, _, _ in steps],
         stored=stored,
-        sizes=new_sizes(maps, new, stored),
-        in_memory="its optimizer state grows too" if has_moments else why_in_memory(old, stored),
+        sizes=new_sizes(maps, old, new, stored),
+        split=split,
+        in_memory="its optimizer state grows too" if has_moments else reason,
     )
 
 
@@ -203,45 +208,77 @@ def _after(maps: TensorMaps, before: Callable[[str], bool]) -> Callable[[str], b
     return lambda name: is_trained(name, maps, before)
 
 
-def new_sizes(maps: list[TensorMaps], new: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Size]:
-    """Every tensor of the new files; its dtype is its source's, or, in a new layer, that of the same in another."""
+def new_sizes(
+    maps: list[TensorMaps], old: PreTrainedModel, new: PreTrainedModel, stored: Mapping[str, Stored]
+) -> dict[str, Size]:
+    """Every new parameter; its dtype is its source's, or, in a new layer, that of the same in another."""
+    dtypes = {name: each.dtype for name, each in stored.items()}
+    for name, p in old.named_parameters():
+        part = next(iter(parts_of(old, name, p)))
+        if part in stored:
+            dtypes[name] = stored[part].dtype
     usual = max((each.dtype for each in stored.values()), key=[each.dtype for each in stored.values()].count)
     sizes = {}
     for name, p in new.named_parameters():
         source: str | None = name
         for each in reversed(maps):
             source = source and (each.source_of(source)[0] or each.with_layer(source, 0))
-        like = stored.get(source or "")
-        sizes[name] = Size(tuple(p.shape), like.dtype if like else usual)
+        sizes[name] = Size(tuple(p.shape), dtypes.get(source or "", usual))
     return sizes
 
 
-def why_in_memory(old: PreTrainedModel, stored: Mapping[str, Stored]) -> str:
-    """Why the tensors of a checkpoint cannot be grown one by one; empty if they can. ValueError on a wrong shape."""
+def how_stored(old: PreTrainedModel, stored: Mapping[str, Stored]) -> tuple[bool, str]:
+    """Whether the files hold some parameters in parts, and why tensors cannot be grown one by one, if they cannot.
+
+    Raises ValueError on a parameter that no table names, and on a wrong shape.
+    """
     if hasattr(old, "after_step"):
-        return "its matrices are brought back to unit length as wholes"
-    wanted = dict(old.named_parameters())
-    aliases = set(old.state_dict()) - set(wanted)  # a tied head
-    strange = sorted(set(stored) ^ set(wanted) - (aliases & set(stored)))
-    strange = [name for name in strange if not (name in aliases and _same(name, old, stored))]
-    if strange:
-        return f"its files name tensors otherwise than the model does ({strange[0]})"
-    for name, p in wanted.items():
+        return False, "its matrices are brought back to unit length as wholes"
+    whole = dict(old.named_parameters())
+    aliases = set(old.state_dict()) - set(whole)  # a tied head
+    in_parts = {part: t for name, p in whole.items() for part, t in parts_of(old, name, p).items()}
+    for wanted in (whole, in_parts):
+        strange = sorted(set(stored) ^ set(wanted))
+        if not any(name in wanted or name not in aliases for name in strange):
+            break
+    else:
+        return False, f"its files name tensors otherwise than the model does ({strange[0]})"
+    for name in whole:
         parameter_dims(old.config, name)
+    for name, p in wanted.items():
         if stored[name].shape != tuple(p.shape):
             shapes = f"{name} has shape {list(stored[name].shape)}, and config.json asks for {list(p.shape)}"
             raise ValueError(f"{stored[name].file}: {shapes}")
-    return ""
+    for name in strange:
+        require_same(name, old.all_tied_weights_keys[name], stored)
+    return wanted is in_parts and in_parts.keys() != whole.keys(), ""
 
 
-def _same(alias: str, old: PreTrainedModel, stored: Mapping[str, Stored]) -> bool:
-    """Whether the files hold the tied tensor twice, alike; ValueError if they hold two."""
-    source = old.all_tied_weights_keys.get(alias)
-    if source not in stored:
-        return False
+def parts_of(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What transformers writes for one parameter, in its order: it under its name, or, of Mixtral's experts, parts."""
+    return revert_weight_conversion(model, {name: tensor})
+
+
+def whole_of(model: PreTrainedModel, name: str, parts: Mapping[str, Tensor]) -> Tensor:
+    """The parameter that transformers makes of its parts."""
+    if len(parts) == 1 and next(iter(parts.values())).shape == model.get_parameter(name).shape:
+        return next(iter(parts.values()))
+    for converter in get_model_conversion_mapping(model, add_legacy=False):
+        if isinstance(converter, WeightConverter):
+            for part, tensor in parts.items():
+                _, pattern = converter.rename_source_key(part)
+                if pattern is not None:
+                    converter.add_tensor(name, part, pattern, tensor)
+            found = converter.convert(name, model=model, config=model.config) if converter.collected_tensors else {}
+            if name in found:
+                return found[name]
+    raise AssertionError(f"{name} cannot be made of {', '.join(parts)}")
+
+
+def require_same(alias: str, source: str, stored: Mapping[str, Stored]) -> None:
+    """The files hold a tied tensor twice, so it must be the same twice."""
     if not torch.equal(read_tensor(alias, stored[alias]), read_tensor(source, stored[source])):
         raise ValueError(f"{stored[alias].file}: {alias} is not {source}, and config.json says tie_word_embeddings")
-    return True
 
 
 def require_place(out: Path, prepared: Prepared) -> None:
@@ -286,8 +323,13 @@ def write_streamed(
     That is the largest relative error among old entries: factors are applied in float32, and the product is rounded.
     """
 
+    old, new = prepared.old, prepared.new
+
     def stored(name: str) -> Tensor:
-        return read_tensor(name, prepared.stored[name])
+        if not prepared.split:
+            return read_tensor(name, prepared.stored[name])
+        parts = parts_of(old, name, old.get_parameter(name))
+        return whole_of(old, name, {part: read_tensor(part, prepared.stored[part]) for part in parts})
 
     read: Callable[[str], Tensor] = stored
     for maps in prepared.maps:
@@ -301,16 +343,20 @@ def write_streamed(
         for i, (name, size) in enumerate(prepared.sizes.items()):
             tensor = read(name)
             rounding = max(rounding, largest_rounding(tensor, size.dtype, fresh.get(name)))
-            yield name, tensor
+            yield from parts_of(new, name, tensor).items() if prepared.split else [(name, tensor)]
             done += size.bytes
             if time.monotonic() - told > SECONDS_OF_SILENCE:
                 told = time.monotonic()
                 say(f"{i + 1} of {len(prepared.sizes)} tensors, {gigabytes(done)} of {gigabytes(prepared.bytes)}")
 
+    sizes = prepared.sizes
+    if prepared.split:
+        wholes = {name: parts_of(new, name, p).items() for name, p in new.named_parameters()}
+        sizes = {part: Size(tuple(t.shape), sizes[name].dtype) for name, parts in wholes.items() for part, t in parts}
     with torch.no_grad():
-        write_shards(folder, prepared.sizes, tensors(), max_shard_bytes)
-    config = prepared.new.config
-    config.architectures = config.architectures or [type(prepared.new).__name__]
+        write_shards(folder, sizes, tensors(), max_shard_bytes)
+    config = new.config
+    config.architectures = config.architectures or [type(new).__name__]
     config.save_pretrained(folder)
     half = {size.dtype for size in prepared.sizes.values()} & {torch.bfloat16, torch.float16}
     return {"largest_rounding": rounding} if half else {}
