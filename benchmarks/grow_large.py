@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tokenformer.shards import Size, write_shards
+from tokenformer.grow_checkpoint.shards import Size, write_shards
 
 BOUND = 1.3
 LAYERS, HIDDEN, FFN = 20, 2048, 5632  # 1.01e9 parameters

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tokenformer import checkpoint, grow_checkpoint
+from tokenformer import checkpoint
 from tokenformer.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.cli import main
 from tokenformer.data import ByteTokenizer
+from tokenformer.grow_checkpoint import write
 from tokenformer.growth import OPERATORS, grow, largest_logit_change
 from tokenformer.models import build_config, build_model
 from tokenformer.optim import AdamW, parameter_groups
@@ -454,7 +455,7 @@ def llama(tmp_path):
 
 
 def at_the_tenth_tensor(monkeypatch, act):
-    calls, rounding = [], grow_checkpoint.largest_rounding
+    calls, rounding = [], write.largest_rounding
 
     def counted(*arguments):
         calls.append(1)
@@ -462,7 +463,7 @@ def at_the_tenth_tensor(monkeypatch, act):
             act()
         return rounding(*arguments)
 
-    monkeypatch.setattr(grow_checkpoint, "largest_rounding", counted)
+    monkeypatch.setattr(write, "largest_rounding", counted)
 
 
 def test_a_termination_in_the_middle_leaves_nothing(llama, tmp_path, monkeypatch):
@@ -498,7 +499,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_a_small_one_is_not_begun(llama,
         assert grow_line(llama, disk / "new", "zero", {"hidden_size": 96}) == 2
         error = capsys.readouterr().err
         assert "no space left on the disk: " in error and "are free" in error and error.count("\n") == 1
-        monkeypatch.setattr(grow_checkpoint, "require_place", lambda out, prepared: None)
+        monkeypatch.setattr("tokenformer.grow_checkpoint.require_place", lambda out, prepared: None)
         assert grow_line(llama, disk / "new", "zero", {"hidden_size": 96}) == 2
         assert "cannot be written (no space left on the disk)" in capsys.readouterr().err
         assert list(disk.iterdir()) == []
