@@ -55,7 +55,7 @@ def grow_checkpoint(
             rounding = write_streamed(prepared, temporary, max_shard_bytes, say)
         copy_others(prepared.folder, temporary)
         event = {**prepared.event, "ancestor": files.ancestry(prepared.folder), **rounding}
-        event |= measured(prepared, temporary, measure, say)
+        event |= measured(prepared, temporary, measure)
         runs.write_json(temporary / files.LINEAGE, [*prepared.lineage, event])
     for line in measured_lines(event):
         say(line)

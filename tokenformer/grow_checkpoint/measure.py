@@ -51,15 +51,15 @@ class NewEntries(Mapping[str, Tensor]):
         return len(self.ndims)
 
 
-def measured(prepared: Prepared, new: Path, measure: str, say: Callable[[str], None]) -> dict[str, Any]:
+def measured(prepared: Prepared, new: Path, measure: str) -> dict[str, Any]:
     """What the growth did, from the files as they now are: one model at a time, its weights mapped, not copied."""
     if measure == "auto":
         measure = "full" if prepared.bytes <= FULL_BYTES else "logits" if prepared.bytes <= LOGITS_BYTES else "none"
     if measure == "none":
         return {}
     ids = torch.randint(prepared.old.config.vocab_size, PROBE, generator=torch.Generator().manual_seed(0))
-    before = logits_of(files.load_checkpoint(prepared.folder, mapped=True)[0], ids)
-    model, _ = files.load_checkpoint(new, mapped=True)
+    before = logits_of(mapped_model(prepared.folder), ids)
+    model = mapped_model(new)
     after = logits_of(model, ids)
     result: dict[str, Any] = {
         "max_logit_change": (before - after).abs().max().item(),
@@ -72,6 +72,13 @@ def measured(prepared: Prepared, new: Path, measure: str, say: Callable[[str], N
         result["live_at_once"] = live_shares(model, masks, ids)
         result["duplicated_rows"] = duplicated_share(model, masks)
     return result
+
+
+def mapped_model(folder: Path) -> PreTrainedModel:
+    model, _ = files.load_checkpoint(folder, mapped=True)
+    if model.dtype == torch.float64:  # grouped matrix products know no doubles
+        model.config._experts_implementation = "eager"
+    return model
 
 
 @torch.no_grad()

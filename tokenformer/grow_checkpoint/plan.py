@@ -102,14 +102,15 @@ def find_or_download(checkpoint: str | Path) -> Path:
     name, place = str(checkpoint), Path(checkpoint)
     if place.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or place.parent.exists():
         return files.find_checkpoint(place)
+    require_supported(_download(name, HUB_FILES))  # before what is large comes
+    return _download(name, HUB_FILES + HUB_WEIGHTS)
+
+
+def _download(name: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-        require_supported(folder)  # before what is large comes
-        return Path(snapshot_download(name, allow_patterns=[*HUB_FILES, *HUB_WEIGHTS]))
-    except ValueError:
-        raise
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # no network, no such model, no right to it: of many classes
         reason = str(error).strip().split("\n")[0][:150]
         raise ValueError(f"{name}: no such folder here, and not to be had from the hub ({reason})") from error
