@@ -35,7 +35,7 @@ class Growth:
     """
 
     model: PreTrainedModel
-    optimizer: torch.optim.Optimizer | None
+    optimizer: Any
     promise: str
     event: dict[str, Any]
     new: dict[str, Tensor] = field(repr=False)
@@ -46,7 +46,7 @@ def grow(
     model: PreTrainedModel,
     operator: str = "zero_keys",
     to: dict[str, int] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None,
     seed: int = 0,
     moments: str = "keep",
     options: dict[str, Any] | None = None,
@@ -55,18 +55,21 @@ def grow(
 
     operator: one of OPERATORS, or several joined by + ("lemon+llama_pro"), applied one after another.
     to: field -> new size, with the configuration's names (hidden_size, ffn_tokens) or short ones (ffn, qkv, proj).
-    optimizer: one over the model's parameters; the answer holds one of its class over the new parameters, the moments
-    of old entries carried over ("keep") or all started afresh ("drop"). tokenformer.AdamW gives new entries their own
-    step count; other Adams, which have one count per tensor, get the mean second moment of the old entries there
-    instead, so that the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it
-    mixes old rows with new ones, so that its steps are not those of the small model.
+    optimizer: one over the model's parameters, or a list of several that share them (Muon for matrices, AdamW for the
+    rest); the answer holds one of its class over the new parameters, or a list of such, the moments of old entries
+    carried over ("keep") or all started afresh ("drop"). tokenformer.AdamW gives new entries their own step count;
+    other Adams, which have one count per tensor, get the mean second moment of the old entries there instead, so that
+    the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it mixes old rows with
+    new ones, so that its steps are not those of the small model.
     options: the operators' own keywords.
     Raises ValueError on an unknown operator, axis or option, a smaller or equal target, an operator that does not fit
     or cannot keep its promise, or an optimizer with a state that growth does not know.
     """
     if moments not in ("keep", "drop"):
         raise ValueError(f"moments: {moments!r} is not known; allowed: keep, drop")
-    before = model
+    before, optimizers = model, []
+    if optimizer is not None:
+        optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     steps = steps_of(model.config, operator, to or {}, seed, options)
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
@@ -75,12 +78,23 @@ def grow(
         maps = TensorMaps(config, plan)
         grown = _grow_weights(model, maps, seed)
         new, copies = (_carry(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
-        if optimizer is not None:
-            optimizer = _grow_optimizer(model, grown, maps, optimizer, dropped)
+        optimizers = [_grow_optimizer(model, grown, maps, each, dropped) for each in optimizers]
         model = grown
     event = event_of(before, model, operator, to or {}, steps, options or {})
     event |= {"seed": seed, "moments": "dropped" if dropped else "kept"}
-    return Growth(model, optimizer, event["promise"], event, new, copies)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if len(trained) < len(list(model.parameters())):
+        event["trained_parameters"] = trained
+    kept = optimizers if isinstance(optimizer, list) else optimizers[0] if optimizers else None
+    return Growth(model, kept, event["promise"], event, new, copies)
+
+
+def freeze_as_grown(model: nn.Module, lineage: list[dict[str, Any]]) -> None:
+    """Train on what the last growth of a lineage left to train (LLaMA Pro's new layers); all if it froze nothing."""
+    trained = lineage[-1].get("trained_parameters") if lineage else None
+    if trained is not None:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trained)
 
 
 def event_of(
@@ -100,7 +114,7 @@ def event_of(
         "operator": operator,
         "promise": "exact" if exact else "approximate",
         "note": "" if exact else "; ".join(notes),
-        "moment_factors": "exact" if all(moments_are_exact(c, plan) for _, c, plan in steps) else "leading term",
+        "moment_factors": ("leading term", "exact")[all(moments_are_exact(c, p) for _, c, p in steps)],
         "options": options,
         "from": {axis: size_of(before.config, axis) for axis in sizes},
         "to": sizes,
@@ -120,17 +134,32 @@ def grown_tensors(
 
     Layers without a source have the architecture's own initialisation. ValueError on a parameter that no table names.
     """
-    fresh = FreshLayers(maps, seed)
+    grown = grown_reader(read, maps, seed)
     for name in names:
+        yield name, grown(name)
+
+
+def grown_reader(read: Callable[[str], Tensor], maps: TensorMaps, seed: int) -> Callable[[str], Tensor]:
+    """The same for any one parameter, so that plans that follow each other are readers of readers.
+
+    What is kept in half precision is worked out, and handed on, in float32: it is rounded once, where it is put.
+    """
+    fresh = FreshLayers(maps, seed)
+
+    def grown(name: str) -> Tensor:
         source, layer = maps.source_of(name)
         if source is None:
             tensor = fresh.parameter(name)
         else:
             above = _above(name, source, maps)
-            tensor = maps.weight(name, read(source), read(above) if above else None, seed)
-        if layer is not None and layer.closed and maps.closes(name):
-            tensor = torch.zeros_like(tensor)
-        yield name, tensor
+            tensor = maps.weight(name, widened(read(source)), widened(read(above)) if above else None, seed)
+        return torch.zeros_like(tensor) if layer is not None and layer.closed and maps.closes(name) else tensor
+
+    return grown
+
+
+def widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _above(name: str, source: str, maps: TensorMaps) -> str | None:
@@ -189,12 +218,17 @@ def _grow_weights(model: PreTrainedModel, maps: TensorMaps, seed: int) -> PreTra
     names = {name: p.ndim for name, p in targets.items()}
     for name, tensor in grown_tensors(names, sources.__getitem__, maps, seed):
         targets[name].copy_(tensor)
-        source, layer = maps.source_of(name)
-        old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
-        targets[name].requires_grad_(not old_is_frozen and (source is None or sources[source].requires_grad))
+        targets[name].requires_grad_(is_trained(name, maps, lambda source: sources[source].requires_grad))
     if hasattr(grown, "after_step"):
         grown.after_step()
     return grown
+
+
+def is_trained(name: str, maps: TensorMaps, before: Callable[[str], bool]) -> bool:
+    """Whether a parameter of the grown model is trained on; `before`: whether an old one was."""
+    source, layer = maps.source_of(name)
+    old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
+    return not old_is_frozen and (source is None or before(source))
 
 
 def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:
@@ -217,20 +251,24 @@ def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:
 
 def _carry(masks: dict[str, Tensor], grown: nn.Module, maps: TensorMaps, copies: bool) -> dict[str, Tensor]:
     """Where entries are new after this plan: those of the plans before it, moved along, and its own."""
-    result = {}
-    for name, p in grown.named_parameters():
-        source, layer = maps.source_of(name)
-        if source is None or (layer is not None and layer.closed and maps.closes(name)):
-            mask = torch.ones([1] * p.ndim, dtype=torch.bool)
-        else:
-            mask = maps.fresh(name, p.ndim, copies)
-            if copies and layer is not None and _is_repetition(name, maps):
-                mask = torch.ones_like(mask)
-            if source in masks:
-                mask = mask | maps.spread_over(name, masks[source]).bool()
-        if bool(mask.any()):
-            result[name] = mask
-    return result
+    found = {name: new_entries(name, p.ndim, maps, copies, masks.get) for name, p in grown.named_parameters()}
+    return {name: mask for name, mask in found.items() if mask is not None}
+
+
+def new_entries(
+    name: str, ndim: int, maps: TensorMaps, copies: bool, before: Callable[[str], Tensor | None]
+) -> Tensor | None:
+    """Where one parameter has new entries, broadcastable to it; None if nowhere. `before`: where an old one had."""
+    source, layer = maps.source_of(name)
+    if source is None or (layer is not None and layer.closed and maps.closes(name)):
+        return torch.ones([1] * ndim, dtype=torch.bool)
+    mask = maps.fresh(name, ndim, copies)
+    if copies and layer is not None and _is_repetition(name, maps):
+        mask = torch.ones_like(mask)
+    earlier = before(source)
+    if earlier is not None:
+        mask = mask | maps.spread_over(name, earlier).bool()
+    return mask if bool(mask.any()) else None
 
 
 def _is_repetition(name: str, maps: TensorMaps) -> bool:
@@ -286,13 +324,14 @@ def _owned(p: Tensor, optimizer: torch.optim.Optimizer) -> bool:
 def _relative(
     name: str, p: Tensor, maps: TensorMaps, owners: dict[str, int], olds: dict[str, Tensor]
 ) -> str | None:
-    """The old parameter whose group a new one joins: its source; for a layer without one, the same in another layer."""
+    """The old parameter whose group a new one joins: its source; for a layer without one, the same in another layer; in
+    a model without layers, any that has as many dimensions."""
     source, _ = maps.source_of(name)
     if source is not None:
         return source
-    alike = (maps.with_layer(name, i) for i in range(maps.config.num_hidden_layers))
-    found = next((each for each in alike if each in owners), None)
-    return found or next((each for each in owners if (olds[each].ndim >= 2) == (p.ndim >= 2)), None)
+    alike = [each for i in range(maps.config.num_hidden_layers) if (each := maps.with_layer(name, i)) in olds]
+    like = alike or [each for each in owners if (olds[each].ndim >= 2) == (p.ndim >= 2)]
+    return next((each for each in like if each in owners), None)
 
 
 def _newborn(p: Tensor, step: Tensor) -> dict[str, Any]:

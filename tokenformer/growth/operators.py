@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..models.axes import Table, field_of, size_of, table_of
+from ..models.axes import Table, field_of, nearest, size_of, table_of
 from ..models.tables import TABLES
 from . import depth, tokens, width
 from .exactness import settled, why_not_exact
@@ -62,7 +62,8 @@ class Operator:
         known = self.options
         for key, value in options.items():
             if key not in known:
-                raise ValueError(f"{key}: {self.name} has no such option; it has {', '.join(known) or 'none'}")
+                has = f"{nearest(key, known)}; it has {', '.join(known) or 'none'}"
+                raise ValueError(f"{key}: {self.name} has no such option{has}")
             if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
                 raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
         if "seed" in inspect.signature(self.function).parameters:
@@ -70,7 +71,7 @@ class Operator:
         made = settled(config, self.function(config, sizes, **options))
         reasons = why_not_exact(config, made)
         if self.exact and reasons:
-            instead = [o.name for o in OPERATORS.values() if o is not self and o._fits(config, sizes)]
+            instead = [name for name in exact_for(config, sizes) if name != self.name]
             hint = f"; {', '.join(instead)} can" if instead else "; no operator can do that exactly"
             raise ValueError(f"operator: {self.name} cannot grow this exactly: {'; '.join(reasons)}{hint}")
         return made
@@ -120,8 +121,13 @@ def operators_of(text: str) -> list[Operator]:
     for name in text.split("+"):
         if name not in OPERATORS:
             allowed = f"{', '.join(OPERATORS)}, or several joined by +"
-            raise ValueError(f"operator: {name!r} is not known; allowed: {allowed}")
+            raise ValueError(f"operator: {name!r} is not known{nearest(name, OPERATORS)}; allowed: {allowed}")
     return [OPERATORS[name] for name in text.split("+")]
+
+
+def exact_for(config: PreTrainedConfig, sizes: dict[str, int]) -> list[str]:
+    """The operators that grow a configuration to these sizes exactly, each by itself."""
+    return [operator.name for operator in OPERATORS.values() if operator._fits(config, sizes)]
 
 
 def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]:
@@ -176,7 +182,8 @@ def steps_of(
     for key in options:
         if not any(key in each.options for each in mixture):
             known = sorted({key for each in mixture for key in each.options})
-            raise ValueError(f"{key}: {operator} has no such option; it has {', '.join(known) or 'none'}")
+            has = f"{nearest(key, known)}; it has {', '.join(known) or 'none'}"
+            raise ValueError(f"{key}: {operator} has no such option{has}")
     steps = []
     for each, share in zip(mixture, shares, strict=True):
         if not share:

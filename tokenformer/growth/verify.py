@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 
@@ -76,7 +78,7 @@ def _count(
     if p in seen:
         gradient, new = gradient[seen[p]], new[seen[p]]
     total = counts.setdefault(kind_of(name), [0.0, 0.0])
-    total[0] += (gradient[new] != 0).sum().item()
+    total[0] += ((gradient != 0) & new).sum().item()
     total[1] += new.sum().item()
 
 
@@ -87,14 +89,17 @@ def kind_of(name: str) -> str:
 
 @torch.no_grad()
 def duplicated_share(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> float:
-    """Share of the rows with new entries, in matrices, that equal another row of the same matrix bit for bit."""
+    """Share of the rows with new entries, in matrices, that equal another row of the same matrix bit for bit. Rows of
+    nothing but zeros are closed, not copied, and do not count as equal."""
     equal, total = 0, 0
     for name, p in model.named_parameters():
         if name not in masks or p.ndim < 2:
             continue
-        rows = p.flatten(0, -2)
-        new = masks[name].to(p.device).expand_as(p).flatten(0, -2).any(-1)
-        _, inverse, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
-        equal += int((counts[inverse][new] > 1).sum())
-        total += int(new.sum())
+        rows = p.detach().flatten(0, -2).cpu().contiguous()
+        new = masks[name].cpu().expand_as(p).flatten(0, -2).any(-1).tolist()
+        held = (rows != 0).any(-1).tolist()
+        digests = [hashlib.blake2b(row, digest_size=16).digest() for row in rows.view(torch.uint8).numpy()]
+        counts = Counter(digests)
+        equal += sum(n and h and counts[d] > 1 for n, h, d in zip(new, held, digests, strict=True))
+        total += sum(new)
     return equal / total if total else 0.0
