@@ -193,7 +193,7 @@ class FreshLayers:
                 with torch.device("meta"):
                     self.skeleton = AutoModelForCausalLM.from_config(self.maps.plan.config)
             prefix = f"{self.maps.prefix}.{index}"
-            layer = self.skeleton.get_submodule(prefix).to_empty(device="cpu").float()
+            layer = copy.deepcopy(self.skeleton.get_submodule(prefix)).to_empty(device="cpu").float()
             for module in layer.modules():
                 if hasattr(module, "init_mamba2_weights"):
                     module.init_mamba2_weights()
