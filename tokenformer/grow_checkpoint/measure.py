@@ -18,8 +18,8 @@ from ..growth.verify import live_shares
 from .plan import Prepared
 
 PROBE = (2, 64)  # sequences and tokens of the batch that a growth is measured on
-# A growth is measured in full up to so many bytes of weights, and beyond the smaller number only where that stays within
-# 1.3 times the output's size; its logits alone up to the largest.
+# A growth is measured in full up to so many bytes of weights, beyond the smallest number only where that stays within
+# 1.3 times the output's size; the logits alone up to the largest.
 SMALL_BYTES, FULL_BYTES, LOGITS_BYTES = 2 * 10**9, 8 * 10**9, 64 * 10**9
 PROCESS_BYTES = 6 * 10**8  # of a process that holds no model
 MEASURES = ("auto", "full", "logits", "none")

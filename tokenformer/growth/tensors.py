@@ -223,8 +223,8 @@ class TensorMaps:
         start = start.expand(new.shape)
         if old.ndim == 1:
             start = start.masked_fill(start == RANDOM, ZERO)  # biases begin at zero
-        # In place, as `new` is a copy wherever an entry is fresh: whole embeddings pass here, and what that takes bounds
-        # the memory of a growth.
+        # In place, as `new` is a copy wherever an entry is fresh: whole embeddings pass here, and what that takes
+        # bounds the memory of a growth.
         mean = new[(start == KEEP).to(new.device)].float().mean() if bool((start == MEAN).any()) else None
         new.masked_fill_((start != KEEP).to(new.device), 0)
         if bool((start == RANDOM).any()):
