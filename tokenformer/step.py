@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import distributed
 from .distributed import Ranks
 from .evaluate import autocast, cross_entropy
+from .growth import LoadCounter, load_numbers
 from .optim import learning_rate
 from .plan import Plan
 from .recipe import Recipe
@@ -44,7 +45,10 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     rate = learning_rate_at(run.recipe, state.plan, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    own_loss = backward(run, state.step, wrapped)
+    logs = (state.step + 1) % section.log_every == 0 or state.step + 1 == state.plan.steps
+    # A compiled model does not see hooks that come later.
+    load = LoadCounter(state.model) if logs and not section.compile else None
+    own_loss = backward(run, state.step, wrapped, load)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), section.clip_norm or math.inf).item()
     # One exchange says to every rank the mean loss and whether any rank was told to stop, so all act alike.
     total, signals = distributed.sums([own_loss, float(stop[0]) if stop else 0.0], run.ranks, run.device)
@@ -58,16 +62,27 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
         add_loss(state.loss_sums, loss, state.step, state.plan.window)
     state.step += 1
     state.seconds += time.perf_counter() - began
-    if state.step % section.log_every == 0 or state.step == state.plan.steps:
-        record(run, state, "train", {"loss": loss, "learning_rate": rate, "grad_norm": norm})
+    if logs:
+        balance = load_numbers(summed(load, run)) if load and load.counts else {}
+        record(run, state, "train", {"loss": loss, "learning_rate": rate, "grad_norm": norm, **balance})
         progress(run, state, loss)
     if not signals:
         return 0
     return stop[0] if stop else signal.SIGTERM
 
 
-def backward(run: Run, step: int, wrapped: nn.Module) -> float:
-    """Gradients of the mean loss over this rank's rows of batch `step`, part by part; returns that loss."""
+def summed(load: LoadCounter, run: Run) -> list[Tensor]:
+    """How often each expert was chosen in the step, on all ranks."""
+    counts = torch.stack(load.counts)
+    total = distributed.sums(counts.flatten().tolist(), run.ranks, run.device)
+    return list(torch.tensor(total).view(counts.shape))
+
+
+def backward(run: Run, step: int, wrapped: nn.Module, load: LoadCounter | None = None) -> float:
+    """Gradients of the mean loss over this rank's rows of batch `step`, part by part; returns that loss.
+
+    `load` counts the choices of the forward passes, once each, gradient checkpointing or not.
+    """
     parts = rank_rows(run.batches[step], run.ranks).chunk(run.recipe.train.accumulation_steps)
     total = 0.0
     for i, part in enumerate(parts):
@@ -75,7 +90,7 @@ def backward(run: Run, step: int, wrapped: nn.Module) -> float:
         last = i == len(parts) - 1
         alone = last or run.ranks.world == 1
         with contextlib.nullcontext() if alone else wrapped.no_sync():  # type: ignore[operator]
-            with autocast(run.device, run.recipe.train.dtype):
+            with autocast(run.device, run.recipe.train.dtype), load or contextlib.nullcontext():
                 loss = cross_entropy(wrapped, part.to(run.device)) / len(parts)
             loss.backward()
         total += loss.item()

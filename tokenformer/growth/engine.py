@@ -32,6 +32,7 @@ class Growth:
 
     new: for each parameter that has them, where its new entries are, second copies not counted; copies: those too.
     Both are masks that broadcast to the parameter.
+    trains_only: parameters that the operator wants trained alone at first, by whoever trains; empty: all.
     """
 
     model: PreTrainedModel
@@ -40,6 +41,7 @@ class Growth:
     event: dict[str, Any]
     new: dict[str, Tensor] = field(repr=False)
     copies: dict[str, Tensor] = field(repr=False)
+    trains_only: tuple[str, ...] = field(default=(), repr=False)
 
 
 def grow(
@@ -74,13 +76,15 @@ def grow(
     for _, config, plan in steps:
         maps = TensorMaps(config, plan)
         grown = _grow_weights(model, maps, seed)
-        new, copies = (_carry(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
+        new, copies = (_carry(masks, model, grown, maps, also) for masks, also in ((new, False), (copies, True)))
         if optimizer is not None:
             optimizer = _grow_optimizer(model, grown, maps, optimizer, dropped)
         model = grown
     event = event_of(before, model, operator, to or {}, steps, options or {})
     event |= {"seed": seed, "moments": "dropped" if dropped else "kept"}
-    return Growth(model, optimizer, event["promise"], event, new, copies)
+    endings = tuple(ending for _, _, plan in steps for ending in plan.trains_only)
+    alone = tuple(name for name, _ in model.named_parameters() if endings and name.endswith(endings))
+    return Growth(model, optimizer, event["promise"], event, new, copies, alone)
 
 
 def event_of(
@@ -121,13 +125,17 @@ def grown_tensors(
     Layers without a source have the architecture's own initialisation. ValueError on a parameter that no table names.
     """
     fresh = FreshLayers(maps, seed)
+
+    def old(name: str) -> Tensor:
+        return maps.read(name, read)
+
     for name in names:
         source, layer = maps.source_of(name)
         if source is None:
             tensor = fresh.parameter(name)
         else:
             above = _above(name, source, maps)
-            tensor = maps.weight(name, read(source), read(above) if above else None, seed)
+            tensor = maps.weight(name, old(source), old(above) if above else None, seed)
         if layer is not None and layer.closed and maps.closes(name):
             tensor = torch.zeros_like(tensor)
         yield name, tensor
@@ -177,7 +185,8 @@ class FreshLayers:
 @torch.no_grad()
 def _grow_weights(model: PreTrainedModel, maps: TensorMaps, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
-        grown = type(model)(maps.plan.config)
+        same = maps.plan.reads is None
+        grown = type(model)(maps.plan.config) if same else AutoModelForCausalLM.from_config(maps.plan.config)
     grown = grown.to(device=model.device, dtype=model.dtype).train(model.training)
     _copy_buffers(model, grown, maps)
     grown.generation_config = copy.deepcopy(model.generation_config)
@@ -191,7 +200,8 @@ def _grow_weights(model: PreTrainedModel, maps: TensorMaps, seed: int) -> PreTra
         targets[name].copy_(tensor)
         source, layer = maps.source_of(name)
         old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
-        targets[name].requires_grad_(not old_is_frozen and (source is None or sources[source].requires_grad))
+        olds = maps.old_names(source) if source else ()
+        targets[name].requires_grad_(not old_is_frozen and all(sources[old].requires_grad for old in olds))
     if hasattr(grown, "after_step"):
         grown.after_step()
     return grown
@@ -215,9 +225,15 @@ def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:
             module.max_seq_len_cached = old.max_seq_len_cached
 
 
-def _carry(masks: dict[str, Tensor], grown: nn.Module, maps: TensorMaps, copies: bool) -> dict[str, Tensor]:
+def _carry(
+    masks: dict[str, Tensor], model: nn.Module, grown: nn.Module, maps: TensorMaps, copies: bool
+) -> dict[str, Tensor]:
     """Where entries are new after this plan: those of the plans before it, moved along, and its own."""
-    result = {}
+    result, olds = {}, dict(model.named_parameters())
+
+    def whole(name: str) -> Tensor:
+        return masks.get(name, torch.zeros([1] * olds[name].ndim, dtype=torch.bool)).expand(olds[name].shape)
+
     for name, p in grown.named_parameters():
         source, layer = maps.source_of(name)
         if source is None or (layer is not None and layer.closed and maps.closes(name)):
@@ -226,8 +242,11 @@ def _carry(masks: dict[str, Tensor], grown: nn.Module, maps: TensorMaps, copies:
             mask = maps.fresh(name, p.ndim, copies)
             if copies and layer is not None and _is_repetition(name, maps):
                 mask = torch.ones_like(mask)
-            if source in masks:
-                mask = mask | maps.spread_over(name, masks[source]).bool()
+            if maps.plan.is_newborn(name) and (copies or not maps.old_names(source)):
+                mask = torch.ones_like(mask)
+            if any(old in masks for old in maps.old_names(source)):
+                before = masks[source] if maps.plan.reads is None else maps.read(source, whole, exponent=0)
+                mask = mask | maps.spread_over(name, before).bool()
         if bool(mask.any()):
             result[name] = mask
     return result
@@ -269,13 +288,32 @@ def _grow_optimizer(
         source, layer = maps.source_of(name)
         if not p.requires_grad:
             continue
-        if source is None or (layer is not None and layer.closed):
+        if source is None or (layer is not None and layer.closed) or maps.plan.is_newborn(name):
             if getattr(optimizer, "counts_ages", False) and steps and _owned(p, result):
                 result.state[p] = _newborn(p, max(steps, key=float))
             continue
-        state = optimizer.state.get(olds[source])
+        state = _read_state(source, olds, maps, optimizer)
         if state:
-            result.state[p] = _grown_state(state, name, olds[source], maps, optimizer)
+            result.state[p] = _grown_state(state, name, maps.read(source, olds.__getitem__), maps, optimizer)
+    return result
+
+
+def _read_state(
+    source: str, olds: dict[str, Tensor], maps: TensorMaps, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The state of the old parameter `source`, joined of those that it is made of."""
+    names = maps.old_names(source)
+    states = {name: optimizer.state.get(olds[name]) or {} for name in names}
+    result = dict(states[names[0]]) if all(states.values()) else {}
+    if maps.plan.reads is None or not result:
+        return result
+    for key in {key for state in states.values() for key in state}:
+        if key in GRADIENT_POWERS or key == "birth":
+
+            def part(name: str, key: str = key) -> Tensor:
+                return states[name].get(key, torch.zeros((), device=olds[name].device)).expand(olds[name].shape)
+
+            result[key] = maps.read(source, part, exponent=-GRADIENT_POWERS.get(key, 0))
     return result
 
 
@@ -288,8 +326,8 @@ def _relative(
 ) -> str | None:
     """The old parameter whose group a new one joins: its source; for a layer without one, the same in another layer."""
     source, _ = maps.source_of(name)
-    if source is not None:
-        return source
+    if source is not None and maps.old_names(source):
+        return maps.old_names(source)[0]
     alike = (maps.with_layer(name, i) for i in range(maps.config.num_hidden_layers))
     found = next((each for each in alike if each in owners), None)
     return found or next((each for each in owners if (olds[each].ndim >= 2) == (p.ndim >= 2)), None)
