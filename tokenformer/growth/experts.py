@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .plan import Plan, Reading, copied, padded
 from .tensors import spread, with_noise_over_copies
 
 Sizes = Mapping[str, int]
+HELD = -1
 ROUTER, GATE_UP, DOWN = ".mlp.gate.weight", ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
 
 
@@ -284,15 +286,19 @@ class PhaseIn:
         """old, new: experts before and after."""
         if steps < 1 or start <= 0:
             raise ValueError(f"steps: {steps} and start: {start} must be above 0")
-        self.old, self.steps, self.start = old, steps, start
-        self.biases = torch.zeros(layers, new)
-        self.biases[:, old:] = -torch.inf
+        self.steps, self.start = steps, start
+        self.raises = torch.full((layers, new), steps)  # how often each bias has been raised; HELD: not let go yet
+        self.raises[:, old:] = HELD
         self.full = torch.zeros(layers, new, dtype=torch.bool)  # has had the mean load
+        self.device = torch.device("cpu")
+        self._set_biases()
 
     def attach(self, model: nn.Module) -> None:
         """Let the model's routers choose under the bias; its parameters and their names stay."""
         for layer, router in enumerate(routers_of(model)):
-            router.forward = lambda hidden, router=router, layer=layer: self._choose(router, layer, hidden)  # type: ignore[method-assign]
+            router.__dict__["forward"] = partial(self._choose, router, layer)
+            self.device = next(router.parameters()).device
+        self._set_biases()
 
     def detach(self, model: nn.Module) -> None:
         for router in routers_of(model):
@@ -302,24 +308,29 @@ class PhaseIn:
         """The bias of step `age`, counted from the growth; `load`: per layer, the shares of the step before."""
         if age == 0 or self.finished:
             return
-        self.biases.clamp_(min=-self.start)
-        shares = torch.stack([each.cpu() for each in load]) if load else torch.zeros_like(self.biases)
-        self.full |= shares >= 1 / self.biases.shape[1]
-        raised = (self.biases + self.start / self.steps).clamp(max=0)
-        self.biases = torch.where(self.full, self.biases, raised)
+        if load:
+            self.full |= torch.stack([each.cpu() for each in load]) >= 1 / self.full.shape[1]
+        raised = (self.raises.clamp(min=0) + 1).clamp(max=self.steps)
+        self.raises = torch.where(self.full, self.raises, raised)
+        self._set_biases()
 
     @property
     def finished(self) -> bool:
-        return bool(((self.biases == 0) | self.full).all())
+        return bool(((self.raises == self.steps) | self.full).all())
 
     def state(self) -> dict[str, Tensor]:
-        return {"biases": self.biases.clone(), "full": self.full.clone()}
+        return {"raises": self.raises.clone(), "full": self.full.clone()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.biases, self.full = state["biases"].clone(), state["full"].clone()
+        self.raises, self.full = state["raises"].clone(), state["full"].clone()
+        self._set_biases()
+
+    def _set_biases(self) -> None:
+        biases = -self.start * (1 - self.raises / self.steps)
+        self.biases = biases.masked_fill(self.raises == HELD, -torch.inf).to(self.device)  # (layers, experts)
 
     def _choose(self, router: Any, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(hidden.reshape(-1, router.hidden_dim), router.weight)  # (tokens, experts)
-        chosen = torch.topk(logits + self.biases[layer].to(logits), router.top_k, dim=-1).indices
+        chosen = torch.topk(logits + self.biases[layer], router.top_k, dim=-1).indices
         gates = F.softmax(logits.float(), dim=-1).gather(-1, chosen)
         return logits, gates / gates.sum(dim=-1, keepdim=True), chosen
