@@ -48,7 +48,8 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     logs = (state.step + 1) % section.log_every == 0 or state.step + 1 == state.plan.steps
     # A compiled model does not see hooks that come later.
     load = LoadCounter(state.model) if logs and not section.compile else None
-    own_loss = backward(run, state.step, wrapped, load)
+    with load or contextlib.nullcontext():
+        own_loss = backward(run, state.step, wrapped)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), section.clip_norm or math.inf).item()
     # One exchange says to every rank the mean loss and whether any rank was told to stop, so all act alike.
     total, signals = distributed.sums([own_loss, float(stop[0]) if stop else 0.0], run.ranks, run.device)
@@ -78,11 +79,8 @@ def summed(load: LoadCounter, run: Run) -> list[Tensor]:
     return list(torch.tensor(total).view(counts.shape))
 
 
-def backward(run: Run, step: int, wrapped: nn.Module, load: LoadCounter | None = None) -> float:
-    """Gradients of the mean loss over this rank's rows of batch `step`, part by part; returns that loss.
-
-    `load` counts the choices of the forward passes, once each, gradient checkpointing or not.
-    """
+def backward(run: Run, step: int, wrapped: nn.Module) -> float:
+    """Gradients of the mean loss over this rank's rows of batch `step`, part by part; returns that loss."""
     parts = rank_rows(run.batches[step], run.ranks).chunk(run.recipe.train.accumulation_steps)
     total = 0.0
     for i, part in enumerate(parts):
@@ -90,7 +88,7 @@ def backward(run: Run, step: int, wrapped: nn.Module, load: LoadCounter | None =
         last = i == len(parts) - 1
         alone = last or run.ranks.world == 1
         with contextlib.nullcontext() if alone else wrapped.no_sync():  # type: ignore[operator]
-            with autocast(run.device, run.recipe.train.dtype), load or contextlib.nullcontext():
+            with autocast(run.device, run.recipe.train.dtype):
                 loss = cross_entropy(wrapped, part.to(run.device)) / len(parts)
             loss.backward()
         total += loss.item()

@@ -1,7 +1,7 @@
 """Growth: operators on named axes, the engine that applies them to weights and moments, what they did, measured."""
 
 from .engine import Growth, grow
-from .experts import PhaseIn
+from .experts import PhaseIn, TrainsOnly
 from .load import LoadCounter, expert_load, load_numbers
 from .operators import OPERATORS
 from .verify import duplicated_share, largest_logit_change, live_share
@@ -11,6 +11,7 @@ __all__ = [
     "Growth",
     "LoadCounter",
     "PhaseIn",
+    "TrainsOnly",
     "duplicated_share",
     "expert_load",
     "grow",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..models import fit_experts
 from ..models.axes import parameter_dims, size_of
 from .exactness import moments_are_exact, why_not_exact
 from .operators import Operator, steps_of, target_sizes
@@ -84,6 +85,8 @@ def grow(
     event |= {"seed": seed, "moments": "dropped" if dropped else "kept"}
     endings = tuple(ending for _, _, plan in steps for ending in plan.trains_only)
     alone = tuple(name for name, _ in model.named_parameters() if endings and name.endswith(endings))
+    if alone:
+        event["trains_only"] = list(endings)
     return Growth(model, optimizer, event["promise"], event, new, copies, alone)
 
 
@@ -187,7 +190,7 @@ def _grow_weights(model: PreTrainedModel, maps: TensorMaps, seed: int) -> PreTra
     with torch.random.fork_rng(devices=[]):
         same = maps.plan.reads is None
         grown = type(model)(maps.plan.config) if same else AutoModelForCausalLM.from_config(maps.plan.config)
-    grown = grown.to(device=model.device, dtype=model.dtype).train(model.training)
+    grown = fit_experts(grown.to(device=model.device, dtype=model.dtype).train(model.training))
     _copy_buffers(model, grown, maps)
     grown.generation_config = copy.deepcopy(model.generation_config)
     if model.is_activation_checkpointing:

@@ -18,10 +18,10 @@ def routers_of(model: nn.Module) -> list[nn.Module]:
 
 
 class LoadCounter:
-    """Within `with`, how many times each router of the model chose each expert; again entered, counts on.
+    """Within `with`, how many times each router of the model chose each expert; entered again, it counts on.
 
-    counts: per layer (experts,), on the model's device; empty without a router. Keep the backward pass outside: with
-    gradient checkpointing it runs the routers a second time.
+    counts: per layer (experts,), on the model's device; empty without a router. The passes that gradient checkpointing
+    repeats amid the backward pass are not counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,6 +41,8 @@ class LoadCounter:
 
 @torch.no_grad()
 def _count(counts: Tensor, chosen: Tensor) -> None:
+    if torch._C._current_graph_task_id() != -1:  # amid a backward pass, as torch's checkpointing tells it
+        return
     counts.scatter_add_(0, chosen.flatten(), torch.ones((), device=counts.device).expand(chosen.numel()))
 
 
