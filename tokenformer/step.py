@@ -65,8 +65,8 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     state.seconds += time.perf_counter() - began
     if logs:
         balance = load_numbers(summed(load, run)) if load and load.counts else {}
-        record(run, state, "train", {"loss": loss, "learning_rate": rate, "grad_norm": norm, **balance})
-        progress(run, state, loss)
+        values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **balance}
+        record(run, state, "train", values, progress(run, state, loss))
     if not signals:
         return 0
     return stop[0] if stop else signal.SIGTERM

@@ -1,6 +1,6 @@
 """Growth: operators on named axes, the engine that applies them to weights and moments, what they did, measured."""
 
-from .engine import Growth, grow
+from .engine import Growth, freeze_as_grown, grow
 from .experts import PhaseIn, TrainsOnly
 from .load import LoadCounter, expert_load, load_numbers
 from .operators import OPERATORS
@@ -14,6 +14,7 @@ __all__ = [
     "TrainsOnly",
     "duplicated_share",
     "expert_load",
+    "freeze_as_grown",
     "grow",
     "largest_logit_change",
     "live_share",

@@ -37,7 +37,7 @@ class Growth:
     """
 
     model: PreTrainedModel
-    optimizer: torch.optim.Optimizer | None
+    optimizer: Any
     promise: str
     event: dict[str, Any]
     new: dict[str, Tensor] = field(repr=False)
@@ -49,7 +49,7 @@ def grow(
     model: PreTrainedModel,
     operator: str = "zero_keys",
     to: dict[str, int] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None,
     seed: int = 0,
     moments: str = "keep",
     options: dict[str, Any] | None = None,
@@ -58,18 +58,21 @@ def grow(
 
     operator: one of OPERATORS, or several joined by + ("lemon+llama_pro"), applied one after another.
     to: field -> new size, with the configuration's names (hidden_size, ffn_tokens) or short ones (ffn, qkv, proj).
-    optimizer: one over the model's parameters; the answer holds one of its class over the new parameters, the moments
-    of old entries carried over ("keep") or all started afresh ("drop"). tokenformer.AdamW gives new entries their own
-    step count; other Adams, which have one count per tensor, get the mean second moment of the old entries there
-    instead, so that the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it
-    mixes old rows with new ones, so that its steps are not those of the small model.
+    optimizer: one over the model's parameters, or a list of several that share them (Muon for matrices, AdamW for the
+    rest); the answer holds one of its class over the new parameters, or a list of such, the moments of old entries
+    carried over ("keep") or all started afresh ("drop"). tokenformer.AdamW gives new entries their own step count;
+    other Adams, which have one count per tensor, get the mean second moment of the old entries there instead, so that
+    the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it mixes old rows with
+    new ones, so that its steps are not those of the small model.
     options: the operators' own keywords.
     Raises ValueError on an unknown operator, axis or option, a smaller or equal target, an operator that does not fit
     or cannot keep its promise, or an optimizer with a state that growth does not know.
     """
     if moments not in ("keep", "drop"):
         raise ValueError(f"moments: {moments!r} is not known; allowed: keep, drop")
-    before = model
+    before, optimizers = model, []
+    if optimizer is not None:
+        optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     steps = steps_of(model.config, operator, to or {}, seed, options)
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
@@ -77,17 +80,26 @@ def grow(
     for _, config, plan in steps:
         maps = TensorMaps(config, plan)
         grown = _grow_weights(model, maps, seed)
-        new, copies = (_carry(masks, model, grown, maps, also) for masks, also in ((new, False), (copies, True)))
-        if optimizer is not None:
-            optimizer = _grow_optimizer(model, grown, maps, optimizer, dropped)
+        new, copies = (_carry(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
+        optimizers = [_grow_optimizer(model, grown, maps, each, dropped) for each in optimizers]
         model = grown
     event = event_of(before, model, operator, to or {}, steps, options or {})
     event |= {"seed": seed, "moments": "dropped" if dropped else "kept"}
-    endings = tuple(ending for _, _, plan in steps for ending in plan.trains_only)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if len(trained) < len(list(model.parameters())):
+        event["trained_parameters"] = trained
+    endings = tuple(event.get("trains_only", ()))
     alone = tuple(name for name, _ in model.named_parameters() if endings and name.endswith(endings))
-    if alone:
-        event["trains_only"] = list(endings)
-    return Growth(model, optimizer, event["promise"], event, new, copies, alone)
+    kept = optimizers if isinstance(optimizer, list) else optimizers[0] if optimizers else None
+    return Growth(model, kept, event["promise"], event, new, copies, alone)
+
+
+def freeze_as_grown(model: nn.Module, lineage: list[dict[str, Any]]) -> None:
+    """Train on what the last growth of a lineage left to train (LLaMA Pro's new layers); all if it froze nothing."""
+    trained = lineage[-1].get("trained_parameters") if lineage else None
+    if trained is not None:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trained)
 
 
 def event_of(
@@ -102,18 +114,20 @@ def event_of(
     sizes = target_sizes(before.config, to)
     exact = all(each.exact for each, _, _ in steps)
     notes = [f"{each.name}: {why}" for each, config, plan in steps for why in why_not_exact(config, plan)]
+    alone = [ending for _, _, plan in steps for ending in plan.trains_only]
     scales = [key for key in ("qkv_scale", "proj_scale", "ffn_scale") if key.replace("_scale", "_tokens") in sizes]
     return {
         "operator": operator,
         "promise": "exact" if exact else "approximate",
         "note": "" if exact else "; ".join(notes),
-        "moment_factors": "exact" if all(moments_are_exact(c, plan) for _, c, plan in steps) else "leading term",
+        "moment_factors": ("leading term", "exact")[all(moments_are_exact(c, p) for _, c, p in steps)],
         "options": options,
         "from": {axis: size_of(before.config, axis) for axis in sizes},
         "to": sizes,
         "scales": {key: getattr(after.config, key) for key in scales},
         "parameters_before": sum(p.numel() for p in before.parameters()),
         "parameters_after": sum(p.numel() for p in after.parameters()),
+        **({"trains_only": alone} if alone else {}),
     }
 
 
@@ -127,21 +141,35 @@ def grown_tensors(
 
     Layers without a source have the architecture's own initialisation. ValueError on a parameter that no table names.
     """
+    grown = grown_reader(read, maps, seed)
+    for name in names:
+        yield name, grown(name)
+
+
+def grown_reader(read: Callable[[str], Tensor], maps: TensorMaps, seed: int) -> Callable[[str], Tensor]:
+    """The same for any one parameter, so that plans that follow each other are readers of readers.
+
+    What is kept in half precision is worked out, and handed on, in float32: it is rounded once, where it is put.
+    """
     fresh = FreshLayers(maps, seed)
 
     def old(name: str) -> Tensor:
-        return maps.read(name, read)
+        return widened(maps.read(name, read))
 
-    for name in names:
+    def grown(name: str) -> Tensor:
         source, layer = maps.source_of(name)
         if source is None:
             tensor = fresh.parameter(name)
         else:
             above = _above(name, source, maps)
             tensor = maps.weight(name, old(source), old(above) if above else None, seed)
-        if layer is not None and layer.closed and maps.closes(name):
-            tensor = torch.zeros_like(tensor)
-        yield name, tensor
+        return torch.zeros_like(tensor) if layer is not None and layer.closed and maps.closes(name) else tensor
+
+    return grown
+
+
+def widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _above(name: str, source: str, maps: TensorMaps) -> str | None:
@@ -201,13 +229,17 @@ def _grow_weights(model: PreTrainedModel, maps: TensorMaps, seed: int) -> PreTra
     names = {name: p.ndim for name, p in targets.items()}
     for name, tensor in grown_tensors(names, sources.__getitem__, maps, seed):
         targets[name].copy_(tensor)
-        source, layer = maps.source_of(name)
-        old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
-        olds = maps.old_names(source) if source else ()
-        targets[name].requires_grad_(not old_is_frozen and all(sources[old].requires_grad for old in olds))
+        targets[name].requires_grad_(is_trained(name, maps, lambda source: sources[source].requires_grad))
     if hasattr(grown, "after_step"):
         grown.after_step()
     return grown
+
+
+def is_trained(name: str, maps: TensorMaps, before: Callable[[str], bool]) -> bool:
+    """Whether a parameter of the grown model is trained on; `before`: whether an old one was."""
+    source, layer = maps.source_of(name)
+    old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
+    return not old_is_frozen and (source is None or all(before(old) for old in maps.old_names(source)))
 
 
 def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:
@@ -228,31 +260,28 @@ def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:
             module.max_seq_len_cached = old.max_seq_len_cached
 
 
-def _carry(
-    masks: dict[str, Tensor], model: nn.Module, grown: nn.Module, maps: TensorMaps, copies: bool
-) -> dict[str, Tensor]:
+def _carry(masks: dict[str, Tensor], grown: nn.Module, maps: TensorMaps, copies: bool) -> dict[str, Tensor]:
     """Where entries are new after this plan: those of the plans before it, moved along, and its own."""
-    result, olds = {}, dict(model.named_parameters())
+    found = {name: new_entries(name, p.ndim, maps, copies, masks.get) for name, p in grown.named_parameters()}
+    return {name: mask for name, mask in found.items() if mask is not None}
 
-    def whole(name: str) -> Tensor:
-        return masks.get(name, torch.zeros([1] * olds[name].ndim, dtype=torch.bool)).expand(olds[name].shape)
 
-    for name, p in grown.named_parameters():
-        source, layer = maps.source_of(name)
-        if source is None or (layer is not None and layer.closed and maps.closes(name)):
-            mask = torch.ones([1] * p.ndim, dtype=torch.bool)
-        else:
-            mask = maps.fresh(name, p.ndim, copies)
-            if copies and layer is not None and _is_repetition(name, maps):
-                mask = torch.ones_like(mask)
-            if maps.plan.is_newborn(name) and (copies or not maps.old_names(source)):
-                mask = torch.ones_like(mask)
-            if any(old in masks for old in maps.old_names(source)):
-                before = masks[source] if maps.plan.reads is None else maps.read(source, whole, exponent=0)
-                mask = mask | maps.spread_over(name, before).bool()
-        if bool(mask.any()):
-            result[name] = mask
-    return result
+def new_entries(
+    name: str, ndim: int, maps: TensorMaps, copies: bool, before: Callable[[str], Tensor | None]
+) -> Tensor | None:
+    """Where one parameter has new entries, broadcastable to it; None if nowhere. `before`: where an old one had."""
+    source, layer = maps.source_of(name)
+    if source is None or (layer is not None and layer.closed and maps.closes(name)):
+        return torch.ones([1] * ndim, dtype=torch.bool)
+    mask, olds = maps.fresh(name, ndim, copies), maps.old_names(source)
+    if copies and layer is not None and _is_repetition(name, maps):
+        mask = torch.ones_like(mask)
+    if maps.plan.is_newborn(name) and (copies or not olds):
+        mask = torch.ones_like(mask)
+    for earlier in map(before, olds):
+        if earlier is not None:  # what is joined of parts of which one has new entries counts as new
+            mask = mask | (maps.spread_over(name, earlier).bool() if olds == (source,) else torch.ones_like(mask))
+    return mask if bool(mask.any()) else None
 
 
 def _is_repetition(name: str, maps: TensorMaps) -> bool:
@@ -327,13 +356,14 @@ def _owned(p: Tensor, optimizer: torch.optim.Optimizer) -> bool:
 def _relative(
     name: str, p: Tensor, maps: TensorMaps, owners: dict[str, int], olds: dict[str, Tensor]
 ) -> str | None:
-    """The old parameter whose group a new one joins: its source; for a layer without one, the same in another layer."""
+    """The old parameter whose group a new one joins: its source; for a layer without one, the same in another layer; in
+    a model without layers, any that has as many dimensions."""
     source, _ = maps.source_of(name)
     if source is not None and maps.old_names(source):
         return maps.old_names(source)[0]
-    alike = (maps.with_layer(name, i) for i in range(maps.config.num_hidden_layers))
-    found = next((each for each in alike if each in owners), None)
-    return found or next((each for each in owners if (olds[each].ndim >= 2) == (p.ndim >= 2)), None)
+    alike = [each for i in range(maps.config.num_hidden_layers) if (each := maps.with_layer(name, i)) in olds]
+    like = alike or [each for each in owners if (olds[each].ndim >= 2) == (p.ndim >= 2)]
+    return next((each for each in like if each in owners), None)
 
 
 def _newborn(p: Tensor, step: Tensor) -> dict[str, Any]:

@@ -14,8 +14,8 @@ more experts    m copies of every expert and row, top_k m times as large: the co
 
 That holds while no two *different* experts have equal logits at the border of the ranking: a tie, which top-k breaks as
 it pleases. In float32 and float64 that does not happen by chance; logits in bfloat16, of 8 bits, meet it for a few
-tokens of 1,000 in each layer, and a growth's measured change of the logits shows it. Upcycling alone does not mind. What
-is chosen together lies side by side, so that a top-k that goes by the order of equals keeps it together.
+tokens of 1,000 in each layer, and a growth's measured change of the logits shows it. Upcycling alone does not mind.
+What is chosen together lies side by side, so that a top-k that goes by the order of equals keeps it together.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ class AxisMap:
     """New slots of one axis. source: (new,) old slots, or FRESH, or AVERAGE; write, read: (new,) factors.
 
     fresh_write, fresh_read: how writers and readers of a fresh slot start, "zero" or "random".
-    scale: what its writers make is this much larger besides, which the norm that reads it takes away again.
+    scale: what its writers make is this much larger besides, which the norm that reads it takes away again (or, for
+    head_dim, the factor by which attention divides).
     """
 
     source: Tensor
@@ -61,7 +62,7 @@ class Reading:
 
     config: of what it is read as. sources: a parameter of that -> the old ones it is made of, none if the old model has
     nothing of the kind. join: (name, those, exponent) -> the parameter; factors that it takes are to be raised to the
-    exponent: 1 for weights, -1 for gradients, -2 for their squares, 0 for masks.
+    exponent: 1 for weights, -1 for gradients, -2 for their squares, 0 for births.
     """
 
     config: PreTrainedConfig
