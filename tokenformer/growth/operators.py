@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from ..models.axes import Table, field_of, size_of, table_of
 from ..models.tables import TABLES
-from . import depth, tokens, width
+from . import depth, lowrank, tokens, width
+from . import masked as masks
 from .exactness import settled, why_not_exact
 from .plan import Plan
 
@@ -28,11 +29,12 @@ class Operator:
     """
 
     name: str
-    function: Callable[..., Plan]
+    function: Callable[..., Any]  # (config, sizes) -> Plan; lowrank.py has its own
     axes: tuple[str, ...]
     promise: str
     source: str
     symmetric: bool = False
+    carried: bool = False  # by training, for a while (carried.py): nothing that can be done to a file
 
     @property
     def exact(self) -> bool:
@@ -55,16 +57,12 @@ class Operator:
 
     @property
     def architectures(self) -> list[str]:
-        return [name for name, table in TABLES.items() if self.fields(table)]
+        low_rank = "rank" in self.axes
+        return [name for name, table in TABLES.items() if self.fields(table) or (low_rank and not table.unit_norm)]
 
     def plan(self, config: PreTrainedConfig, sizes: dict[str, int], seed: int = 0, **options: Any) -> Plan:
         """What it makes of a configuration; ValueError where it would break its promise, with the reason."""
-        known = self.options
-        for key, value in options.items():
-            if key not in known:
-                raise ValueError(f"{key}: {self.name} has no such option; it has {', '.join(known) or 'none'}")
-            if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
-                raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
+        self.check_options(options)
         if "seed" in inspect.signature(self.function).parameters:
             options["seed"] = seed
         made = settled(config, self.function(config, sizes, **options))
@@ -74,6 +72,14 @@ class Operator:
             hint = f"; {', '.join(instead)} can" if instead else "; no operator can do that exactly"
             raise ValueError(f"operator: {self.name} cannot grow this exactly: {'; '.join(reasons)}{hint}")
         return made
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        known = self.options
+        for key, value in options.items():
+            if key not in known:
+                raise ValueError(f"{key}: {self.name} has no such option; it has {', '.join(known) or 'none'}")
+            if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
+                raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
 
     def _fits(self, config: PreTrainedConfig, sizes: dict[str, int]) -> bool:
         """Whether it grows these sizes exactly."""
@@ -111,6 +117,9 @@ _ALL = (
     Operator("midas", depth.midas, ("layers",), "approximate", "arXiv 2409.19044"),
     Operator("solar", depth.solar, ("layers",), "approximate", "arXiv 2312.15166"),
     Operator("jump", depth.jump, ("layers",), "approximate", "arXiv 2511.04981"),
+    Operator("masked", masks.masked, (*WIDTHS, "layers"), "exact", "arXiv 2305.02869, 2309.03852", carried=True),
+    Operator("rank", lowrank.rank, ("rank",), "exact", "factors of growing rank", carried=True),
+    Operator("relora", lowrank.relora, ("rank",), "exact", "arXiv 2307.05695", carried=True),
 )
 OPERATORS = {operator.name: operator for operator in _ALL}
 
