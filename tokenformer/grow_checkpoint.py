@@ -11,6 +11,7 @@ import torch
 
 from . import checkpoint as files
 from .event import change_text, grow_measured, sizes_text
+from .growth.operators import require_done_at_once
 from .optim import AdamW, parameter_groups
 
 PROBE = (2, 64)  # sequences and tokens of the batch that a growth is measured on
@@ -32,6 +33,7 @@ def grow_checkpoint(
     logits and to the new rows is measured on random tokens, said, and written down. Raises ValueError as
     `load_checkpoint`, `grow` and `save_checkpoint` do; nothing half written is left.
     """
+    require_done_at_once(operator)
     folder, out = files.find_checkpoint(checkpoint), Path(out)
     if out.exists():
         raise ValueError(f"{out} already exists; choose another place for the checkpoint")

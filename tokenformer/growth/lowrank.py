@@ -173,19 +173,17 @@ def draw(name: str, shape: tuple[int, int], std: float, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator_for(name, seed)) * std
 
 
-def kaiming(name: str, rank: int, inputs: int, seed: int) -> Tensor:
-    """What `kaiming_uniform_(a=sqrt(5))` draws, as LoRA's code starts A: uniform within 1 / root(inputs)."""
-    return (torch.rand((rank, inputs), generator=generator_for(name, seed)) * 2 - 1) * inputs**-0.5
-
-
 # --- what hangs on the model ---
 
 
 class LowRank:
-    """The factors of a model, by the name of the layer; `layers` are put in place."""
+    """The factors of a model, by the name of the layer; `layers` are put in place.
 
-    def __init__(self, model: PreTrainedModel, ranks: Ranks, layers: Mapping[str, Factors]) -> None:
-        self.model, self.ranks = model, ranks
+    draws: how often random rows were drawn so far: the next ones must be others, or they would span the same space.
+    """
+
+    def __init__(self, model: PreTrainedModel, ranks: Ranks, layers: Mapping[str, Factors], draws: int = 1) -> None:
+        self.model, self.ranks, self.draws = model, ranks, draws
         for name, layer in layers.items():
             model.set_submodule(name, layer.train(model.training))
         model.carried = self
@@ -229,7 +227,8 @@ class LowRank:
     def describe(self) -> dict[str, Any]:
         scales = {name: layer.scale for name, layer in self.layers.items()}
         form = "the products as whole matrices"
-        return {"kind": self.kind, "rank": self.ranks.rank, "scales": scales, "model.safetensors": form}
+        ranks = {"rank": self.ranks.rank, "draws": self.draws, "scales": scales}
+        return {"kind": self.kind, **ranks, "model.safetensors": form}
 
     @classmethod
     @torch.no_grad()
@@ -242,7 +241,7 @@ class LowRank:
                 layer.weight.copy_(tensors[f"{name}.base"])
             a, b = (tensors[f"{name}.{part}"].to(layer.weight) for part in "AB")
             layers[name] = Factors(layer, a.clone(), b.clone(), scale, additive)
-        cls(model, Ranks(description["kind"], description["rank"]), layers)
+        cls(model, Ranks(description["kind"], description["rank"]), layers, description["draws"])
 
 
 def ranks_of(model: PreTrainedModel) -> Ranks | None:

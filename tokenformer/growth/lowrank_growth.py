@@ -18,14 +18,13 @@ from .lowrank import (
     LowRank,
     Ranks,
     draw,
-    kaiming,
     layer_matrix,
     projections,
     ranks_of,
     settled_ranks,
 )
 from .operators import OPERATORS
-from .tensors import spread
+from .tensors import generator_for, spread
 
 
 def next_ranks(
@@ -75,6 +74,9 @@ def grow_low_rank(
         "seed": seed,
         "moments": "dropped" if drop else "kept",
     }
+    others = [name for name, p in grown.named_parameters() if not p.requires_grad and not name.endswith(".base")]
+    if others:  # an earlier growth froze them
+        event["trained_parameters"] = [name for name, p in grown.named_parameters() if p.requires_grad]
     result = moved if isinstance(optimizer, list) else moved[0] if moved else None
     return Growth(grown, result, "exact", event, new, new)
 
@@ -91,31 +93,38 @@ def _widen(model: PreTrainedModel, rank: int, seed: int, new: dict[str, Tensor])
             new[f"{name}.weight"] = torch.ones(1, 1, dtype=torch.bool)
             continue
         added = min(rank, full) - old
-        rows = draw(f"{name}.A", (added, inputs), spread(layer.A, model.config), seed).to(layer.A)
+        rows = draw(f"{name}.A.{carried.draws}", (added, inputs), spread(layer.A, model.config), seed).to(layer.A)
         layer.A = nn.Parameter(torch.cat([layer.A, rows]))
         layer.B = nn.Parameter(torch.cat([layer.B, layer.B.new_zeros(outputs, added)], dim=1))
         late = torch.arange(old + added) >= old
         new |= {f"{name}.A": late[:, None], f"{name}.B": late[None, :]}
+    carried.draws += 1
 
 
 def _restart(model: PreTrainedModel, rank: int, alpha: float, seed: int, new: dict[str, Tensor]) -> None:
     """Factors merged into their matrices, if there are any; new ones beside them, unless the rank is 0."""
     carried = carried_of(model)
+    draws = carried.draws if isinstance(carried, LowRank) else 0
+    wanted = {name for name, layer in projections(model) if isinstance(layer, Factors) or layer.weight.requires_grad}
     if carried is not None:
         carried.remove()
     layers = {}
     for name, layer in projections(model):
+        if name not in wanted:
+            continue
         if rank == 0:
             new[f"{name}.weight"] = torch.ones(1, 1, dtype=torch.bool)
             continue
         matrix = layer_matrix(layer)
         outputs, inputs = matrix.shape
         r = min(rank, outputs, inputs)
-        a = kaiming(f"{name}.A", r, inputs, seed).to(matrix)
+        # What kaiming_uniform_(a=sqrt(5)) draws, as ReLoRA's code has it: uniform within 1 / root(inputs).
+        uniform = torch.rand((r, inputs), generator=generator_for(f"{name}.A.{draws}", seed))
+        a = ((uniform * 2 - 1) * inputs**-0.5).to(matrix)
         layers[name] = Factors(layer, a, matrix.new_zeros(outputs, r), alpha / rank, additive=True)
         new |= {f"{name}.{part}": torch.ones(1, 1, dtype=torch.bool) for part in "AB"}
     if layers:
-        LowRank(model, Ranks("relora", rank), layers)
+        LowRank(model, Ranks("relora", rank), layers, draws + 1)
 
 
 def _moved(

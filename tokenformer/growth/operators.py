@@ -133,6 +133,16 @@ def operators_of(text: str) -> list[Operator]:
     return [OPERATORS[name] for name in text.split("+")]
 
 
+def require_done_at_once(text: str) -> None:
+    """ValueError if an operator of a mixture needs training steps, and so cannot grow a checkpoint on the disk."""
+    for operator in operators_of(text):
+        if operator.carried:
+            raise ValueError(
+                f"operator: {operator.name} needs training, which carries it; train with it as a [[growth]], from "
+                "model.checkpoint"
+            )
+
+
 def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]:
     """`to` by the configuration's own fields; ValueError unless each can grow, once, none is smaller, one is larger."""
     if not to:
