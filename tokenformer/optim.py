@@ -9,8 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .growth.carried import ordinary_name
-
 
 class AdamW(torch.optim.AdamW):
     """torch's AdamW (arXiv 1711.05101), and the same for tensors some of whose entries were born later.
@@ -115,11 +113,6 @@ def learning_rate(section: Schedule, progress: float, step: int) -> float:
     return section.learning_rate * shape * warm
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by the names that they have in an ordinary model, whether or not a mask hangs on them."""
-    return {ordinary_name(name): p for name, p in model.named_parameters()}
-
-
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors, "exp_avg.model.norm.weight" and so on.
 
@@ -127,7 +120,7 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
     """
     return {
         f"{key}.{name}": value
-        for name, p in named_parameters(model).items()
+        for name, p in model.named_parameters()
         for key, value in (optimizer.state.get(p) or {"step": torch.zeros(())}).items()
     }
 
@@ -138,7 +131,7 @@ def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors
     Raises ValueError unless every parameter that is trained has its step and both moments, or step 0 alone, and
     everything belongs to the model, is finite and of the right shape. Which file it came from is the caller's to say.
     """
-    parameters = named_parameters(model)
+    parameters = dict(model.named_parameters())
     states: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")

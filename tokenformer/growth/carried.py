@@ -7,7 +7,6 @@ names, and what a resumed run needs besides lies beside it, in carried.safetenso
 
 from __future__ import annotations
 
-import re
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -40,11 +39,6 @@ class Carried(Protocol):
 
 def carried_of(model: nn.Module) -> Carried | None:
     return getattr(model, "carried", None)
-
-
-def ordinary_name(name: str) -> str:
-    """A parameter's name without the marks of torch's parametrizations: ...weight.original -> ...weight."""
-    return re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", name)
 
 
 def restore(model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:

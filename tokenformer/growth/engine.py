@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..models.axes import parameter_dims, size_of
 from . import masked
-from .carried import Carried, carried_of, ordinary_name
+from .carried import Carried, carried_of
 from .exactness import moments_are_exact, why_not_exact
 from .operators import Operator, steps_of, target_sizes
 from .plan import Plan
@@ -113,7 +113,7 @@ def freeze_as_grown(model: nn.Module, lineage: list[dict[str, Any]]) -> None:
     trained = lineage[-1].get("trained_parameters") if lineage else None
     if trained is not None:
         for name, p in model.named_parameters():
-            p.requires_grad_(ordinary_name(name) in trained)
+            p.requires_grad_(name in trained)
 
 
 def event_of(

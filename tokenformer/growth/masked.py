@@ -19,21 +19,21 @@ At m = 0 no gradient reaches the new entries: the first training step after the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.axes import Dim, axis_sizes, norm_kind, parameter_dims, table_of
-from .carried import ordinary_name
 from .depth import new_blocks
 from .plan import FRESH, Plan, padded
 from .tensors import TensorMaps
 from .width import grown_axes
 
 AXES = ("hidden", "ffn", "group", "kv_heads")
+Powers = tuple[Tensor, Tensor]  # of m and of c = S / d, for each entry of a dimension
 
 
 def masked(config: PreTrainedConfig, sizes: Mapping[str, int], ramp_steps: int = 0, where: str = "spread") -> Plan:
@@ -75,7 +75,7 @@ class Masked:
         self.weighs_norms = "hidden" in old and norm_kind(model.config, "hidden") == "layer"
         self.hidden = axis_sizes(model.config)["hidden"]
         self.norms: list[tuple[nn.Module, str, nn.LayerNorm]] = []
-        self.masks: list[tuple[nn.Module, str, _Factors]] = []
+        self.masks: list[tuple[str, nn.Module, _Factors]] = []  # name, module
         self._attach()
         self._set()
         model.carried = self
@@ -83,24 +83,28 @@ class Masked:
     def _attach(self) -> None:
         config = self.model.config
         maps = TensorMaps(config, Plan(config))
-        for module_name, module in list(self.model.named_modules()):
-            for key, p in list(module.named_parameters(recurse=False)):
-                name = f"{module_name}.{key}"
-                # A tied head has the embedding's name in the tables.
-                tied = module is self.model.get_output_embeddings() and maps.tied
-                dims = parameter_dims(config, self._embedding_name() if tied else name)
-                powers = [_exponents(config, dim, self.old) for dim in dims]
-                if maps.layer_of(name) in self.layers and maps.closes(name):
-                    powers[0][0].add_(1)
-                if any(bool(power.any()) for pair in powers for power in pair):
-                    factors = _Factors(powers, p)
-                    parametrize.register_parametrization(module, key, factors)
-                    self.masks.append((module, key, factors))
+        for name, module in list(self.model.named_modules()):
+            powers: dict[str, list[Powers]] = {}
+            for key, _ in module.named_parameters(recurse=False):
+                tied = maps.tied and module is self.model.get_output_embeddings()
+                full_name = self._embedding_name() if tied else f"{name}.{key}"
+                exponents = [_exponents(config, dim, self.old) for dim in parameter_dims(config, full_name)]
+                if maps.layer_of(full_name) in self.layers and maps.closes(full_name):
+                    exponents[0][0].add_(1)
+                if any(bool(power.any()) for pair in exponents for power in pair):
+                    powers[key] = exponents
+            if powers:
+                factors = _Factors(powers).to(self.model.device, self.model.dtype)
+                module.add_module(_Factors.place, factors)
+                kind: Any = type(module)
+                module.__class__ = masked_class(kind, tuple(powers))
+                self.masks.append((name, module, factors))
             if self.weighs_norms and isinstance(module, nn.LayerNorm) and module.normalized_shape == (self.hidden,):
-                parent, _, key = module_name.rpartition(".")
+                parent, _, key = name.rpartition(".")
                 self.norms.append((self.model.get_submodule(parent), key, module))
         for parent, key, norm in self.norms:
-            setattr(parent, key, WeightedLayerNorm(norm, self.old["hidden"]).to(self.model.device, self.model.dtype))
+            weighted = WeightedLayerNorm(norm, self.old["hidden"])
+            setattr(parent, key, weighted.to(self.model.device, self.model.dtype))
 
     def _embedding_name(self) -> str:
         table = self.model.get_input_embeddings()
@@ -128,8 +132,9 @@ class Masked:
 
     def remove(self) -> None:
         assert self.finished  # every factor is 1
-        for module, key, _ in self.masks:
-            parametrize.remove_parametrizations(module, key, leave_parametrized=False)
+        for _, module, _ in self.masks:
+            module.__class__ = type(module).__bases__[0]
+            delattr(module, _Factors.place)
         for parent, key, norm in self.norms:
             setattr(parent, key, norm)
         del self.model.carried
@@ -137,21 +142,21 @@ class Masked:
     @torch.no_grad()
     def ordinary(self) -> dict[str, Tensor]:
         """The parameters times their factors; with LayerNorm over new channels, the parameters as they are at m = 1."""
-        done: dict[Tensor, Tensor] = {}  # tied parameters are one tensor again
         state = self.model.state_dict()
-        for module_name, module in self.model.named_modules():
-            for key in getattr(module, "parametrizations", {}):
-                raw = module.parametrizations[key].original
-                if raw not in done:
-                    done[raw] = raw.detach() if self.weighs_norms else getattr(module, key).detach()
-                state[f"{module_name}.parametrizations.{key}.original"] = done[raw]
-        return {ordinary_name(name): tensor for name, tensor in state.items()}
+        if not self.weighs_norms:
+            done: dict[int, Tensor] = {}  # tied parameters stay one tensor
+            for name, module, key in self._masked_parameters():
+                state[name] = done.setdefault(id(module._parameters[key]), getattr(module, key))
+        return state
 
     def tensors(self) -> dict[str, Tensor]:
         if self.weighs_norms:
             return {}
-        parameters = self.model.named_parameters()
-        return {ordinary_name(name): p.detach() for name, p in parameters if ordinary_name(name) != name}
+        masked = {name for name, _, _ in self._masked_parameters()}
+        return {name: p.detach() for name, p in self.model.named_parameters() if name in masked}
+
+    def _masked_parameters(self) -> list[tuple[str, nn.Module, str]]:
+        return [(f"{name}.{key}", module, key) for name, module, factors in self.masks for key in factors.powers]
 
     def describe(self) -> dict[str, Any]:
         form = "the model at the end of the ramp" if self.weighs_norms else "what the model computes now"
@@ -167,8 +172,8 @@ class Masked:
         cls(model, *(description[key] for key in ("old", "layers", "ramp_steps", "steps")))
 
 
-def _exponents(config: PreTrainedConfig, dim: Dim, old: dict[str, int]) -> tuple[Tensor, Tensor]:
-    """For each entry of a dimension the powers of m and of c = S / d that it is multiplied by."""
+def _exponents(config: PreTrainedConfig, dim: Dim, old: dict[str, int]) -> Powers:
+    """The powers that each entry of a dimension is multiplied by."""
     sizes, parts = axis_sizes(config), []
     for part in dim:
         mask, share = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -191,26 +196,46 @@ def _powers(config: PreTrainedConfig, axis: str, mark: str) -> tuple[float, floa
     return {">": (0.5, -0.5), "=": (0.5, 0.5), "@": (0.5, 0.5)}.get(mark, (0.0, 0.0))
 
 
+@cache
+def masked_class(kind: Any, keys: tuple[str, ...]) -> type:
+    """A module's class, but its parameters `keys` read as what they are times their factors.
+
+    The parameters themselves stay where they are, under their names, for optimizers and state dicts.
+    """
+
+    def product(key: str) -> property:
+        return property(lambda module: getattr(module, _Factors.place)(key, module._parameters[key]))
+
+    return type(f"Masked{kind.__name__}", (kind,), {key: product(key) for key in keys})
+
+
 class _Factors(nn.Module):
-    """A parametrization: a parameter times one factor along each of its dimensions, m^p c^q."""
+    """What the parameters of a module are multiplied by: one factor along each of their dimensions, m^p c^q."""
 
-    def __init__(self, powers: list[tuple[Tensor, Tensor]], like: Tensor) -> None:
+    place = "growth_mask"  # the attribute of the module that it is
+
+    def __init__(self, powers: dict[str, list[Powers]]) -> None:
         super().__init__()
-        self.powers = {f"dim{i}": pair for i, pair in enumerate(powers) if any(bool(power.any()) for power in pair)}
-        for key, (p, _) in self.powers.items():
-            shape = [len(p) if f"dim{i}" == key else 1 for i in range(like.ndim)]
-            self.register_buffer(key, torch.ones(shape, dtype=like.dtype, device=like.device), persistent=False)
+        self.powers = {
+            key: {i: pair for i, pair in enumerate(of) if any(bool(power.any()) for power in pair)}
+            for key, of in powers.items()
+        }
+        for key, of in self.powers.items():
+            for i, (p, _) in of.items():
+                shape = [len(p) if k == i else 1 for k in range(len(powers[key]))]
+                self.register_buffer(f"{key}{i}", torch.ones(shape), persistent=False)
 
-    def forward(self, parameter: Tensor) -> Tensor:
-        for key in self.powers:
-            parameter = parameter * getattr(self, key)
+    def forward(self, key: str, parameter: Tensor) -> Tensor:
+        for i in self.powers[key]:
+            parameter = parameter * getattr(self, f"{key}{i}")
         return parameter
 
     @torch.no_grad()
     def set(self, mask: float, share: float) -> None:
-        for key, (p, q) in self.powers.items():
-            factor = getattr(self, key)
-            factor.copy_((torch.full_like(p, mask) ** p * torch.full_like(q, share) ** q).view_as(factor))
+        for key, of in self.powers.items():
+            for i, (p, q) in of.items():
+                factor = getattr(self, f"{key}{i}")
+                factor.copy_((torch.full_like(p, mask) ** p * torch.full_like(q, share) ** q).view_as(factor))
 
 
 class WeightedLayerNorm(nn.Module):

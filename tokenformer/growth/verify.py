@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .carried import ordinary_name
 from .engine import Growth
 
 
@@ -37,8 +36,7 @@ def live_shares(model: PreTrainedModel, masks: Mapping[str, Tensor], input_ids: 
     handles = []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in trained.items():
-        mask = masks.get(ordinary_name(name))
-        handles.append(p.register_post_accumulate_grad_hook(lambda q, n=name, mask=mask: _count(counts, n, q, mask)))
+        handles.append(p.register_post_accumulate_grad_hook(lambda q, n=name: _count(counts, n, q, masks.get(n))))
     kept = {name: p.grad for name, p in trained.items()}
     for p in trained.values():
         p.grad = None
@@ -67,7 +65,7 @@ def _count(counts: dict[str, list[float]], name: str, p: Tensor, mask: Tensor | 
 
 
 def kind_of(name: str) -> str:
-    parts = ordinary_name(name).split(".")
+    parts = name.split(".")
     return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
 
 
@@ -76,7 +74,6 @@ def duplicated_share(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> flo
     """Share of the rows with new entries, in matrices, that equal another row of the same matrix bit for bit."""
     equal, total = 0, 0
     for name, p in model.named_parameters():
-        name = ordinary_name(name)
         if name not in masks or p.ndim < 2:
             continue
         rows = p.flatten(0, -2)
