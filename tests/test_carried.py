@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from tokenformer import checkpoint, runs
 from tokenformer.flops import count_parameters, low_rank_training_flops, training_flops
 from tokenformer.grow_checkpoint import grow_checkpoint
-from tokenformer.growth import OPERATORS, grow, live_share
+from tokenformer.growth import OPERATORS, freeze_as_grown, grow, live_share
 from tokenformer.growth.carried import restore
 from tokenformer.growth.lowrank import factorise, matrices, projections
 from tokenformer.models import build_config, build_model
@@ -352,6 +352,17 @@ def test_a_restart_may_keep_the_largest_moments() -> None:
     assert torch.equal(state["exp_avg_sq"] > 0, large) and torch.equal(state["birth"] == 0, large)
 
 
+def test_what_an_earlier_growth_froze_stays_frozen() -> None:
+    model = grow(model_of("llama"), "llama_pro", {"num_hidden_layers": 4}, options={"freeze": True}).model
+    growth = grow(model, "relora", {"rank": 4}, optimizer=adam(model))
+    layers = {name.split(".")[2] for name in growth.model.carried.layers}
+    assert layers == {"1", "3"} and not growth.model.get_input_embeddings().weight.requires_grad
+    again = copy.deepcopy(growth.model).requires_grad_(True)
+    freeze_as_grown(again, [growth.event])
+    trained = [[n for n, p in each.named_parameters() if p.requires_grad] for each in (growth.model, again)]
+    assert trained[0] == trained[1]
+
+
 def test_a_factorised_start_has_the_variance_of_the_dense_one_or_is_its_best_approximation() -> None:
     dense = build_model(build_config("llama", fields=DECODER | {"hidden_size": 96, "intermediate_size": 256}))
     random, spectral = copy.deepcopy(dense), copy.deepcopy(dense)
@@ -560,9 +571,24 @@ def test_a_mask_that_would_outlast_its_time_is_refused(shared: Path) -> None:
     plan(recipe_from_dict(table, "the test"))
 
 
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"rank": 2}, "model.rank: the layers of this tokenformer have no linear projection to factorise"),
+        (LLAMA | {"rank": 8}, "model.rank: 8 is no less than the smaller side of every matrix"),
+        (LLAMA | {"rank_start": "spectral"}, "model.rank_start: has no effect without model.rank"),
+        ({"checkpoint": "x", "rank": 2}, "model.checkpoint: brings the whole model, so rank has no effect"),
+    ],
+)
+def test_a_rank_without_effect_is_refused(shared: Path, model: dict[str, Any], says: str) -> None:
+    table = recipe_to_dict(tiny(shared, growth=[])) | {"model": model}
+    with pytest.raises(ValueError, match=says):
+        plan(recipe_from_dict(table, "the test"))
+
+
 def test_two_ranks_carry_what_one_does(shared: Path, whole: Any, tmp_path: Path) -> None:
-    for name in ("masked", "relora"):
-        table, run = recipe_to_dict(recipe_of(shared, name)), tmp_path / name
-        assert on_two_ranks(stopped_by_signal, table, run, int(signal.SIGTERM), 5) == [143, 143]
-        assert on_two_ranks(run_in_child, table, run, True) == [0, 0]
-        assert largest_difference(weights(run), weights(whole(name))) < 1e-3
+    table, run = recipe_to_dict(recipe_of(shared, "masked")), tmp_path / "run"
+    assert on_two_ranks(stopped_by_signal, table, run, int(signal.SIGTERM), 5) == [143, 143]
+    assert (runs.checkpoints(run)[-1] / checkpoint.CARRIED).exists()
+    assert on_two_ranks(run_in_child, table, run, True) == [0, 0]
+    assert largest_difference(weights(run), weights(whole("masked"))) < 1e-3

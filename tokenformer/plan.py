@@ -214,9 +214,10 @@ def first_ranks(recipe: Recipe, config: Any, start: Start) -> Ranks | None:
         return Ranks(carried["kind"], carried["rank"])
     if recipe.model.rank is None:
         return None
-    ranks = settled_ranks(config, Ranks("rank", recipe.model.rank))
+    ranks = settled_ranks(config, Ranks("rank", recipe.model.rank), "model.rank")
     if ranks is None:
-        raise ValueError(f"model.rank = {recipe.model.rank} is no less than the smaller side of every matrix")
+        rank = recipe.model.rank
+        raise ValueError(f"model.rank: {rank} is no less than the smaller side of every matrix; leave it out")
     return ranks
 
 

@@ -69,6 +69,7 @@ def grow(
     the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it mixes old rows with
     new ones, so that its steps are not those of the small model.
     options: the operators' own keywords.
+    masked, rank and relora leave something on the model that training has to carry: Growth.carried.
     Raises ValueError on an unknown operator, axis or option, a smaller or equal target, an operator that does not fit
     or cannot keep its promise, or an optimizer with a state that growth does not know.
     """

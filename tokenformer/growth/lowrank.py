@@ -70,15 +70,16 @@ def relora(now: Ranks | None, rank: int, alpha: float = ALPHA, prune: float = 1.
     return Ranks("relora", rank) if rank else None
 
 
-def settled_ranks(config: PreTrainedConfig, ranks: Ranks | None) -> Ranks | None:
-    """None if a factorised model of that rank has no matrix left to factorise; ValueError where nothing ever is."""
+def settled_ranks(config: PreTrainedConfig, ranks: Ranks | None, key: str = "to.rank") -> Ranks | None:
+    """None if a factorised model of that rank has no matrix left to factorise; ValueError, naming the key, where no
+    matrix ever can be."""
     if ranks is None:
         return None
     sides = matrices(config)
     if not sides:
-        raise ValueError(f"model.rank: the layers of this {config.model_type} have no linear projection to factorise")
+        raise ValueError(f"{key}: the layers of this {config.model_type} have no linear projection to factorise")
     if table_of(config).unit_norm:
-        raise ValueError(f"model.rank: {config.model_type} keeps its matrices at unit length, which products do not")
+        raise ValueError(f"{key}: {config.model_type} keeps its matrices at unit length, which products do not")
     whole = ranks.kind == "rank" and all(ranks.rank >= min(sides_of) for sides_of in sides)
     return None if whole else ranks
 
@@ -149,7 +150,7 @@ def factorise(model: PreTrainedModel, rank: int, start: str = "random", seed: in
     """
     if start not in ("random", "spectral"):
         raise ValueError(f"model.rank_start: {start!r} is not known; allowed: random, spectral")
-    if settled_ranks(model.config, Ranks("rank", rank)) is None:
+    if settled_ranks(model.config, Ranks("rank", rank), "model.rank") is None:
         raise ValueError(f"model.rank: {rank} is no less than the smaller side of every matrix; leave it out")
     layers = {}
     for name, layer in projections(model):

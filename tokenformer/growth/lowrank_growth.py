@@ -12,17 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .carried import carried_of
 from .engine import GRADIENT_POWERS, Growth, newborn, same_kind
-from .lowrank import (
-    ALPHA,
-    Factors,
-    LowRank,
-    Ranks,
-    draw,
-    layer_matrix,
-    projections,
-    ranks_of,
-    settled_ranks,
-)
+from .lowrank import ALPHA, Factors, LowRank, Ranks, draw, layer_matrix, projections, ranks_of, settled_ranks
 from .operators import OPERATORS
 from .tensors import generator_for, spread
 
@@ -64,7 +54,7 @@ def grow_low_rank(
         "operator": operator,
         "promise": "exact",
         "note": "",
-        "moment_factors": "exact",
+        "moment_factors": "started afresh" if before and any(bool(mask.all()) for mask in new.values()) else "exact",
         "options": dict(options),
         "from": {"rank": before.rank if before else 0},
         "to": dict(to),
