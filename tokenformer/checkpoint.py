@@ -54,13 +54,8 @@ def save_checkpoint(
     Raises ValueError with one line when the place is taken, full or not writable; nothing half written is
     left.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} already exists; choose another place for the checkpoint")
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    made, carried = runs.missing(folder.parent), carried_of(model)
-    try:
-        temporary.mkdir(parents=True)
+    carried = carried_of(model)
+    with written_whole(folder) as temporary:
         with quiet():
             model.save_pretrained(temporary, state_dict=None if carried is None else carried.ordinary())
         if carried is not None:
@@ -77,6 +72,20 @@ def save_checkpoint(
             save_tensors({f"rank{i}.{k}": t for i, s in enumerate(states) for k, t in s.items()}, temporary / RNG)
             runs.write_json(temporary / TRAINER, trainer)
         runs.write_json(temporary / LINEAGE, list(lineage))
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def written_whole(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` to write into, which at the end is flushed and takes that name, or is removed."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} already exists; choose another place for the checkpoint")
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    made = runs.missing(folder.parent)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
         flush_to_disk(temporary)
         os.rename(temporary, folder)
         flush_path(folder.parent)
@@ -86,12 +95,16 @@ def save_checkpoint(
         if isinstance(error, (OSError, SafetensorError)):
             raise ValueError(f"{folder}: the checkpoint cannot be written ({write_reason(error)})") from error
         raise
-    return folder
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     save = getattr(tokenizer, "save", None) or tokenizer.save_pretrained
-    save(folder)
+    try:
+        save(folder)
+    except Exception as error:
+        if type(error) is Exception:  # what tokenizers raises on a full disk
+            raise OSError(str(error)) from error
+        raise
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -140,13 +153,19 @@ def find_checkpoint(place: str | Path) -> Path:
     complete = runs.checkpoints(place)
     if complete:
         return complete[-1]
+    if (place / runs.RACE).exists():
+        arms = sorted(str(path) for path in (place / runs.ARMS).glob("*"))
+        raise ValueError(f"{place} is a race; name one of its arms: {', '.join(arms)}")
+    if (place / runs.RECIPE).exists():
+        raise ValueError(f"{place} is a run without a checkpoint yet")
     raise ValueError(f"{place} is not a checkpoint: it has no config.json")
 
 
-def load_checkpoint(folder: str | Path) -> tuple[Any, list[dict[str, Any]]]:
+def load_checkpoint(folder: str | Path, mapped: bool = False) -> tuple[Any, list[dict[str, Any]]]:
     """The model in `folder` (a checkpoint, a run, or any transformers causal model folder) and its lineage.
 
-    The model comes in eval mode and in the dtype it was stored in. Raises ValueError, naming the file, when
+    The model comes in eval mode and in the dtype it was stored in; with `mapped` its weights stay pages of their files,
+    which the system reads as they are needed. Raises ValueError, naming the file, when
     the folder is no checkpoint, a file is missing, cut short or of the wrong shape, or a weight is NaN or
     infinite.
     """
@@ -167,7 +186,7 @@ def load_checkpoint(folder: str | Path) -> tuple[Any, list[dict[str, Any]]]:
         raise ValueError(f"{files[0]}: {name} has no place in the model that config.json describes")
     require_finite(model, files[0])
     # The file's bytes are mapped at any address, and matrix products round by alignment: take memory of our own.
-    for parameter in model.parameters():
+    for parameter in () if mapped else model.parameters():
         parameter.data = parameter.data.clone()
     return model, read_lineage(folder)
 
@@ -176,6 +195,11 @@ def read_carried(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint says of the growth that it is amid; None if it is amid none."""
     path = folder / CARRIED
     return runs.read_object(path, {"kind": str}) if path.exists() else None
+
+
+def require_nothing_carried(folder: Path) -> None:
+    if (folder / CARRIED).exists():
+        raise ValueError(f"{folder / CARRIED}: the checkpoint is amid a growth, which training has to finish first")
 
 
 def restore_carried(folder: Path, model: Any) -> None:
@@ -205,7 +229,7 @@ def load_config(folder: Path) -> Any:
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"{folder / 'config.json'}: has no model_type, so it is not a model's configuration")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # validation errors of many kinds, which share no class
         raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())[:200]}") from error
 
@@ -219,6 +243,7 @@ def build_from(folder: Path) -> tuple[Any, dict[str, Any]]:
             return AutoModelForCausalLM.from_pretrained(
                 folder,
                 local_files_only=True,
+                trust_remote_code=False,  # neither run nor asked for
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -318,8 +343,8 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     from .optim import load_named_state
 
     path = folder / OPTIMIZER
-    if carried_of(model) is None and (folder / CARRIED).exists():
-        raise ValueError(f"{folder / CARRIED}: the checkpoint is amid a growth, which training has to finish first")
+    if carried_of(model) is None:
+        require_nothing_carried(folder)
     tensors = read_tensors(path)
     try:
         load_named_state(optimizer, model, tensors)

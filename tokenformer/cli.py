@@ -41,8 +41,8 @@ TEXTS = {
         and every key. key=value changes one key of it for this run. The run folder gets the recipe in full,
         the environment, metrics, checkpoints, the result and report.html. A recipe with [[arm]] tables is a
         race: each arm is trained. Ctrl-C and SIGTERM write a checkpoint first; --resume goes on from the
-        last one. model.checkpoint goes on from a checkpoint, its moments and its cost included; what it has
-        seen of the text is skipped.
+        last one. model.checkpoint goes on from a checkpoint, its moments and its cost included;
+        data.skip_tokens passes over the text that it has seen, and too small a number is refused.
 
           tokenformer train tiny --out runs/first train.steps=100 growth.0.to.ffn_tokens=256
           tokenformer train runs/first/recipe.json --out runs/first --resume
@@ -51,14 +51,26 @@ TEXTS = {
         """,
     ),
     "grow": (
-        "grow a checkpoint by parameter tokens, optimizer state included",
+        "grow a checkpoint of any supported architecture, optimizer state included",
         """
-        CHECKPOINT is a checkpoint or a run folder (then its newest checkpoint). OUT is a new checkpoint with
-        the larger sizes; the old one is not touched. Prints the plan and the largest change of any logit, as
-        measured.
+        CHECKPOINT is a checkpoint, a run folder (then its newest checkpoint) or a name on the Hugging Face hub.
+        OUT is a new checkpoint of the same architecture with the larger sizes; the old one is not touched. Weights
+        pass tensor by tensor and keep their dtype. Prints the plan first, and at the end what it measured: how far
+        the logits moved, which new entries get gradient, how many are copies. --dry-run prints the plan alone.
 
           tokenformer grow runs/first runs/grown --to ffn=256,qkv=64,proj=64
-          tokenformer grow runs/first runs/grown --to ffn_tokens=256 --operator tile
+          tokenformer grow org/llama grown --operator lemon+llama_pro --to hidden_size=3072 --to num_hidden_layers=24
+          tokenformer grow org/llama --dry-run --operator net2wider --option noise=0.01 --to intermediate_size=8192
+        """,
+    ),
+    "operators": (
+        "list the growth operators: what each grows, its promise, its source, its options",
+        """
+        For each operator: exact, exact if, or approximate; where it is from; the architectures that it fits, with the
+        fields that --to takes there; its options. With NAME, what it does in full.
+
+          tokenformer operators
+          tokenformer operators lemon
         """,
     ),
     "eval": (
@@ -104,13 +116,16 @@ TEXTS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a mistake or a full disk or memory, 130 for an interrupt."""
-    arguments, rest = parser().parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments, rest = parser().parse_known_args(words)
     # argparse takes no positional arguments on both sides of an option, and people write overrides anywhere.
     if hasattr(arguments, "overrides") and not any(text.startswith("-") for text in rest):
         arguments.overrides += rest
     elif rest:
         Parser(prog=f"tokenformer {arguments.verb}").error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        for word in words:
+            require_utf8(word)
         arguments.run(arguments)
     except (KeyboardInterrupt, Exception) as error:
         code = exit_code(error)
@@ -122,6 +137,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"tokenformer: {one_line(error)}", file=sys.stderr)
         return code
     return 0
+
+
+def require_utf8(word: str) -> None:
+    """Python stands surrogates in for bytes of the command line that are no text; nothing could write them down."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{ascii(word)}: is not UTF-8 text") from None
 
 
 def exit_code(error: BaseException) -> int | None:
@@ -195,20 +218,38 @@ def parser() -> Parser:
     race_arguments(sub)
 
     sub = verb("grow", verbs.grow)
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
-    sub.add_argument("out", metavar="OUT", help="the checkpoint to make; it must not exist")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run folder, or org/name on the hub")
+    sub.add_argument("out", metavar="OUT", nargs="?", help="the checkpoint to make; it must not exist")
     sub.add_argument(
-        "--to", action="append", required=True, metavar="AXIS=SIZE,...", help="new sizes; repeatable"
+        "--to", action="append", required=True, metavar="FIELD=SIZE,...", help="new sizes; repeatable"
     )
     sub.add_argument(
         "--operator",
-        default="zero_keys",
-        help="one of `tokenformer operators`, or several joined by + (%(default)s)",
+        metavar="NAME[+NAME]",
+        help="of `tokenformer operators` (zero_keys for parameter tokens, zero for the rest)",
     )
+    sub.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the operator; repeatable")
+    sub.add_argument("--dry-run", action="store_true", help="print the plan and write nothing; needs no OUT")
     sub.add_argument(
         "--moments", default="keep", choices=("keep", "drop"), help="Adam's, of the old rows (%(default)s)"
     )
+    sub.add_argument(
+        "--measure",
+        default="auto",
+        choices=("auto", "full", "logits", "none"),
+        help="auto: in full up to 8 GB of weights, the logits alone up to 64 GB (%(default)s)",
+    )
+    sub.add_argument(
+        "--shard-gigabytes",
+        type=float,
+        default=5.0,
+        metavar="N",
+        help="most that one file of weights holds (%(default)s)",
+    )
     sub.add_argument("--seed", type=int, default=0, help="of the new rows (%(default)s)")
+
+    sub = verb("operators", verbs.operators)
+    sub.add_argument("name", metavar="NAME", nargs="?", help="one of them, in full")
 
     sub = verb("eval", verbs.evaluate)
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
@@ -218,7 +259,7 @@ def parser() -> Parser:
         "--source", metavar="SOURCE", help="score the held-out share of this; as data.source in a recipe"
     )
     sub.add_argument(
-        "--sequence-length", type=int, metavar="TOKENS", help="of each window (the run's own, or 256)"
+        "--sequence-length", type=int, metavar="TOKENS", help="of each window (the run's own; 256 or the model's most)"
     )
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
     sub.add_argument("--out", metavar="FILE", help="write the numbers as JSON as well")
@@ -227,7 +268,7 @@ def parser() -> Parser:
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
     sub.add_argument("--prompt", default="", help="the text to continue (default: none)")
     sub.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (%(default)s)"
+        "--max-new-tokens", type=int, metavar="N", help=f"at most so many ({verbs.NEW_TOKENS}, if the model has room)"
     )
     sub.add_argument("--temperature", type=float, help="below 1: safer, above 1: wilder (0.8)")
     sub.add_argument("--top-k", type=int, help="sample among the K likeliest tokens; 0: all (0)")

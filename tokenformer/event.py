@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,5 +42,5 @@ def sizes_text(event: dict[str, Any]) -> str:
     return f"{', '.join(axes)}, {event['parameters_before']:,} -> {event['parameters_after']:,} parameters"
 
 
-def change_text(event: dict[str, Any]) -> str:
+def change_text(event: Mapping[str, Any]) -> str:
     return f"logits moved by at most {event['max_logit_change']:.1e}"

@@ -3,16 +3,22 @@
 Everything heavy is imported inside the functions. cli.py has the arguments, their help, and the errors' end.
 """
 
+import contextlib
+import inspect
+import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 LARGEST_SEED = 2**32 - 1  # as in recipes
 LARGEST_SIZE = 10**12 - 1  # beyond any memory, and the products of sizes still fit 64 bits
+NEW_TOKENS = 256
 LEAST_TEMPERATURE = 0.001  # logits over less than this could leave the range of float32
 
 
@@ -76,12 +82,72 @@ def require_seed(seed: int) -> None:
 
 
 def grow(arguments: Any) -> None:
-    to = sizes(arguments.to)
+    to, options = sizes(arguments.to), operator_options(arguments.option)
     require_seed(arguments.seed)
-    from .grow_checkpoint import grow_checkpoint
+    if not 0 < arguments.shard_gigabytes < float("inf"):
+        raise ValueError(f"--shard-gigabytes {arguments.shard_gigabytes}: must be more than 0")
+    if arguments.out is None and not arguments.dry_run:
+        raise ValueError("OUT: name the checkpoint to make, or ask for --dry-run alone")
+    from .grow_checkpoint import grow_checkpoint, plan_lines, prepare
 
-    checkpoint, out = Path(arguments.checkpoint), Path(arguments.out)
-    grow_checkpoint(checkpoint, out, arguments.operator, to, arguments.moments, arguments.seed, say)
+    checkpoint, operator, moments, seed = arguments.checkpoint, arguments.operator, arguments.moments, arguments.seed
+    if arguments.dry_run:
+        for line in plan_lines(prepare(checkpoint, operator, to, moments, seed, options)):
+            say(line)
+        return
+    with terminated_as_interrupted():
+        grow_checkpoint(
+            checkpoint, arguments.out, operator, to, moments, seed, say, options, arguments.measure,
+            round(arguments.shard_gigabytes * 1e9),
+        )
+
+
+def operator_options(texts: Sequence[str]) -> dict[str, Any]:
+    """["noise=0.1", "where=end"] -> {"noise": 0.1, "where": "end"}; true and false are such, not words."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = (word.strip() for word in text.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"--option {text}: write NAME=VALUE, such as noise=0.1")
+        if key in options:
+            raise ValueError(f"--option {text}: {key} is given twice")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends the work by way of its own tidying up, as Ctrl-C does."""
+
+    def leave(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def operators(arguments: Any) -> None:
+    from .growth.operators import OPERATORS, operators_of
+    from .models.tables import TABLES
+
+    chosen = operators_of(arguments.name) if arguments.name else list(OPERATORS.values())
+    for each in chosen:
+        say(f"{each.name}: {each.promise} ({each.source})")
+        fits: dict[str, list[str]] = {}
+        for architecture in each.architectures:
+            fits.setdefault(", ".join(each.fields(TABLES[architecture]) or each.axes), []).append(architecture)
+        for fields_text, architectures in fits.items():
+            say(f"    {', '.join(architectures)}: {fields_text}")
+        if each.options:
+            say(f"    options: {', '.join(f'{key}={json.dumps(value)}' for key, value in each.options.items())}")
+        text = inspect.getdoc(each.function) if arguments.name else each.summary
+        say(textwrap.indent(text or "", "    "))
 
 
 def evaluate(arguments: Any) -> None:
@@ -95,10 +161,17 @@ def evaluate(arguments: Any) -> None:
     from .runs import write_json
 
     folder = find_checkpoint(arguments.checkpoint)
-    device = choose_device(arguments.device, Ranks())
+    device = choose_device(arguments.device, Ranks(), "--device")
+    model, _ = load_checkpoint(folder)
     section = run_section(folder) or stream_section(folder)
     section.source = arguments.source or section.source
-    section.sequence_length = arguments.sequence_length or section.sequence_length
+    longest = positions(model)
+    if (arguments.sequence_length or 1) > longest:
+        raise ValueError(
+            f"--sequence-length {arguments.sequence_length}: is more than the model's "
+            f"max_position_embeddings = {longest}"
+        )
+    section.sequence_length = arguments.sequence_length or min(section.sequence_length, longest)
     if arguments.text:
         parts = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
     elif section.source:
@@ -107,7 +180,6 @@ def evaluate(arguments: Any) -> None:
         raise ValueError(
             f"{folder} names no text that it was trained on, so say what to score: --text PATH or --source embedded"
         )
-    model, _ = load_checkpoint(folder)
     measured = score(model.to(device), parts, device)
     say(
         f"{measured['bits_per_byte']:.4f} bits per byte, loss {measured['loss']:.4f} nats per token: "
@@ -118,6 +190,11 @@ def evaluate(arguments: Any) -> None:
         about = {"checkpoint": str(folder), **scored, "sequence_length": section.sequence_length}
         write_json(arguments.out, {**about, **measured})
         say(f"numbers: {arguments.out}")
+
+
+def positions(model: Any) -> int:
+    """How many tokens a model may be given at once."""
+    return getattr(model.config, "max_position_embeddings", None) or LARGEST_SIZE
 
 
 def require_writable(file: Path) -> None:
@@ -179,13 +256,9 @@ def generate(arguments: Any) -> None:
         )
     if top_k < 0:
         raise ValueError(f"--top-k {top_k}: must be 0 (all tokens) or more")
-    if arguments.max_new_tokens < 1:
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: must be 1 or more")
     require_seed(arguments.seed)
-    try:
-        arguments.prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"--prompt {ascii(arguments.prompt)}: is not UTF-8 text") from None
     import torch
 
     from .checkpoint import find_checkpoint, load_checkpoint
@@ -194,11 +267,18 @@ def generate(arguments: Any) -> None:
     from .report.units import printable
 
     folder = find_checkpoint(arguments.checkpoint)
-    device = choose_device(arguments.device, Ranks())
+    device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
     tokenizer = load_tokenizer(str(folder))
     end = tokenizer.eos_token_id
     ids = torch.tensor([tokenizer.encode(arguments.prompt) or [end]], device=device)
+    longest = positions(model)
+    room = longest - ids.shape[1]
+    if room < (arguments.max_new_tokens or 1):
+        raise ValueError(
+            f"--max-new-tokens {arguments.max_new_tokens or 1}: is more than {max(room, 0)}, what the {ids.shape[1]:,} "
+            f"tokens of --prompt leave of the model's max_position_embeddings = {longest}"
+        )
     chance = (
         {"do_sample": False}
         if arguments.greedy
@@ -208,7 +288,7 @@ def generate(arguments: Any) -> None:
     output = model.to(device).generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or min(NEW_TOKENS, room),
         pad_token_id=end,
         eos_token_id=end,
         **chance,
