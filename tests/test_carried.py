@@ -220,6 +220,26 @@ def test_new_entries_have_no_gradient_at_mask_0_and_have_it_from_the_first_step_
     assert min(share for kind, share in shares.items() if kind not in ("embed_tokens", "wte", "wpe")) > 0.6
 
 
+def gradients(model: Any) -> dict[str, Tensor]:
+    with wide():
+        model.eval()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("name", "to"), [case for case in CASES if "num_hidden_layers" not in case[1]])
+def test_old_entries_have_their_old_gradients_at_mask_0_so_that_moments_move_as_they_are(
+    name: str, to: dict[str, int]
+) -> None:
+    model = model_of(name)
+    growth = grow(model, "masked", to, options={"ramp_steps": 2})
+    assert growth.event["moment_factors"] == "exact"
+    old, new = gradients(model), gradients(growth.model)
+    for key, gradient in new.items():
+        if key in growth.new:  # new slots lie among the old ones, whose order stays
+            gradient = gradient[~growth.new[key].expand_as(gradient)].view_as(old[key])
+        assert float((gradient - old[key]).abs().max()) < 1e-9 * max(1.0, float(old[key].abs().max()))
+
+
 def test_old_entries_keep_their_moments_and_new_ones_have_their_own_count_through_the_ramp() -> None:
     model = model_of("llama")
     optimizer = adam(model)
