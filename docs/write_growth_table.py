@@ -27,6 +27,7 @@ PAGE = ROOT / "docs" / "growth.md"
 BEGIN, END = "<!-- written by docs/write_growth_table.py -->\n", "<!-- end of what is written -->\n"
 COLUMNS = {
     "Llama": "llama",
+    "Mistral": "mistral",
     "Qwen2": "qwen2",
     "Qwen3": "qwen3",
     "GPT-2": "gpt2",

@@ -40,6 +40,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         ODD | INNER | {"num_key_value_heads": 2, "head_dim": 10, "attention_bias": True, "mlp_bias": True},
     ),
+    "mistral": ("mistral", ODD | INNER | {"num_key_value_heads": 2}),
+    "mixtral": ("mixtral", ODD | INNER | {"num_local_experts": 5, "num_experts_per_tok": 3, "num_key_value_heads": 2}),
+    "mixtral-one-expert": (
+        "mixtral",
+        ODD | INNER | {"num_local_experts": 1, "num_experts_per_tok": 1, "num_key_value_heads": 4},
+    ),
     "ngpt": ("ngpt", ODD | INNER),
     "ngpt-grouped": ("ngpt", ODD | INNER | {"num_key_value_heads": 2, "head_dim": 16}),
     "gpt2": ("gpt2", ODD | {"n_positions": 40, "n_inner": 67}),
@@ -61,6 +67,7 @@ def _make(name: str) -> Any:
     architecture, fields = CASES[name]
     config = build_config(architecture, None, fields)
     config._attn_implementation = "eager"  # torch's counter is blind to the fused attention of a CPU
+    config._experts_implementation = "eager"  # and to grouped matrix products
     return config, build_model(config).eval()
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import checkpoint as files
-from ..growth import duplicated_share
+from ..growth import LoadCounter, duplicated_share, load_numbers
 from ..growth.engine import new_entries
 from ..growth.tensors import TensorMaps
 from ..growth.verify import live_shares
+from ..models.axes import parameter_dims
 from .plan import Prepared
 
 PROBE = (2, 64)  # sequences and tokens of the batch that a growth is measured on
@@ -27,28 +28,28 @@ class NewEntries(Mapping[str, Tensor]):
     """Where each parameter has new entries, `copies` among them or not; worked out when asked for."""
 
     def __init__(self, prepared: Prepared, copies: bool) -> None:
-        self.ndims = {name: p.ndim for name, p in prepared.new.named_parameters()}
-        self.find: Callable[[str, int], Tensor | None] = lambda name, ndim: None
+        self.names = [name for name, _ in prepared.new.named_parameters()]
+        self.find: Callable[[str], Tensor | None] = lambda name: None
         for maps in prepared.maps:
             self.find = self._after(maps, copies, self.find)
 
     @staticmethod
     def _after(
-        maps: TensorMaps, copies: bool, before: Callable[[str, int], Tensor | None]
-    ) -> Callable[[str, int], Tensor | None]:
-        return lambda name, ndim: new_entries(name, ndim, maps, copies, lambda source: before(source, ndim))
+        maps: TensorMaps, copies: bool, before: Callable[[str], Tensor | None]
+    ) -> Callable[[str], Tensor | None]:
+        return lambda name: new_entries(name, len(parameter_dims(maps.config, name)), maps, copies, before)
 
     def __getitem__(self, name: str) -> Tensor:
-        mask = self.find(name, self.ndims[name])
+        mask = self.find(name)
         if mask is None:
             raise KeyError(name)
         return mask
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.ndims)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.ndims)
+        return len(self.names)
 
 
 def measured(prepared: Prepared, new: Path, measure: str) -> dict[str, Any]:
@@ -58,13 +59,15 @@ def measured(prepared: Prepared, new: Path, measure: str) -> dict[str, Any]:
     if measure == "none":
         return {}
     ids = torch.randint(prepared.old.config.vocab_size, PROBE, generator=torch.Generator().manual_seed(0))
-    before = logits_of(mapped_model(prepared.folder), ids)
+    before, load_before = logits_of(mapped_model(prepared.folder), ids)
     model = mapped_model(new)
-    after = logits_of(model, ids)
+    after, load_after = logits_of(model, ids)
     result: dict[str, Any] = {
         "max_logit_change": (before - after).abs().max().item(),
         "largest_logit": before.abs().max().item(),
     }
+    if load_after:
+        result["expert_load"] = {"before": load_before, "after": load_after}
     if measure == "full":
         for p in model.parameters():
             p.requires_grad_(True)
@@ -82,5 +85,8 @@ def mapped_model(folder: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False).logits.double()
+def logits_of(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """And how its experts share the tokens, if it has any."""
+    with LoadCounter(model) as load:
+        logits = model(input_ids=ids, use_cache=False).logits.double()
+    return logits, load_numbers(load.counts)

@@ -83,6 +83,8 @@ def prepare(
     if len(trained) < len(list(new.named_parameters())):
         event["trained_parameters"] = trained
     split, reason = how_stored(old, stored)
+    if new.config.model_type != config.model_type:
+        reason = f"files name a {new.config.model_type}'s tensors otherwise than the model does"
     return Prepared(
         folder=folder,
         operator=operator,
