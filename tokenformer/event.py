@@ -20,12 +20,13 @@ def grow_measured(
     seed: int = 0,
     moments: str = "keep",
     options: dict[str, Any] | None = None,
+    batches: Any = None,
 ) -> Growth:
     """`growth.grow`, its event with three measurements more: max_logit_change and live_at_once, both on `input_ids`
     (B, T), and grow_seconds, of the growth alone.
     """
     began = time.perf_counter()
-    growth = grow(model, operator, to, optimizer=optimizer, seed=seed, moments=moments, options=options)
+    growth = grow(model, operator, to, optimizer, seed, moments, options, batches)
     seconds = time.perf_counter() - began
     growth.event.update(
         max_logit_change=largest_logit_change(model, growth.model, input_ids),

@@ -321,7 +321,7 @@ def growth_due(run: Run, state: State) -> dict[str, Any]:
         slope = slope_at(state.loss_sums, step, planned.window, run.start.tokens, planned.tokens_per_step)
         if slope is not None and slope > section.at_slope:
             earliest = Fraction(str(section.at_earliest_fraction)) * planned.budget_flops
-            if planned.flops_at(step) >= earliest:
+            if planned.flops_at(step, state.grown) >= earliest:
                 return {"trigger": "at_slope", "slope": slope}
     if step < planned.growth_steps[state.grown]:
         return {}
@@ -344,6 +344,7 @@ def grow_now(run: Run, state: State) -> None:
         section.seed,
         section.moments,
         section.options,
+        past_batches(run, state.step),
     )
     assert isinstance(grown.optimizer, AdamW)
     state.model, state.optimizer = grown.model.train(), grown.optimizer
@@ -360,6 +361,14 @@ def grow_now(run: Run, state: State) -> None:
     if "slope" in due:
         to_go = f"; {state.plan.steps} steps in all, not {steps}" if state.plan.steps != steps else ""
         run.tell(f"the slope of the loss was {due['slope']:.4f}, above {section.at_slope}{to_go}")
+
+
+def past_batches(run: Run, step: int) -> Iterator[list[Tensor]]:
+    """What a growth may learn on: the batches of the steps done, newest first and then again, in parts that fit. It is
+    text that the run has trained on, so that none is used up, and that a resumed run has as well."""
+    while True:
+        for past in reversed(range(step)):
+            yield list(run.batches[past].split(rows_at_once(run)))
 
 
 # --- the end ---

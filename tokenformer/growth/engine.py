@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..models.axes import parameter_dims, size_of
 from .exactness import moments_are_exact, why_not_exact
+from .ligo import Batches, learn
 from .operators import Operator, steps_of, target_sizes
 from .plan import Plan
 from .tensors import TensorMaps
@@ -50,6 +51,7 @@ def grow(
     seed: int = 0,
     moments: str = "keep",
     options: dict[str, Any] | None = None,
+    batches: Batches | None = None,
 ) -> Growth:
     """A larger model made from `model` by the operator of that name; nothing that is passed in is altered.
 
@@ -61,6 +63,8 @@ def grow(
     instead, so that the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it
     mixes old rows with new ones, so that its steps are not those of the small model.
     options: the operators' own keywords.
+    batches: text for an operator that learns (ligo): token ids (B, T + 1), one batch a step. The event says what that
+    cost in growth_flops.
     Raises ValueError on an unknown operator, axis or option, a smaller or equal target, an operator that does not fit
     or cannot keep its promise, or an optimizer with a state that growth does not know.
     """
@@ -70,16 +74,21 @@ def grow(
     steps = steps_of(model.config, operator, to or {}, seed, options)
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
+    growth_flops, losses = 0, list[float]()
     dropped = moments == "drop" or any(plan.drops_moments for _, _, plan in steps)
     for _, config, plan in steps:
         maps = TensorMaps(config, plan)
         grown = _grow_weights(model, maps, seed)
+        learned = learn(model, grown, maps, batches, seed) if plan.learning else {}
+        growth_flops += learned.get("growth_flops", 0)
+        losses += learned.get("learning_losses", [])
         new, copies = (_carry(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
         if optimizer is not None:
             optimizer = _grow_optimizer(model, grown, maps, optimizer, dropped)
         model = grown
     event = event_of(before, model, operator, to or {}, steps, options or {})
     event |= {"seed": seed, "moments": "dropped" if dropped else "kept"}
+    event |= {"growth_flops": growth_flops, "learning_losses": losses}
     return Growth(model, optimizer, event["promise"], event, new, copies)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from ..models.axes import Table, field_of, size_of, table_of
 from ..models.tables import TABLES
-from . import depth, tokens, width
+from . import depth, ligo, tokens, width
 from .exactness import settled, why_not_exact
 from .plan import Plan
 
@@ -24,7 +24,8 @@ class Operator:
     """A declaration: from it the command line's list, the plan of a growth, the table in docs/ and the tests are made.
 
     axes: what it grows, by the names of models/tables.py, and `layers`. promise: "exact", "exact if ..." (else it
-    refuses), or "approximate". symmetric: whether copies stay equal without dropout or noise.
+    refuses), or "approximate". symmetric: whether copies stay equal without dropout or noise. cost: FLOPs of the growth
+    itself, of a configuration and a plan, if it learns on batches of so many sequences of such a length.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Operator:
     promise: str
     source: str
     symmetric: bool = False
+    cost: Callable[[PreTrainedConfig, Plan, int, int], int] = lambda config, plan, sequence_length, sequences: 0
 
     @property
     def exact(self) -> bool:
@@ -111,6 +113,7 @@ _ALL = (
     Operator("midas", depth.midas, ("layers",), "approximate", "arXiv 2409.19044"),
     Operator("solar", depth.solar, ("layers",), "approximate", "arXiv 2312.15166"),
     Operator("jump", depth.jump, ("layers",), "approximate", "arXiv 2511.04981"),
+    Operator("ligo", ligo.ligo, (*WIDTHS, *TOKENS, "layers"), "approximate", "arXiv 2303.00980", cost=ligo.cost),
 )
 OPERATORS = {operator.name: operator for operator in _ALL}
 

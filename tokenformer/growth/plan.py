@@ -56,6 +56,15 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """Maps that are only where learned ones start (ligo.py): steps, learning rate, noise of the copies at first."""
+
+    steps: int
+    learning_rate: float
+    noise: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """An operator's answer.
 
@@ -80,6 +89,7 @@ class Plan:
     drops_moments: bool = False
     resets_copies: bool = False  # second copies start with no moments, as fresh entries do
     frozen: bool = False  # old layers are not trained on
+    learning: Learning | None = None
 
     @property
     def adds_entries(self) -> bool:
