@@ -42,5 +42,13 @@ def sizes_text(event: dict[str, Any]) -> str:
     return f"{', '.join(axes)}, {event['parameters_before']:,} -> {event['parameters_after']:,} parameters"
 
 
+def learning_text(event: dict[str, Any]) -> str:
+    """What learning its maps took and gave; empty if the growth learned nothing."""
+    if not event.get("learning_losses"):
+        return ""
+    first, last = event["learning_losses"]
+    return f"its maps were learned: loss {first:.4f} -> {last:.4f}, {event['growth_flops']:.3g} FLOPs"
+
+
 def change_text(event: dict[str, Any]) -> str:
     return f"logits moved by at most {event['max_logit_change']:.1e}"

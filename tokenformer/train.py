@@ -27,7 +27,7 @@ from . import checkpoint, distributed, runs
 from .data import Batches, Corpus, eval_windows, load_tokenizer, prepare
 from .distributed import Ranks
 from .evaluate import evaluate, sample_text
-from .event import change_text, grow_measured, sizes_text
+from .event import change_text, grow_measured, learning_text, sizes_text
 from .flops import count_parameters
 from .models import build_model
 from .optim import AdamW
@@ -355,9 +355,12 @@ def grow_now(run: Run, state: State) -> None:
     state.loss_sums.clear()
     state.plan = plan_of(run, state.grown_at)
     why = {"growth": event.name, **due}
+    itself = {"growth_flops": event.flops} if event.flops else {}
     state.lineage.append({**grown.event, **position(run, state), "learning_rate": section.learning_rate, **why})
-    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS} | why)
+    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS} | itself | why)
     run.tell(f"grown at step {state.step}: {sizes_text(grown.event)}, {change_text(grown.event)}")
+    if learning_text(grown.event):
+        run.tell(learning_text(grown.event))
     if "slope" in due:
         to_go = f"; {state.plan.steps} steps in all, not {steps}" if state.plan.steps != steps else ""
         run.tell(f"the slope of the loss was {due['slope']:.4f}, above {section.at_slope}{to_go}")

@@ -74,21 +74,19 @@ def grow(
     steps = steps_of(model.config, operator, to or {}, seed, options)
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
-    growth_flops, losses = 0, list[float]()
+    learned: dict[str, Any] = {"growth_flops": 0}
     dropped = moments == "drop" or any(plan.drops_moments for _, _, plan in steps)
     for _, config, plan in steps:
         maps = TensorMaps(config, plan)
         grown = _grow_weights(model, maps, seed)
-        learned = learn(model, grown, maps, batches, seed) if plan.learning else {}
-        growth_flops += learned.get("growth_flops", 0)
-        losses += learned.get("learning_losses", [])
+        if plan.learning is not None:
+            learned |= learn(model, grown, maps, batches, seed)
         new, copies = (_carry(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
         if optimizer is not None:
             optimizer = _grow_optimizer(model, grown, maps, optimizer, dropped)
         model = grown
     event = event_of(before, model, operator, to or {}, steps, options or {})
-    event |= {"seed": seed, "moments": "dropped" if dropped else "kept"}
-    event |= {"growth_flops": growth_flops, "learning_losses": losses}
+    event |= {"seed": seed, "moments": "dropped" if dropped else "kept", **learned}
     return Growth(model, optimizer, event["promise"], event, new, copies)
 
 
