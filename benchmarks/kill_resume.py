@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,16 +85,23 @@ def finish(run: Path, *changes: str) -> None:
 
 
 def kill(run: Path, draw: random.Random, seconds: float) -> tuple[float, str]:
-    """Start a run and kill it; the moment, counted from its first file, and the newest checkpoint it then had."""
-    process, moment = start(run), draw.random() * seconds
-    while not (run / "recipe.json").exists():
-        if process.poll() is not None:
-            raise SystemExit(f"{run.name} ended before it began")
-        time.sleep(0.005)
-    time.sleep(moment)
-    process.kill()
-    if process.wait() != -signal.SIGKILL:
-        print("  it was faster than the kill; resuming it changes nothing")
+    """Start a run and kill it; the moment, counted from its first file, and the newest checkpoint it then had.
+
+    A run that had its result by then was not killed at work, and is made again.
+    """
+    while True:
+        process, moment = start(run), draw.random() * seconds
+        while not (run / "recipe.json").exists():
+            if process.poll() is not None:
+                raise SystemExit(f"{run.name} ended before it began")
+            time.sleep(0.005)
+        time.sleep(moment)
+        process.kill()
+        process.wait()
+        if not (run / "result.json").exists():
+            break
+        print(f"  {moment:.2f} s were too long: it had ended, which does not count")
+        shutil.rmtree(run)
     steps = sorted(path.name for path in run.glob("checkpoints/step-*"))
     return moment, steps[-1] if steps else "none"
 

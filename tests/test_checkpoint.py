@@ -112,6 +112,18 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path)[1] == [{"step": 2}]
 
 
+def test_a_folder_without_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a run without a checkpoint yet"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "arms" / "small").mkdir(parents=True)
+    (tmp_path / "race.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a race; name one of its arms: .*arms/small"):
+        find_checkpoint(tmp_path)
+
+
 def alter(folder: Path, change: Any) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
@@ -171,6 +183,30 @@ def test_bad_input_is_one_line_that_names_the_file(good: Path, spoil: Any, messa
         load_checkpoint(good)
     assert "\n" not in str(caught.value)
     assert good.name in str(caught.value)
+
+
+def test_code_that_a_checkpoint_brings_is_neither_run_nor_asked_about(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    from tokenformer.data import HFTokenizer
+
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
+    config = json.loads((good / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, "model_type": "own"}
+    (good / "config.json").write_text(json.dumps(config | own))
+    (good / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["own.T", "own.T"]}}))
+    (good / "own.py").write_text("raise SystemExit")
+    for load in (load_checkpoint, lambda folder: HFTokenizer(str(folder))):
+        with pytest.raises(ValueError, match="custom code") as caught:
+            load(good)
+        assert "\n" not in str(caught.value)
+    assert not asked
+    with pytest.raises(ValueError, match="custom code"):
+        AutoConfig.from_pretrained(good)
+    assert asked  # the control: transformers would have asked, and run it for a yes
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "rng.safetensors", "trainer.json"])
@@ -241,6 +277,21 @@ def test_a_failed_save_is_one_line_and_leaves_nothing(
     with pytest.raises(ValueError, match=reason) as caught:
         save_checkpoint(tmp_path / "b" / "c" / "a", model, optimizer=optimizer, trainer={})
     assert str(tmp_path / "b" / "c" / "a") in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_comes_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    class Tokenizer:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def save(self, folder: Path) -> None:
+            raise self.error
+
+    with pytest.raises(ValueError, match="cannot be written .no space left on the disk."):  # as tokenizers says it
+        save_checkpoint(tmp_path / "a", llama(), Tokenizer(Exception("No space left on device (os error 28)")))
+    with pytest.raises(KeyError):  # the control: a mistake of ours is not taken for the disk's
+        save_checkpoint(tmp_path / "a", llama(), Tokenizer(KeyError("ours")))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -109,7 +110,10 @@ def test_a_command_that_does_not_parse_gets_one_line_and_code_2(
         (("generate", "a", "--temperature", "0"), "--temperature 0.0: must be 0.001 or more"),
         (("generate", "a", "--temperature", "nan"), "--temperature nan: must be 0.001 or more"),
         (("generate", "a", "--temperature", "1e-320"), "--temperature 1e-320: must be 0.001 or more"),
-        (("generate", "a", "--prompt", "caf\udce9"), "--prompt 'caf\\udce9': is not UTF-8 text"),
+        (("generate", "a", "--prompt", "caf\udce9"), "'caf\\udce9': is not UTF-8 text"),
+        (("train", "tiny", "--out", "caf\udce9"), "'caf\\udce9': is not UTF-8 text"),
+        (("train", "tiny", "--out", "r", "data.source=hf:"), "data.source = 'hf:': names no dataset"),
+        (("train", "tiny", "--out", "r", "train.threads=100000"), "train.threads: 100000 is not allowed"),
         (("eval", "a", "--out", "no/such/x.json"), "--out no/such/x.json: there is no folder no/such"),
         (("eval", "a", "--out", "."), "--out .: is a folder"),
         (("generate", "a", "--top-k", "-1"), "--top-k -1: must be 0"),
@@ -118,6 +122,10 @@ def test_a_command_that_does_not_parse_gets_one_line_and_code_2(
         (("eval", "a"), "a: no such checkpoint"),
         (("generate", "a"), "a: no such checkpoint"),
         (("report", "a"), "a: "),
+        # What is just allowed gets as far as the checkpoint.
+        (("grow", "a", "b", "--to", f"ffn={10**12 - 1}", "--seed", str(2**32 - 1)), "a: no such checkpoint"),
+        (("generate", "a", "--seed", str(2**32 - 1), "--temperature", "0.001", "--prompt", "café"), "a: no such"),
+        (("eval", "a", "--out", "x.json"), "a: no such checkpoint"),
     ],
 )
 def test_a_mistake_gets_one_line_and_code_2_and_leaves_nothing(
@@ -133,25 +141,6 @@ def test_a_mistake_gets_one_line_and_code_2_and_leaves_nothing(
     assert captured.err.startswith("tokenformer: ") and captured.err.count("\n") == 1
     assert message in captured.err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("grow", "a", "b", "--to", f"ffn={10**12 - 1}", "--seed", str(2**32 - 1)),
-        ("generate", "a", "--seed", str(2**32 - 1), "--temperature", "0.001", "--prompt", "café"),
-        ("eval", "a", "--out", "x.json"),
-    ],
-)
-def test_what_is_just_allowed_gets_as_far_as_the_checkpoint(
-    arguments: tuple[str, ...],
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run(*arguments) == 2
-    assert "a: no such checkpoint" in capsys.readouterr().err
 
 
 class Stopped(Exception):
@@ -230,6 +219,80 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tables = {"vocab_size": 256, "qkv_tokens": 4, "proj_tokens": 4, "ffn_tokens": 8}
     model = build_model(build_config("tokenformer", fields=sizes | tables), seed=0)
     return save_checkpoint(tmp_path_factory.mktemp("models") / "grown", model, ByteTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "message"),
+    [
+        ("eval", ("--device", "tpu"), "--device = 'tpu': allowed are auto, cpu, cuda, cuda:N and mps"),
+        ("generate", ("--device", ""), "--device = '': allowed are auto"),
+        ("eval", ("--device", "cuda:99"), "--device = 'cuda:99': "),
+        ("eval", ("--sequence-length", "65"), "--sequence-length 65: is more than the model's max_position_embeddings"),
+        ("eval", ("--text", ""), "--text '': no such file or folder"),
+        ("eval", ("--text", "empty.txt"), "--text empty.txt: holds no text"),
+        ("generate", ("--max-new-tokens", "64"), "--max-new-tokens 64: is more than 63, what the 1 tokens of --prompt"),
+        ("generate", ("--prompt", "x" * 64), "--max-new-tokens 1: is more than 0, what the 64 tokens of --prompt"),
+        ("grow", ("run/checkpoints/step-00000009", "--to", "ffn=16"), "would be taken for a checkpoint of the run"),
+        ("grow", ("astray", "--to", "ffn=16"), "astray already exists"),
+        ("grow", ("out", "--to", "ffn=8"), "is the size that the model already has"),
+    ],
+)
+def test_a_mistake_beside_a_good_checkpoint_gets_one_line_and_leaves_nothing(
+    verb: str,
+    words: tuple[str, ...],
+    message: str,
+    grown: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "astray").symlink_to("nowhere")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    assert run(verb, str(grown), *words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("tokenformer: ") and captured.err.count("\n") == 1 and message in captured.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("environment", [{"RANK": ""}, {"RANK": "2"}, {"MASTER_PORT": ""}, {"WORLD_SIZE": "two"}])
+def test_half_of_torchrun_s_environment_is_refused(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenformer.distributed import Ranks, ranks_here
+
+    assert ranks_here() == Ranks(0, 1, 0)
+    whole = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in whole.items():
+        monkeypatch.setenv(name, value)
+    assert ranks_here() == Ranks(1, 2, 1)  # the control
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match="start with torchrun, or unset WORLD_SIZE"):
+        ranks_here()
+
+
+def test_without_lengths_the_verbs_keep_within_the_model_s_positions(
+    grown: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ((), ("--prompt", ""), ("--max-new-tokens", "63"), ("--prompt", "x" * 63)):  # 256 would be too many
+        assert run("generate", str(grown), *words) == 0
+    assert run("eval", str(grown), "--text", str(grown / "config.json")) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "windows of 64" in captured.out
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate"])
+def test_a_checkpoint_s_own_trouble_is_told_before_its_tokenizer_s(
+    verb: str, grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((shutil.copytree(grown, tmp_path / "bad") / "config.json").read_text())
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+    assert run(verb, str(tmp_path / "bad"), *(("--text", str(grown / "config.json")) if verb == "eval" else ())) == 2
+    assert "bad/config.json: " in (err := capsys.readouterr().err) and "num_attention_heads" in err
 
 
 def test_growth_beyond_the_memory_is_one_line_and_leaves_nothing(

@@ -331,9 +331,9 @@ def test_zero_keys_refuses_softmax(ids):
         ("zero_keys", {}, "to: no target size given"),
         ("zero_keys", {"ffn": 29}, "to.ffn: 29 is smaller than the model's 30"),
         ("zero_keys", {"ffn": 30}, "is the size that the model already has"),
-        ("zero_keys", {"ffn": 40, "ffn_tokens": 50}, "to.ffn_tokens: ffn_tokens is given twice, as 40 and as 50"),
+        ("zero_keys", {"ffn": 40, "ffn_tokens": 50}, "ffn_tokens is given twice, as 40 and as 50"),
         ("zero_keys", {"tokens": 60}, "to.tokens: tokenformer has no such axis; allowed: qkv_tokens"),
-        ("zero_keys", {"hidden_size": 64}, "to.hidden_size: zero_keys does not grow it in tokenformer; zero, net2wider"),
+        ("zero_keys", {"hidden_size": 64}, "to.hidden_size: zero_keys does not grow it in tokenformer; zero"),
         ("tile", {"ffn": 50}, "to.ffn_tokens: 50 is not a multiple of the model's 30; for tile, nearest: 30 or 60"),
     ],
 )
@@ -355,3 +355,39 @@ def test_a_parameter_that_no_table_names_is_an_error(ids):
     model.model.extra = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="'model.extra' is in no table of axes"):
         grow(model, "zero_keys", {"ffn": 60})
+
+
+def test_several_optimizers_that_share_a_model_grow_together(ids):
+    """Muon for the matrices of the layers, AdamW for the rest: each its own; momentum moves as a gradient does."""
+    model, _ = trained(ids, torch.float32)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
+    both = [torch.optim.Muon(matrices, lr=1e-2), AdamW(others, lr=1e-2)]
+    for _ in range(2):
+        for optimizer in both:
+            optimizer.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        for optimizer in both:
+            optimizer.step()
+    growth = grow(model, "tile+identity_blocks", {"ffn": 60, "num_hidden_layers": 3}, optimizer=both)
+    muon, adam = growth.optimizer
+    held = [p for optimizer in (muon, adam) for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in growth.model.parameters()} and len(held) == len(set(held))
+    old, new = model.model.layers[1].mlp.value, growth.model.model.layers[1].mlp.value
+    assert torch.equal(muon.state[new]["momentum_buffer"], both[0].state[old]["momentum_buffer"].repeat(2, 1))
+    key = muon.state[growth.model.model.layers[1].mlp.key]["momentum_buffer"]
+    assert not torch.equal(key[:30], key[30:])  # the control: keys' copies get unequal shares
+
+
+def test_llama_pro_with_freeze_trains_the_new_layers_alone(ids):
+    model, optimizer = trained(ids)
+    growth = grow(model, "llama_pro", {"num_hidden_layers": 4}, optimizer=optimizer, options={"freeze": True})
+    weights = {name: p.detach().clone() for name, p in growth.model.named_parameters()}
+    for _ in range(3):
+        step(growth.model, growth.optimizer, ids)
+    moved = {name for name, p in growth.model.named_parameters() if not torch.equal(p, weights[name])}
+    new = {name for name in weights if name.startswith(("model.layers.1.", "model.layers.3."))}
+    assert moved == new == set(growth.event["trained_parameters"])
+    free = grow(model, "llama_pro", {"num_hidden_layers": 4}, optimizer=optimizer)  # the control
+    step(free.model, free.optimizer, ids)
+    assert "trained_parameters" not in free.event and all(p.requires_grad for p in free.model.parameters())

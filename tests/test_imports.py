@@ -29,7 +29,7 @@ ARROW: dict[str, set[str]] = {
     "optim": {"pattention", "models", "growth"},
     "checkpoint": {"pattention", "models", "growth", "optim", "runs", "random_states"},
     "event": {"growth"},
-    "grow_checkpoint": {"growth", "event", "optim", "checkpoint"},
+    "grow_checkpoint": {"growth", "event", "optim", "checkpoint", "runs"},
     "start": {"models", "runs", "checkpoint", "data", "recipe"},
     "schedule": {"recipe"},
     "plan": {"models", "growth", "flops", "recipe", "schedule", "start"},

@@ -167,6 +167,14 @@ def test_what_cannot_be_learned_is_refused(to: dict[str, int], options: dict[str
         grow(model_of("tokenformer"), "ligo", to, options=options)
 
 
+def test_its_maps_are_not_taken_for_plain_ones() -> None:
+    model = model_of("llama")
+    [(_, config, made)] = steps_of(model.config, "ligo", {"hidden_size": 96})
+    name, p = next(model.named_parameters())
+    with pytest.raises(ValueError, match="operator: this one learns its maps on text"):
+        TensorMaps(config, made).weight(name, p)
+
+
 # --- in a run ---
 
 

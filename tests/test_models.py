@@ -122,6 +122,7 @@ def test_cached_steps_padding_and_reloading_leave_the_logits(option, ids, tmp_pa
     for t in range(ids.shape[1]):
         steps.append(model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
     assert (torch.cat(steps, 1) - logits).abs().max() < 1e-10
+    assert (model(ids[:, -1:]).logits - logits[:, -1:]).abs().max() > 1e-6  # the control: the cache is what is read
 
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
     mask = (torch.arange(22) >= 3).long().expand(2, -1)
@@ -159,8 +160,11 @@ def test_gradient_checkpointing_leaves_the_gradients(ids):
     model = tiny().train()
     gradients = torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, list(model.parameters()))
     model.activation_checkpointing_enable()
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     again = torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, list(model.parameters()))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, again, strict=True))
+    assert len(calls) == 2  # it was computed again: without that, the gradients would be the same in any case
 
 
 def test_model_compiles_without_graph_breaks(ids):

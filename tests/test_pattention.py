@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from tokenformer import pattention as module
-from tokenformer.pattention import THETAS, Pattention, default_scale, pattention, pattention_reference
+from tokenformer.pattention import (
+    THETAS,
+    Pattention,
+    default_scale,
+    pattention,
+    pattention_reference,
+    side_by_side,
+)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 SHAPES = [((1,), 1, 7, 1), ((7,), 16, 63, 5), ((3, 1, 5), 7, 1, 7), ((2, 150), 16, 63, 8), ((0,), 4, 8, 4)]
@@ -55,6 +62,7 @@ def test_reference_equals_the_published_formula(theta):
 def test_fast_path_equals_reference_in_values_and_gradients(theta, gated, dtype, monkeypatch):
     for (lead, width, tokens, out), entries in itertools.product(SHAPES, (1, 2**19)):
         monkeypatch.setattr(module, "CHUNK_ENTRIES", entries)
+        monkeypatch.setattr(module, "CHUNK_ROWS", 128)
         x, key, value, up = tensors(lead, width, tokens, out, gated, dtype)
         inputs = [t for t in (x, key, value, up) if t is not None]
         scale = 1.3 * default_scale(theta, tokens)
@@ -67,6 +75,41 @@ def test_fast_path_equals_reference_in_values_and_gradients(theta, gated, dtype,
         size = max(1.0, *(w.abs().max().item() for w in wanted if w.numel()))
         for g, w in zip(got, wanted, strict=True):
             torch.testing.assert_close(g, w, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("scales", [(5.0, 5.0, 5.0), (5.0, 6.0, 5.0)])  # of one form, and not
+def test_layers_side_by_side_equal_the_reference_of_each(scales, theta, dtype, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ROWS", 128)
+    torch.manual_seed(0)
+    for entries in (1, 2**19):
+        monkeypatch.setattr(module, "CHUNK_ENTRIES", entries)
+        x = tensors((2, 150), 16, 63, 8, dtype=dtype)[0]
+        forms = zip((8, 8, 4), scales, strict=True)
+        layers = [Pattention(16, out, 63, theta=theta, scale=scale, key_std=0.3) for out, scale in forms]
+        inputs = [x, *(p for layer in layers for p in layer.to(dtype).parameters())]
+        fast = side_by_side(layers, x)
+        slow = [pattention_reference(x, layer.key, layer.value, layer.scale, theta) for layer in layers]
+        shared = {y.grad_fn.next_functions[0][0] for y in fast}
+        assert len(shared) == (1 if len(set(scales)) == 1 else 3)
+        dys = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype) for y in fast]
+        got, wanted = torch.autograd.grad(fast, inputs, dys), torch.autograd.grad(slow, inputs, dys)
+        for a, b in zip((*fast, *got), (*slow, *wanted), strict=True):
+            size = max(1.0, b.abs().max().item())
+            torch.testing.assert_close(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * size)
+
+
+def test_a_hooked_layer_is_called_for_itself():
+    torch.manual_seed(0)
+    layers, seen = [Pattention(16, 8, 7) for _ in range(3)], []
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    plain = side_by_side(layers, x)
+    layers[1].register_forward_hook(lambda layer, inputs, y: seen.append(y) or 2 * y)
+    hooked = side_by_side(layers, x)
+    assert len(seen) == 1
+    torch.testing.assert_close(hooked[1], 2 * plain[1])
+    torch.testing.assert_close(hooked[0], plain[0])
 
 
 @pytest.mark.parametrize("theta", THETAS)
@@ -83,6 +126,7 @@ def test_without_gradients_the_values_are_the_same_to_the_bit(theta, gated):
 @pytest.mark.parametrize("gated", [False, True])
 def test_bfloat16_is_as_close_to_float64_as_the_plain_formula(theta, gated, entries, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ENTRIES", entries)  # 1: sixteen pieces
+    monkeypatch.setattr(module, "CHUNK_ROWS", 128)
     exact = [None if t is None else t.double() for t in tensors((2048,), 16, 63, 8, gated, torch.bfloat16)]
     leaves = [None if t is None else t.detach().bfloat16().requires_grad_() for t in exact]
     exact = [None if t is None else t.detach().requires_grad_() for t in exact]

@@ -272,7 +272,18 @@ def test_a_mistake_in_a_file_names_the_file(run: Path) -> None:
         load_recipe(run, ["train.seed=3"])
 
 
-@pytest.mark.parametrize("content", [b"[train", b"\xff\xfe", b""])
+def test_the_mark_that_windows_editors_put_first_is_passed_over(run: Path) -> None:
+    (run.parent / "marked").mkdir()
+    for name, text in (("run.toml", RUN), ("run.json", json.dumps(recipe_to_dict(load_recipe(run))))):
+        path = run.parent / "marked" / name
+        path.write_text(text, encoding="utf-8-sig")
+        assert path.read_bytes().startswith(b"\xef\xbb\xbf") and load_recipe(path) == load_recipe(run)
+
+
+DAMAGE = {"cut": b"[train", "utf-16": b"\xff\xfe", "deep": b"[" * 100_000, "empty": b""}
+
+
+@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes) -> None:
     for name in ("broken.toml", "broken.json"):
         (tmp_path / name).write_bytes(content)

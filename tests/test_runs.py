@@ -78,6 +78,25 @@ def test_a_folder_is_refused_unless_it_is_free_or_resumed_with_its_own_recipe(tm
         runs.check_folder(tmp_path / "other" / "thesis.txt", recipe, resume=False)
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "content", "message"),
+    [
+        ("race", "race.json", "{}", "race.json: recipe must be of type dict, and is missing"),
+        ("race", "race.json", "[]", "race.json: must be a JSON object"),
+        ("run", "recipe.json", "[]", "recipe.json: must be a JSON object"),
+        ("run", "recipe.json", '{"na', "recipe.json: cannot be read as JSON"),
+    ],
+)
+def test_a_damaged_folder_is_named_and_not_gone_on_with(
+    tmp_path: Path, kind: str, file: str, content: str, message: str
+) -> None:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        runs.check_folder(tmp_path, {"name": "a"}, resume=True, kind=kind)
+    (tmp_path / file).write_text(json.dumps({"recipe": {"name": "a"}} if kind == "race" else {"name": "a"}))
+    runs.check_folder(tmp_path, {"name": "a"}, resume=True, kind=kind)  # the control
+
+
 def test_opening_a_run_removes_what_a_kill_left_and_keeps_the_checkpoints(tmp_path: Path) -> None:
     whole = runs.checkpoint_folder(tmp_path, 10)
     half = whole.with_name(f".{whole.name}.tmp-123")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import corpus as tiny_corpus
 from tiny_runs import ended, losses, same, start_child, tiny, weights
 
 from tokenformer import checkpoint, runs
@@ -269,6 +270,42 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(
         train(tiny(shared, **changes), tmp_path / "run", say=None)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("result.json", [], "result.json: must be a JSON object"),
+        ("result.json", {"status": "finished"}, "result.json: bits_per_byte must be of type float, and is missing"),
+        ("checkpoints/step-00000012/trainer.json", {"grown_at": [9]}, r"grown_at = \[9\]: the recipe grows at \[6\]"),
+        ("checkpoints/step-00000012/trainer.json", {"step": 13}, "trainer.json: step = 13: the recipe allows 0 to 12"),
+    ],
+)
+def test_a_damaged_run_is_not_resumed(
+    shared: Path, whole: Path, tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    if name != runs.RESULT:
+        (run / runs.RESULT).unlink()
+        train(tiny(shared), run, resume=True, say=None)  # the control: without its result, it is finished again
+        (run / runs.RESULT).unlink()
+        content = runs.read_json(run / name) | content
+    (run / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        train(tiny(shared), run, resume=True, say=None)
+
+
+@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.OPTIMIZER])
+def test_a_run_from_a_damaged_checkpoint_leaves_no_folder(
+    shared: Path, whole: Path, tmp_path: Path, name: str
+) -> None:
+    ancestor = shutil.copytree(runs.checkpoints(whole)[-1], tmp_path / "ancestor")
+    (ancestor / name).write_bytes((ancestor / name).read_bytes()[:-10])
+    table = recipe_to_dict(tiny(shared)) | {"model": {"checkpoint": str(ancestor)}, "growth": []}
+    table["data"] |= {"skip_tokens": 768}
+    with pytest.raises(ValueError, match=f"{name}: truncated"):
+        train(recipe_from_dict(table, "test"), tmp_path / "on", say=None)
+    assert not (tmp_path / "on").exists()
 
 
 def test_a_damaged_checkpoint_is_not_trained_on(shared: Path, whole: Path, tmp_path: Path) -> None:
@@ -642,6 +679,23 @@ def test_accumulation_and_recomputation_change_nothing_but_rounding(shared: Path
     assert half == pytest.approx(reference, abs=0.05) and abs(half - reference) > 1e-6
 
 
+def test_a_compiled_run_is_the_same_and_is_compiled_anew_after_its_growth(
+    shared: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, compiled = torch.compile, []
+
+    def traced(model: Any) -> Any:  # the same graphs, without a C++ compiler
+        compiled.append(model.config.ffn_tokens)
+        return real(model, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    train(tiny(shared, train={"compile": True}), tmp_path / "run", say=None)
+    assert compiled == [16, 32]
+    assert largest_difference(weights(tmp_path / "run"), weights(whole)) < 1e-4
+    train(tiny(shared, train={"compile": True, "seed": 1}), tmp_path / "other", say=None)  # the control
+    assert largest_difference(weights(tmp_path / "other"), weights(whole)) > 1e-3
+
+
 def test_clipping_bounds_the_step_and_zero_turns_it_off(shared: Path, whole: Path, tmp_path: Path) -> None:
     train(tiny(shared, train={"clip_norm": 0.0}), tmp_path / "off", say=None)
     train(tiny(shared, train={"clip_norm": 1e9}), tmp_path / "never", say=None)
@@ -763,23 +817,32 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(shared: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def refused_together(table: dict[str, Any], folder: Path, full_disk: bool) -> None:
-    if full_disk:
-        checkpoint.flush_to_disk = lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+def refused_together(table: dict[str, Any], folder: Path, trouble: str) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def say(line: str) -> None:
+        if trouble == "progress" and line.startswith("step 3/"):
+            full()
+
+    if trouble == "checkpoint":
+        checkpoint.flush_to_disk = full
+    if trouble == "metrics":
+        runs.Metrics.write = full
     try:
-        train(recipe_from_dict(table, "the test"), folder, say=None)
-    except ValueError as error:
-        assert ("no space left on the disk" if full_disk else "holds files but no run") in str(error)
+        train(recipe_from_dict(table, "the test"), folder, say=say)
+    except (ValueError, OSError) as error:
+        assert ("holds files but no run" if trouble == "folder" else "o space left on ") in str(error)
         sys.exit(8 if getattr(error, "silent", False) else 7)
 
 
-@pytest.mark.parametrize("full_disk", [False, True])
-def test_what_rank_0_meets_all_ranks_raise_and_one_says(shared: Path, tmp_path: Path, full_disk: bool) -> None:
-    if not full_disk:
+@pytest.mark.parametrize("trouble", ["folder", "checkpoint", "metrics", "progress"])
+def test_what_rank_0_meets_all_ranks_raise_and_one_says(shared: Path, tmp_path: Path, trouble: str) -> None:
+    if trouble == "folder":
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    table = recipe_to_dict(tiny(shared, train={"steps": 1}, growth=[]))
-    assert on_two_ranks(refused_together, table, tmp_path / "run", full_disk) == [7, 8]
+    table = recipe_to_dict(tiny(shared, train={"steps": 4}, growth=[]))
+    assert on_two_ranks(refused_together, table, tmp_path / "run", trouble) == [7, 8]
 
 
 def test_the_batches_of_a_run_are_the_data_module_s(shared: Path, whole: Path) -> None:
@@ -814,6 +877,25 @@ def test_a_run_goes_on_from_a_grown_checkpoint_with_its_moments_and_its_cost(
     assert first["bits_per_byte"] == pytest.approx(last["bits_per_byte"], abs=1e-4)
     moments = load_file(tmp_path / "on" / result["checkpoint"] / checkpoint.OPTIMIZER)
     assert moments["step.model.norm.weight"] == 12 + 4
+
+
+def test_a_run_goes_on_past_a_text_that_has_grown_longer(shared: Path, tmp_path: Path) -> None:
+    documents = tiny_corpus(shared).read_text().split("\f")
+    text = tmp_path / "text.txt"
+    text.write_text("\f".join(documents[:100]))
+    train(tiny(shared, data={"source": str(text)}, growth=[]), tmp_path / "first", say=None)
+    held = runs.read_json(tmp_path / "first" / runs.DATA)["train_tokens"]
+    table = recipe_to_dict(tiny(shared, data={"source": str(text)}))
+    table |= {"model": {"checkpoint": str(tmp_path / "first")}, "growth": []}
+    table["data"] |= {"skip_tokens": held, "seed": 1}
+    text.write_text("\f".join([documents[200], *documents[1:]]))  # the control: another text of the same length
+    with pytest.raises(ValueError, match="the text has changed"):
+        train(recipe_from_dict(table, "test"), tmp_path / "on", say=None)
+    text.write_text("\f".join(documents))
+    result = train(recipe_from_dict(table, "test"), tmp_path / "on", say=None)
+    assert result["unique_tokens"] == held + 12 * 4 * 16 and result["tokens"] == 2 * 12 * 4 * 16
+    shorter, longer = checkpoint.ancestry(tmp_path / "on" / result["checkpoint"])["streams"]
+    assert (shorter["length"], longer["first"], longer["tokens"]) == (held, held, result["unique_tokens"])
 
 
 @pytest.mark.parametrize("change", ["gains a checkpoint", "is removed"])

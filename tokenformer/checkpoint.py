@@ -85,7 +85,12 @@ def save_checkpoint(
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     save = getattr(tokenizer, "save", None) or tokenizer.save_pretrained
-    save(folder)
+    try:
+        save(folder)
+    except Exception as error:
+        if type(error) is Exception:  # what tokenizers raises on a full disk
+            raise OSError(str(error)) from error
+        raise
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -134,6 +139,11 @@ def find_checkpoint(place: str | Path) -> Path:
     complete = runs.checkpoints(place)
     if complete:
         return complete[-1]
+    if (place / runs.RACE).exists():
+        arms = sorted(str(path) for path in (place / runs.ARMS).glob("*"))
+        raise ValueError(f"{place} is a race; name one of its arms: {', '.join(arms)}")
+    if (place / runs.RECIPE).exists():
+        raise ValueError(f"{place} is a run without a checkpoint yet")
     raise ValueError(f"{place} is not a checkpoint: it has no config.json")
 
 
@@ -183,7 +193,7 @@ def load_config(folder: Path) -> Any:
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"{folder / 'config.json'}: has no model_type, so it is not a model's configuration")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # validation errors of many kinds, which share no class
         raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())[:200]}") from error
 
@@ -197,6 +207,7 @@ def build_from(folder: Path) -> tuple[Any, dict[str, Any]]:
             return AutoModelForCausalLM.from_pretrained(
                 folder,
                 local_files_only=True,
+                trust_remote_code=False,  # neither run nor asked for
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,

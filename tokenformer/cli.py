@@ -41,8 +41,8 @@ TEXTS = {
         and every key. key=value changes one key of it for this run. The run folder gets the recipe in full,
         the environment, metrics, checkpoints, the result and report.html. A recipe with [[arm]] tables is a
         race: each arm is trained. Ctrl-C and SIGTERM write a checkpoint first; --resume goes on from the
-        last one. model.checkpoint goes on from a checkpoint, its moments and its cost included; what it has
-        seen of the text is skipped.
+        last one. model.checkpoint goes on from a checkpoint, its moments and its cost included;
+        data.skip_tokens passes over the text that it has seen, and too small a number is refused.
 
           tokenformer train tiny --out runs/first train.steps=100 growth.0.to.ffn_tokens=256
           tokenformer train runs/first/recipe.json --out runs/first --resume
@@ -104,13 +104,16 @@ TEXTS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a mistake or a full disk or memory, 130 for an interrupt."""
-    arguments, rest = parser().parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments, rest = parser().parse_known_args(words)
     # argparse takes no positional arguments on both sides of an option, and people write overrides anywhere.
     if hasattr(arguments, "overrides") and not any(text.startswith("-") for text in rest):
         arguments.overrides += rest
     elif rest:
         Parser(prog=f"tokenformer {arguments.verb}").error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        for word in words:
+            require_utf8(word)
         arguments.run(arguments)
     except (KeyboardInterrupt, Exception) as error:
         code = exit_code(error)
@@ -122,6 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"tokenformer: {one_line(error)}", file=sys.stderr)
         return code
     return 0
+
+
+def require_utf8(word: str) -> None:
+    """Python stands surrogates in for bytes of the command line that are no text; nothing could write them down."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{ascii(word)}: is not UTF-8 text") from None
 
 
 def exit_code(error: BaseException) -> int | None:
@@ -218,7 +229,7 @@ def parser() -> Parser:
         "--source", metavar="SOURCE", help="score the held-out share of this; as data.source in a recipe"
     )
     sub.add_argument(
-        "--sequence-length", type=int, metavar="TOKENS", help="of each window (the run's own, or 256)"
+        "--sequence-length", type=int, metavar="TOKENS", help="of each window (the run's own; 256 or the model's most)"
     )
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
     sub.add_argument("--out", metavar="FILE", help="write the numbers as JSON as well")
@@ -227,7 +238,7 @@ def parser() -> Parser:
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
     sub.add_argument("--prompt", default="", help="the text to continue (default: none)")
     sub.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (%(default)s)"
+        "--max-new-tokens", type=int, metavar="N", help=f"at most so many ({verbs.NEW_TOKENS}, if the model has room)"
     )
     sub.add_argument("--temperature", type=float, help="below 1: safer, above 1: wilder (0.8)")
     sub.add_argument("--top-k", type=int, help="sample among the K likeliest tokens; 0: all (0)")

@@ -5,7 +5,10 @@ WORLD_SIZE in their environment; they meet over gloo on CPUs and over NCCL on GP
 """
 
 import datetime
+import gc
 import os
+import re
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +33,7 @@ class Ranks:
 
 def start(device: str) -> tuple[Ranks, torch.device]:
     """Join the ranks that torchrun started, if it did, and choose this process's device (`train.device`)."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0"))) if world > 1 else Ranks()
+    ranks = ranks_here()
     chosen = choose_device(device, ranks)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -40,19 +42,36 @@ def start(device: str) -> tuple[Ranks, torch.device]:
     return ranks, chosen
 
 
-def choose_device(device: str, ranks: Ranks) -> torch.device:
+def ranks_here() -> Ranks:
+    """What torchrun's environment says; ValueError where it says half of it."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        return Ranks()
+    rank, local = os.environ.get("RANK", ""), os.environ.get("LOCAL_RANK", "0")
+    whole = all(number.isdecimal() for number in (world, rank, local)) and int(rank) < int(world)
+    if not whole or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE = {world!r} in the environment, and RANK = {rank!r}, LOCAL_RANK, MASTER_ADDR or MASTER_PORT "
+            "does not go with it: start with torchrun, or unset WORLD_SIZE"
+        )
+    return Ranks(int(rank), int(world), int(local))
+
+
+def choose_device(device: str, ranks: Ranks, key: str = "train.device") -> torch.device:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"{key} = {device!r}: allowed are auto, cpu, cuda, cuda:N and mps")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.partition(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train.device = {device!r}: this machine, or this PyTorch, has no CUDA device")
+        raise ValueError(f"{key} = {device!r}: this machine, or this PyTorch, has no CUDA device")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"train.device = {device!r}: this machine, or this PyTorch, has no MPS device")
+        raise ValueError(f"{key} = {device!r}: this machine, or this PyTorch, has no MPS device")
     if kind != "cuda":
         return torch.device(device)
     chosen = torch.device(f"cuda:{ranks.local}" if device == "cuda" else device)
     if (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"train.device = {str(chosen)!r}: there are {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"{key} = {str(chosen)!r}: there are {torch.cuda.device_count()} CUDA devices")
     return chosen
 
 
@@ -61,9 +80,16 @@ def stop(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
-def barrier(ranks: Ranks) -> None:
+def let_go(error: BaseException, ranks: Ranks) -> None:
+    """Free what the frames of an error hold, before `stop`.
+
+    They would keep the data-parallel model, and with it the group, until after the peers are gone: freed then, gloo
+    waits for them for ever.
+    """
     if ranks.world > 1:
-        dist.barrier()
+        for each in (error, error.__cause__, error.__context__):
+            traceback.clear_frames(each.__traceback__ if each else None)
+        gc.collect()
 
 
 def sums(values: list[float], ranks: Ranks, device: torch.device) -> list[float]:

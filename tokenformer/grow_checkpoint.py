@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import checkpoint as files
+from . import runs
 from .event import change_text, grow_measured, sizes_text
 from .optim import AdamW, parameter_groups
 
@@ -33,10 +34,12 @@ def grow_checkpoint(
     `load_checkpoint`, `grow` and `save_checkpoint` do; nothing half written is left.
     """
     folder, out = files.find_checkpoint(checkpoint), Path(out)
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ValueError(f"{out} already exists; choose another place for the checkpoint")
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} lies inside {folder}, which is not touched; choose a place outside")
+    if out.resolve().parent.name == runs.CHECKPOINTS and (out.resolve().parent.parent / runs.RECIPE).exists():
+        raise ValueError(f"{out} would be taken for a checkpoint of the run around it; choose a place outside")
     model, lineage = files.load_checkpoint(folder)
     optimizer = None
     if (folder / files.OPTIMIZER).exists():

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 # Score entries handled at a time on a CPU: two float32 buffers of this size stay in a core's cache (measured).
 CHUNK_ENTRIES = 2**19
+# But no fewer rows: each piece reads the tables, and reads and writes their gradients, once more.
+CHUNK_ROWS = 512
 
 
 def default_scale(theta: str, tokens: int) -> float:
@@ -86,17 +88,21 @@ def pattention(
     """
     if torch.compiler.is_compiling():
         return pattention_reference(x, key, value, scale, theta, eps, up)
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, key, value = x.to(dtype), key.to(dtype), value.to(dtype)
-        up = None if up is None else up.to(dtype)
+    x, key, value, up = _as_a_product_takes(x, key, value, up)
     rows = x.reshape(-1, x.shape[-1])  # (B, C_in)
     if not torch.is_grad_enabled() and rows.shape[0] * key.shape[0] <= CHUNK_ENTRIES:
         y = _one_piece(rows, key, value, up, scale, theta, eps)
     else:
-        y = _ChunkedPattention.apply(rows, key, value, up, scale, theta, eps)
+        (y,) = _ChunkedPattention.apply(rows, up, scale, theta, eps, key, value)
     return y.view(*x.shape[:-1], value.shape[1])
+
+
+def _as_a_product_takes(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors, x first, in autocast's type where it is on."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(None if t is None else t.to(torch.get_autocast_dtype(kind)) for t in tensors)
 
 
 def _one_piece(
@@ -112,75 +118,86 @@ def _one_piece(
 
 
 class _ChunkedPattention(torch.autograd.Function):
-    """x (B, C_in), key (P, C_in), value (P, C_out), up (P, C_in) or None -> (B, C_out), a chunk of rows at a time.
+    """x (B, C_in), up (P, C_in) or None, N keys (P, C_in), N values (P, C_out) -> N times (B, C_out), chunk by chunk.
 
-    Kept for the backward pass: h (B, P), from which the weights w = theta(s) follow at once (see `_normalise`), the
-    factor r (B, 1) of the norm, and the second scores u (B, P) of a gated layer.
+    N layers side by side share what an operation costs beside its arithmetic. Kept for the backward pass: h (B, N, P),
+    from which the weights w = theta(s) follow at once (see `_normalise`), the factor r (B, N, 1) of the norm, and the
+    second scores u (B, 1, P) of a gated layer, which comes alone.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, key: Tensor, value: Tensor, up: Tensor | None, scale: float, theta: str, eps: float
-    ) -> Tensor:
-        rows, tokens = x.shape[0], key.shape[0]
-        h = x.new_empty(rows, tokens)
-        r = x.new_empty(rows, 1, dtype=torch.float32 if x.dtype in HALF else x.dtype)
-        u = None if up is None else x.new_empty(rows, tokens)
-        y = x.new_empty(rows, value.shape[1])
+        ctx: Any, x: Tensor, up: Tensor | None, scale: float, theta: str, eps: float, *tables: Tensor
+    ) -> tuple[Tensor, ...]:
+        layers = len(tables) // 2
+        keys, values = tables[:layers], tables[layers:]
+        rows, tokens = x.shape[0], keys[0].shape[0]
+        h = x.new_empty(rows, layers, tokens)
+        r = x.new_empty(rows, layers, 1, dtype=torch.float32 if x.dtype in HALF else x.dtype)
+        u = None if up is None else torch.empty_like(h)
+        ys = tuple(x.new_empty(rows, value.shape[1]) for value in values)
         chunk = _chunk_rows(h)
-        buffer = h.new_empty(chunk, tokens)
-        for x_, h_, r_, u_, y_ in _pieces(chunk, x, h, r, u, y):
+        buffer = h.new_empty(chunk, layers, tokens)
+        for x_, h_, r_, u_, *y_ in _pieces(chunk, x, h, r, u, *ys):
             spare = _rows(buffer, h_)
-            torch.mm(x_, key.t(), out=h_)
+            for key, each in zip(keys, h_.unbind(1), strict=True):
+                torch.mm(x_, key.t(), out=each)
             _normalise(h_, r_, spare, scale, theta, eps)
             w = _weights(h_, r_, theta, spare)
             if up is not None:
-                torch.mm(x_, up.t(), out=u_)
+                torch.mm(x_, up.t(), out=u_[:, 0])
                 w = torch.mul(w, u_, out=spare)
-            torch.mm(w, value, out=y_)
-        ctx.save_for_backward(x, key, value, up, h, r, u)
+            for each, value, y in zip(w.unbind(1), values, y_, strict=True):
+                torch.mm(each, value, out=y)
+        ctx.save_for_backward(x, up, h, r, u, *tables)
         ctx.scale, ctx.theta = scale, theta
-        return y
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, key, value, up, h, r, u = ctx.saved_tensors
-        need_x, *need_tables = ctx.needs_input_grad[:4]
-        need_scores = need_x or need_tables[0] or need_tables[2]
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, up, h, r, u, *tables = ctx.saved_tensors
+        need_x, need_up, _, _, _, *need_tables = ctx.needs_input_grad
+        layers = len(dys)
+        need_scores = need_x or need_up or any(need_tables[:layers])
         chunk = _chunk_rows(h)
         dx = torch.empty_like(x) if need_x else None
         # Pieces are summed in float32: a half-precision sum would lose digits with every piece.
         wide = torch.float32 if x.dtype in HALF and h.shape[0] > chunk else x.dtype
         new = torch.empty_like if h.shape[0] else torch.zeros_like
-        tables = zip((key, value, up), need_tables, strict=True)
-        dkey, dvalue, dup = (new(t, dtype=wide) if need else None for t, need in tables)
-        buffers = [h.new_empty(chunk, h.shape[1]) for _ in range(4)]  # pages are taken when first touched, not here
-        for i, (x_, h_, r_, u_, dy_, dx_) in enumerate(_pieces(chunk, x, h, r, u, dy, dx)):
+        wanted = zip((up, *tables), (need_up, *need_tables), strict=True)
+        dup, *dtables = (new(t, dtype=wide) if need else None for t, need in wanted)
+        buffers = [h.new_empty(chunk, *h.shape[1:]) for _ in range(4)]  # pages are taken when first touched, not here
+        for i, (x_, h_, r_, u_, dx_, *dy_) in enumerate(_pieces(chunk, x, h, r, u, dx, *dys)):
             w, dw, gate, spare = (_rows(buffer, h_) for buffer in buffers)
             w = _weights(h_, r_, ctx.theta, w)
-            _accumulate(dvalue, (w if u is None else torch.mul(w, u_, out=gate)).t(), dy_, i)
+            gated = w if u is None else torch.mul(w, u_, out=gate)
+            for dvalue, each, dy in zip(dtables[layers:], gated.unbind(1), dy_, strict=True):
+                _accumulate(dvalue, each.t(), dy, i)
             if not need_scores:
                 continue
-            torch.mm(dy_, value.t(), out=dw)
+            for dy, value, each in zip(dy_, tables[layers:], dw.unbind(1), strict=True):
+                torch.mm(dy, value.t(), out=each)
             if u is not None:
-                du = torch.mul(w, dw, out=gate)
+                du = torch.mul(w, dw, out=gate)[:, 0]
                 _accumulate(dup, du.t(), x_, i)
                 dw.mul_(u_)
             ds = _scores_gradient(h_, w, dw, r_, spare, ctx.scale, ctx.theta)
-            _accumulate(dkey, ds.t(), x_, i)
-            if dx is not None:
-                torch.mm(ds, key, out=dx_)
-                if u is not None:
-                    dx_.addmm_(du, up)
-        dkey, dvalue, dup = (None if t is None else t.to(x.dtype) for t in (dkey, dvalue, dup))
-        return dx, dkey, dvalue, dup, None, None, None
+            for j, each in enumerate(ds.unbind(1)):
+                _accumulate(dtables[j], each.t(), x_, i)
+                _accumulate(dx_, each, tables[j], j)
+            if dx_ is not None and u is not None:
+                dx_.addmm_(du, up)
+        dx, dup, *dtables = (None if t is None else t.to(x.dtype) for t in (dx, dup, *dtables))
+        return dx, dup, None, None, None, *dtables
 
 
 def _chunk_rows(h: Tensor) -> int:
-    """Rows of (B, P) handled at a time: cache-sized on a CPU, all of them on an accelerator."""
-    rows = h.shape[0] if h.device.type != "cpu" else max(128, CHUNK_ENTRIES // h.shape[1])
-    return max(1, min(rows, h.shape[0]))
+    """Rows of (B, N, P) handled at a time: cache-sized and even on a CPU, all of them on an accelerator."""
+    rows, entries = h.shape[0], h.shape[1] * h.shape[2]
+    if h.device.type != "cpu" or rows * entries <= CHUNK_ENTRIES:
+        return max(1, rows)
+    return math.ceil(rows / math.ceil(rows / max(CHUNK_ROWS, CHUNK_ENTRIES // entries)))
 
 
 def _pieces(chunk: int, x: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
@@ -195,7 +212,7 @@ def _rows(buffer: Tensor, like: Tensor) -> Tensor:
 
 
 def _normalise(s: Tensor, r: Tensor, spare: Tensor, scale: float, theta: str, eps: float) -> None:
-    """Turn the scores s (B, P) in place into what is kept of them, and write scale / ||.|| of each row into r (B, 1).
+    """Turn scores s (..., P) in place into what is kept of them, and write scale / ||.|| of each row into r (..., 1).
 
     Kept are z = r s for l2_norm_gelu, s itself for gelu_l2_norm, and the weights for softmax, which has no r.
     """
@@ -228,11 +245,15 @@ def _scores_gradient(h: Tensor, w: Tensor, dw: Tensor, r: Tensor, spare: Tensor,
     if theta == "l2_norm_gelu":
         torch.ops.aten.gelu_backward.grad_input(dw, h, grad_input=dw)
         return _through_norm(h, dw, r, w, scale)
-    _through_norm(w, dw, r, spare, scale)
-    return torch.ops.aten.gelu_backward.grad_input(dw, h, grad_input=dw)
+    dt = _through_norm(w, dw, r, spare, scale)
+    return torch.ops.aten.gelu_backward.grad_input(dt, h, grad_input=dt)
 
 
 def _through_norm(z: Tensor, dz: Tensor, r: Tensor, spare: Tensor, scale: float) -> Tensor:
+    if z.dtype not in HALF and z.device.type == "cpu":  # one pass: weight normalisation's gradient, row by row
+        z_, dz_, r_ = (t.view(-1, t.shape[-1]) for t in (z, dz, r))
+        norm = torch.full_like(r_, scale)
+        return torch.ops.aten._weight_norm_interface_backward(dz_, z_, r_ * scale, norm, 0)[0].view(z.shape)
     dot = torch.mul(z, dz, out=spare).sum(-1, keepdim=True).mul_(-1 / scale**2)
     return dz.addcmul_(z, dot).mul_(r)
 
@@ -302,3 +323,26 @@ class Pattention(nn.Module):
         tokens, width = self.key.shape
         gated = ", gated" if self.up is not None else ""
         return f"{width} -> {self.value.shape[1]}, tokens={tokens}, {self.theta}, scale={self.scale:.6g}{gated}"
+
+
+def side_by_side(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """`[layer(x) for layer in layers]`; where gradients are wanted, Pattentions of one form are worked as one, faster.
+
+    They are if they have as many tokens, the same scale, theta and eps, and neither gates nor hooks.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and all(map(_is_plain, layers)):
+        forms = {(layer.key.shape, layer.scale, layer.theta, layer.eps) for layer in layers}
+        if len(forms) == 1:
+            _, scale, theta, eps = forms.pop()
+            tables = [layer.key for layer in layers] + [layer.value for layer in layers]
+            x, *tables = _as_a_product_takes(x, *tables)
+            ys = _ChunkedPattention.apply(x.reshape(-1, x.shape[-1]), None, scale, theta, eps, *tables)
+            return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    return [layer(x) for layer in layers]
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether calling the layer does no more than the ungated formula."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    plain = isinstance(layer, Pattention) and type(layer).forward is Pattention.forward and layer.up is None
+    return plain and not any(getattr(layer, name) for name in hooks)

@@ -62,7 +62,7 @@ def run_race(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say 
             except ValueError as error:
                 raise ValueError(f"arm {name}: {error}") from None
         open_race(recipe, folder)
-        waiting = [name for name in arms if not is_finished(folder / runs.ARMS / name)]
+        waiting = [name for name in arms if not runs.finished_result(folder / runs.ARMS / name)]
         for name in arms:
             if name not in waiting:
                 tell(f"{name}: finished before")
@@ -100,13 +100,10 @@ def with_threads(arm: Recipe, folder: Path, jobs: int) -> Recipe:
         return arm
     begun = folder / runs.RECIPE
     share = max(1, environment.usable_cores() // jobs)
-    threads = runs.read_json(begun)["train"]["threads"] if begun.exists() else share
+    threads = share
+    if begun.exists():
+        threads = runs.read_object(begun, {"train": dict})["train"].get("threads", share)
     return replace(arm, train=replace(arm.train, threads=threads))
-
-
-def is_finished(folder: Path) -> bool:
-    path = folder / runs.RESULT
-    return path.exists() and runs.read_json(path).get("status") == "finished"
 
 
 # --- the arms at work ---

@@ -134,6 +134,16 @@ class Metrics:
             self.file.close()
 
 
+def finished_result(folder: Path) -> dict[str, Any] | None:
+    """result.json of a run that took all its steps; None of another."""
+    if not (folder / RESULT).exists():
+        return None
+    result = read_object(folder / RESULT, {"status": str})
+    if result["status"] != "finished":
+        return None
+    return require_object(result, {"bits_per_byte": float, "step": int}, str(folder / RESULT))
+
+
 # --- opening a run ---
 
 
@@ -163,8 +173,8 @@ def check_folder(folder: Path, recipe: dict[str, Any], resume: bool, kind: str =
     if stored.exists():
         if not resume:
             raise ValueError(f"{folder} already holds a {kind}; --resume continues it")
-        before = read_json(stored)
-        require_same_recipe(folder, before["recipe"] if kind == "race" else before, recipe)
+        before = read_object(stored, {"recipe": dict})["recipe"] if kind == "race" else read_object(stored, {})
+        require_same_recipe(folder, before, recipe)
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a {kind} is a folder")
     elif folder.exists() and any(not is_begun(path.name) for path in folder.iterdir()):
@@ -194,7 +204,7 @@ def record_environment(folder: Path) -> None:
     """Write environment.json, or add this start to its list `resumed` when the run was started before."""
     path = folder / ENVIRONMENT
     if path.exists():
-        stored = read_json(path)
+        stored = read_object(path, {})
         stored.setdefault("resumed", []).append(environment())
         write_json(path, stored)
     else:

@@ -5,6 +5,8 @@ the answer, and a resumed run reads nothing else of its ancestor.
 """
 
 import dataclasses
+import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +82,26 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], int]:
 # --- text that was seen ---
 
 
-def stream_of(data: DataSection, corpus: Corpus) -> Stream:
-    """What text a run is trained on and in what order. With equal sha256, seed and length the windows are the same."""
+def begins_with(corpus: Corpus, stream: Stream) -> bool:
+    """Whether all training tokens of an ancestor are those that the corpus begins with: its stream, read further."""
+    length = stream.get("length", len(corpus.train))
+    return length < len(corpus.train) and hashlib.sha256(corpus.train[:length].data).hexdigest() == stream["sha256"]
+
+
+def first_token(data: DataSection, ancestors: list[Stream], corpus: Corpus) -> int:
+    """Where the windows of a run begin: past the longest shorter stream of an ancestor that data.skip_tokens covers.
+
+    A longer stream is dealt in another order, so of a shorter one all counts as seen.
+    """
+    covered = [stream for stream in ancestors if stream.get("length", math.inf) <= data.skip_tokens]
+    return max((stream["length"] for stream in covered if begins_with(corpus, stream)), default=0)
+
+
+def stream_of(data: DataSection, corpus: Corpus, first: int = 0) -> Stream:
+    """What text a run is trained on and in what order, `first` from `first_token`.
+
+    With equal sha256, seed, sequence_length and first the windows are the same.
+    """
     local = data.source != "embedded" and not data.source.startswith("hf:")
     return {
         "source": str(Path(data.source).expanduser().resolve()) if local else data.source,
@@ -93,6 +113,8 @@ def stream_of(data: DataSection, corpus: Corpus) -> Stream:
         "sha256": corpus.info["sha256"],  # of the training tokens
         "seed": data.seed,
         "sequence_length": data.sequence_length,
+        "length": len(corpus.train),
+        "first": first,
     }
 
 
@@ -107,7 +129,7 @@ def streams_with(ancestors: list[Stream], mine: Stream, tokens: int) -> list[Str
     return [*others, {**mine, "tokens": max([tokens, *before])}]
 
 
-def require_unseen(data: DataSection, ancestors: list[Stream], mine: Stream) -> None:
+def require_unseen(data: DataSection, ancestors: list[Stream], mine: Stream, corpus: Corpus) -> None:
     """ValueError when the run would train on text that an ancestor saw, or be measured on it.
 
     data.repeat allows the first. The second it does not: held-out text is chosen by data.valid_fraction, and a larger
@@ -115,23 +137,29 @@ def require_unseen(data: DataSection, ancestors: list[Stream], mine: Stream) -> 
     """
     for stream in ancestors:
         if same_windows(stream, mine):
-            if data.skip_tokens < stream["tokens"] and not data.repeat:
+            passed_over = data.skip_tokens >= stream["tokens"] and mine["first"] == stream.get("first", 0)
+            if not passed_over and not data.repeat:
                 raise ValueError(
                     f"data.skip_tokens = {data.skip_tokens}: model.checkpoint has seen the first "
                     f"{stream['tokens']:,} tokens; set it to {stream['tokens']}, or data.repeat = true"
                 )
-        elif mine["source"] == stream["source"] or mine["sha256"] == stream["sha256"]:
+            continue
+        longer = begins_with(corpus, stream)
+        if longer or mine["source"] == stream["source"] or mine["sha256"] == stream["sha256"]:
             seen = f"model.checkpoint: has seen {stream['tokens']:,} tokens of {data.source!r} with "
             if mine["valid_fraction"] > stream["valid_fraction"]:
                 raise ValueError(
                     f"{seen}data.valid_fraction = {stream['valid_fraction']}; {mine['valid_fraction']} would hold out "
                     "text that it was trained on"
                 )
+            if data.repeat or longer and stream["length"] <= mine["first"]:
+                continue
             unused = ("source",) if data.source.startswith("hf:") else ("source", "split", "text_field")
             key = next(key for key in mine if key not in unused and mine[key] != stream[key])
+            what = f"data.{key} = {stream[key]!r}, and here it is {mine[key]!r}"
+            way = "what it saw cannot be passed over; data.repeat = true allows that"
             if key == "sha256":
                 what = "other tokens (data.sha256): the text has changed, or is a streamed one of another length"
-            else:
-                what = f"data.{key} = {stream[key]!r}, and here it is {mine[key]!r}"
-            if not data.repeat:
-                raise ValueError(f"{seen}{what}; what it saw cannot be passed over; data.repeat = true allows that")
+                if data.skip_tokens < stream.get("length", 0):
+                    way = f"data.skip_tokens = {stream['length']} passes over it if it has only grown longer"
+            raise ValueError(f"{seen}{what}; {way}")

@@ -12,6 +12,7 @@ from . import checkpoint, distributed, runs
 from .data import Batches, Corpus
 from .distributed import Ranks
 from .flops import count_parameters
+from .growth import freeze_as_grown
 from .optim import AdamW, parameter_groups
 from .plan import Plan, plan
 from .random_states import rng_state
@@ -91,26 +92,32 @@ def position(run: Run, state: State) -> dict[str, Any]:
     }
 
 
-def record(run: Run, state: State, kind: str, values: dict[str, Any]) -> None:
-    """One line of metrics.jsonl, and its numbers to TensorBoard."""
-    if run.metrics is not None:
-        try:
-            run.metrics.write({"kind": kind, **position(run, state), **values})
-        except OSError as error:
-            raise ValueError(f"{run.metrics.path}: {error.strerror}; {last_good(run)}") from error
-    if run.writer is not None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                run.writer.add_scalar(f"{kind}/{name}", value, state.step)
+def record(run: Run, state: State, kind: str, values: dict[str, Any], told: str) -> None:
+    """One line of metrics.jsonl, its numbers to TensorBoard, one line `told`. Every rank calls this, and where rank 0
+    cannot write or speak, all raise."""
+
+    def write() -> None:
+        if run.metrics is not None:
+            try:
+                run.metrics.write({"kind": kind, **position(run, state), **values})
+            except OSError as error:
+                raise ValueError(f"{run.metrics.path}: {error.strerror}; {last_good(run)}") from error
+        if run.writer is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    run.writer.add_scalar(f"{kind}/{name}", value, state.step)
+        run.tell(told)
+
+    distributed.together(write, run.ranks)
 
 
-def progress(run: Run, state: State, loss: float) -> None:
-    """Say one line: step, share of the FLOPs, loss, held-out bits per byte, speed, time left at it."""
+def progress(run: Run, state: State, loss: float) -> str:
+    """One line: step, share of the FLOPs, loss, held-out bits per byte, speed since the last such line, time left."""
     done = state.plan.flops_at(state.step)
     steps, seconds = state.step - state.logged[0], max(state.seconds - state.logged[1], 1e-9)
     left = int((state.plan.flops - done) / (done - state.plan.flops_at(state.logged[0])) * seconds)
     state.logged = (state.step, state.seconds)
-    run.tell(
+    return (
         f"step {state.step}/{state.plan.steps} · {done / state.plan.flops:.0%} of the FLOPs · "
         f"loss {loss:.4f} · {state.evaluation.get('bits_per_byte', math.nan):.3f} bits per byte · "
         f"{steps * state.plan.tokens_per_step / seconds:,.0f} tokens/s · {left // 60}:{left % 60:02d} left"
@@ -136,6 +143,7 @@ def save_state(run: Run, state: State) -> Path:
     def write() -> None:
         if run.metrics is None:
             return
+        mine = stream_of(run.recipe.data, run.corpus, run.batches.first)
         trainer = {
             **position(run, state),
             "seconds": state.seconds,
@@ -143,9 +151,7 @@ def save_state(run: Run, state: State) -> Path:
             "loss_sums": state.loss_sums,
             "evaluation": state.evaluation,
             "metrics_lines": run.metrics.lines,
-            "streams": streams_with(
-                run.start.streams, stream_of(run.recipe.data, run.corpus), run.batches.unique_tokens(state.step)
-            ),
+            "streams": streams_with(run.start.streams, mine, run.batches.unique_tokens(state.step)),
         }
         try:
             run.metrics.sync()
@@ -163,15 +169,22 @@ def save_state(run: Run, state: State) -> Path:
 def load_state(run: Run, folder: Path) -> tuple[State, int]:
     """The state that a checkpoint of this run holds, and how many lines of metrics belong to it."""
     kinds = {"step": int, "grown_at": list, "loss_sums": list, "evaluation": dict, "metrics_lines": int}
-    runs.read_object(folder / checkpoint.TRAINER, kinds | runs.COST)
+    path = folder / checkpoint.TRAINER
+    trainer = runs.read_object(path, kinds | runs.COST)
+    planned = plan_of(run, trainer["grown_at"])
+    if not 0 <= trainer["step"] <= planned.steps:
+        raise ValueError(f"{path}: step = {trainer['step']}: the recipe allows 0 to {planned.steps}")
+    if trainer["grown_at"] != planned.growth_steps[: len(trainer["grown_at"])]:
+        raise ValueError(f"{path}: grown_at = {trainer['grown_at']}: the recipe grows at {planned.growth_steps}")
     model, lineage = checkpoint.load_checkpoint(folder)
     model = model.to(run.device).train()
+    freeze_as_grown(model, lineage)
     optimizer = build_optimizer(run.recipe, model)
     trainer = checkpoint.load_training_state(folder, model, optimizer, run.ranks.rank)
     state = State(
         model,
         optimizer,
-        plan_of(run, trainer["grown_at"]),
+        planned,
         trainer["step"],
         trainer["grown_at"],
         trainer["loss_sums"],

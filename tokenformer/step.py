@@ -59,8 +59,8 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     state.step += 1
     state.seconds += time.perf_counter() - began
     if state.step % section.log_every == 0 or state.step == state.plan.steps:
-        record(run, state, "train", {"loss": loss, "learning_rate": rate, "grad_norm": norm})
-        progress(run, state, loss)
+        values = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
+        record(run, state, "train", values, progress(run, state, loss))
     if not signals:
         return 0
     return stop[0] if stop else signal.SIGTERM

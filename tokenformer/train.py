@@ -12,9 +12,7 @@ are in the checkpoint too, and all follows from them.
 
 import contextlib
 import dataclasses
-import gc
 import signal
-import traceback
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +27,7 @@ from .distributed import Ranks
 from .evaluate import evaluate, sample_text
 from .event import change_text, grow_measured, learning_text, sizes_text
 from .flops import count_parameters
+from .growth import freeze_as_grown
 from .models import build_model
 from .optim import AdamW
 from .plan import model_config, plan
@@ -36,7 +35,7 @@ from .random_states import seed_all
 from .recipe import Recipe, recipe_to_dict
 from .runs import Say
 from .schedule import slope_at
-from .start import Start, is_begun, require_same_tokenizer, require_unseen, start_of, stream_of
+from .start import Start, first_token, is_begun, require_same_tokenizer, require_unseen, start_of, stream_of
 from .state import (
     Run,
     State,
@@ -87,12 +86,7 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say = p
     except BaseException as error:
         if isinstance(error, (Stopped, Diverged)):  # raised on every rank alike, and rank 0 says so
             error.silent = not ranks.main
-        if ranks.world > 1:
-            # The trace would keep the data-parallel model, and with it the group, until after the peers are gone: freed
-            # then, gloo waits for them for ever.
-            for each in (error, error.__cause__, error.__context__):
-                traceback.clear_frames(each.__traceback__ if each else None)
-            gc.collect()
+        distributed.let_go(error, ranks)
         raise
     finally:
         distributed.stop(ranks)
@@ -104,16 +98,15 @@ def train_locked(
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     distributed.on_main(lambda: runs.check_folder(folder, recipe_to_dict(recipe), resume), ranks)
-    done = distributed.on_main(lambda: finished_result(folder), ranks)
+    done = distributed.on_main(lambda: runs.finished_result(folder), ranks)
     if done:
         if say and ranks.main:
             say(f"{folder} is finished: {done['bits_per_byte']:.4f} bits per byte after {done['step']} steps")
         return done
     run = prepare_run(recipe, folder, say, ranks, device)
+    state, lines = distributed.together(lambda: first_state(run), ranks)
     # Not before the run is known to be possible.
-    origin = dataclasses.asdict(run.start) if recipe.model.checkpoint else None
-    distributed.on_main(lambda: runs.open_run(folder, recipe_to_dict(recipe), run.corpus.info, origin), ranks)
-    state = distributed.together(lambda: first_state(run), ranks)
+    distributed.on_main(lambda: open_run(run, state, lines), ranks)
     try:
         loop(run, state)
         return distributed.on_main(lambda: finish(run, state), ranks)
@@ -131,12 +124,6 @@ def train_locked(
 
 
 # --- before the first step ---
-
-
-def finished_result(folder: Path) -> dict[str, Any] | None:
-    path = folder / runs.RESULT
-    result = runs.read_json(path) if path.exists() else {}
-    return result if result.get("status") == "finished" else None
 
 
 def prepare_run(recipe: Recipe, folder: Path, say: Say, ranks: Ranks, device: torch.device) -> Run:
@@ -165,9 +152,10 @@ def require_feasible(
         require_same_tokenizer(start, tokenizer, data.tokenizer)
     planned = plan(recipe, tokenizer.vocab_size, start)
     corpus = prepare(data, data.skip_tokens + planned.tokens, progress=say)
-    require_unseen(data, start.streams, stream_of(data, corpus))
+    first = first_token(data, start.streams, corpus)
+    require_unseen(data, start.streams, stream_of(data, corpus, first), corpus)
     batches = Batches(
-        corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat, data.skip_tokens
+        corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat, data.skip_tokens, first
     )
     batches.require(planned.steps)
     return start, corpus, batches, eval_windows(corpus, data.sequence_length)
@@ -182,27 +170,32 @@ def require_divisible(recipe: Recipe, ranks: Ranks) -> None:
         )
 
 
-def first_state(run: Run) -> State:
-    """The state at step 0, or that of the newest complete checkpoint; metrics past it are dropped."""
+def first_state(run: Run) -> tuple[State, int]:
+    """The state at step 0, or that of the newest complete checkpoint, and how many lines of metrics belong to it."""
     seed_all(run.recipe.train.seed + run.ranks.rank)
     complete = runs.checkpoints(run.folder)
     state, lines = load_state(run, complete[-1]) if complete else (fresh_state(run), 0)
     enable_checkpointing(run, state.model)
-    if run.ranks.main:
-        (run.folder / runs.RESULT).unlink(missing_ok=True)  # of the part that was stopped or failed
-        run.metrics = runs.Metrics(run.folder, keep_lines=lines)
-        if run.recipe.train.tensorboard:
-            purge = state.step + 1 if state.step else None
-            run.writer = tensorboard_writer()(str(run.folder / runs.TENSORBOARD), purge_step=purge)
+    return state, lines
+
+
+def open_run(run: Run, state: State, lines: int) -> None:
+    """The run folder with its first files, metrics past the state dropped; says what is trained."""
+    origin = dataclasses.asdict(run.start) if run.recipe.model.checkpoint else None
+    runs.open_run(run.folder, recipe_to_dict(run.recipe), run.corpus.info, origin)
+    (run.folder / runs.RESULT).unlink(missing_ok=True)  # of the part that was stopped or failed
+    run.metrics = runs.Metrics(run.folder, keep_lines=lines)
+    if run.recipe.train.tensorboard:
+        purge = state.step + 1 if state.step else None
+        run.writer = tensorboard_writer()(str(run.folder / runs.TENSORBOARD), purge_step=purge)
     counts = count_parameters(state.model)
     run.tell(
         f"{run.recipe.name}: {short(counts['total'])} parameters, "
         f"{short(counts['embedding'])} of them embedding · "
         f"{state.plan.steps} steps, {short(state.plan.tokens)} tokens, {state.plan.flops:.3g} FLOPs · {run.device}"
     )
-    if complete:
-        run.tell(f"resumed from {complete[-1]}")
-    return state
+    if state.step:
+        run.tell(f"resumed from {runs.checkpoint_folder(run.folder, state.step)}")
 
 
 def fresh_state(run: Run) -> State:
@@ -212,6 +205,7 @@ def fresh_state(run: Run) -> State:
         folder = checkpoint.find_checkpoint(run.start.checkpoint)
         model, lineage = checkpoint.load_checkpoint(folder)
         model = model.float().to(run.device).train()
+        freeze_as_grown(model, lineage)
         optimizer = build_optimizer(run.recipe, model)
         if (folder / checkpoint.OPTIMIZER).exists():
             checkpoint.load_moments(folder, model, optimizer)
@@ -266,8 +260,9 @@ def loop(run: Run, state: State) -> None:
 def evaluate_now(run: Run, state: State) -> None:
     rows, dtype = rows_at_once(run), run.recipe.train.dtype
     state.evaluation = evaluate(state.model, run.windows, rows, run.device, dtype, run.ranks)
-    record(run, state, "eval", {key: state.evaluation[key] for key in ("loss", "bits_per_byte")})
-    run.tell(f"step {state.step}/{state.plan.steps}: {state.evaluation['bits_per_byte']:.4f} bits per byte held out")
+    values = {key: state.evaluation[key] for key in ("loss", "bits_per_byte")}
+    told = f"step {state.step}/{state.plan.steps}: {values['bits_per_byte']:.4f} bits per byte held out"
+    record(run, state, "eval", values, told)
 
 
 def rows_at_once(run: Run) -> int:
@@ -357,8 +352,8 @@ def grow_now(run: Run, state: State) -> None:
     why = {"growth": event.name, **due}
     itself = {"growth_flops": event.flops} if event.flops else {}
     state.lineage.append({**grown.event, **position(run, state), "learning_rate": section.learning_rate, **why})
-    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS} | itself | why)
-    run.tell(f"grown at step {state.step}: {sizes_text(grown.event)}, {change_text(grown.event)}")
+    told = f"grown at step {state.step}: {sizes_text(grown.event)}, {change_text(grown.event)}"
+    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS} | itself | why, told)
     if learning_text(grown.event):
         run.tell(learning_text(grown.event))
     if "slope" in due:

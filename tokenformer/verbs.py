@@ -13,6 +13,7 @@ from typing import Any
 
 LARGEST_SEED = 2**32 - 1  # as in recipes
 LARGEST_SIZE = 10**12 - 1  # beyond any memory, and the products of sizes still fit 64 bits
+NEW_TOKENS = 256
 LEAST_TEMPERATURE = 0.001  # logits over less than this could leave the range of float32
 
 
@@ -95,10 +96,17 @@ def evaluate(arguments: Any) -> None:
     from .runs import write_json
 
     folder = find_checkpoint(arguments.checkpoint)
-    device = choose_device(arguments.device, Ranks())
+    device = choose_device(arguments.device, Ranks(), "--device")
+    model, _ = load_checkpoint(folder)
     section = run_section(folder) or stream_section(folder)
     section.source = arguments.source or section.source
-    section.sequence_length = arguments.sequence_length or section.sequence_length
+    longest = positions(model)
+    if (arguments.sequence_length or 1) > longest:
+        raise ValueError(
+            f"--sequence-length {arguments.sequence_length}: is more than the model's "
+            f"max_position_embeddings = {longest}"
+        )
+    section.sequence_length = arguments.sequence_length or min(section.sequence_length, longest)
     if arguments.text:
         parts = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
     elif section.source:
@@ -107,7 +115,6 @@ def evaluate(arguments: Any) -> None:
         raise ValueError(
             f"{folder} names no text that it was trained on, so say what to score: --text PATH or --source embedded"
         )
-    model, _ = load_checkpoint(folder)
     measured = score(model.to(device), parts, device)
     say(
         f"{measured['bits_per_byte']:.4f} bits per byte, loss {measured['loss']:.4f} nats per token: "
@@ -118,6 +125,11 @@ def evaluate(arguments: Any) -> None:
         about = {"checkpoint": str(folder), **scored, "sequence_length": section.sequence_length}
         write_json(arguments.out, {**about, **measured})
         say(f"numbers: {arguments.out}")
+
+
+def positions(model: Any) -> int:
+    """How many tokens a model may be given at once."""
+    return getattr(model.config, "max_position_embeddings", None) or LARGEST_SIZE
 
 
 def require_writable(file: Path) -> None:
@@ -179,13 +191,9 @@ def generate(arguments: Any) -> None:
         )
     if top_k < 0:
         raise ValueError(f"--top-k {top_k}: must be 0 (all tokens) or more")
-    if arguments.max_new_tokens < 1:
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {arguments.max_new_tokens}: must be 1 or more")
     require_seed(arguments.seed)
-    try:
-        arguments.prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"--prompt {ascii(arguments.prompt)}: is not UTF-8 text") from None
     import torch
 
     from .checkpoint import find_checkpoint, load_checkpoint
@@ -194,11 +202,18 @@ def generate(arguments: Any) -> None:
     from .report.units import printable
 
     folder = find_checkpoint(arguments.checkpoint)
-    device = choose_device(arguments.device, Ranks())
+    device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
     tokenizer = load_tokenizer(str(folder))
     end = tokenizer.eos_token_id
     ids = torch.tensor([tokenizer.encode(arguments.prompt) or [end]], device=device)
+    longest = positions(model)
+    room = longest - ids.shape[1]
+    if room < (arguments.max_new_tokens or 1):
+        raise ValueError(
+            f"--max-new-tokens {arguments.max_new_tokens or 1}: is more than {max(room, 0)}, what the {ids.shape[1]:,} "
+            f"tokens of --prompt leave of the model's max_position_embeddings = {longest}"
+        )
     chance = (
         {"do_sample": False}
         if arguments.greedy
@@ -208,7 +223,7 @@ def generate(arguments: Any) -> None:
     output = model.to(device).generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or min(NEW_TOKENS, room),
         pad_token_id=end,
         eos_token_id=end,
         **chance,

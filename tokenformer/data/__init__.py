@@ -103,7 +103,8 @@ class Batches(torch.utils.data.Dataset[torch.Tensor]):
     The stream is cut into windows of `sequence_length` tokens and the one after; every epoch deals all of
     them out in an order of its own, going on in the batch in which the epoch before ends. `len` is the number
     of whole batches in one epoch, past the first `skip_tokens` that an ancestor saw; a step after them raises
-    ValueError unless `repeat`; what was skipped counts as seen. To resume, with
+    ValueError unless `repeat`; what was skipped counts as seen. Of these, `first` tokens lie before the part of
+    the stream that is cut into windows: what an ancestor had of it when it was shorter. To resume, with
     any number of workers: DataLoader(batches, batch_size=None, sampler=range(step, steps), num_workers=n)
     """
 
@@ -115,18 +116,20 @@ class Batches(torch.utils.data.Dataset[torch.Tensor]):
         seed: int,
         repeat: bool = False,
         skip_tokens: int = 0,
+        first: int = 0,
     ) -> None:
         if not 0 <= seed < 2**32:
             raise ValueError(f"data.seed = {seed}: allowed is an integer from 0 to 4294967295")
+        tokens = tokens[first:]
         if len(tokens) <= sequence_length:
             raise ValueError(
                 f"data.sequence_length = {sequence_length} needs {sequence_length + 1:,} training tokens; "
-                f"the corpus holds {len(tokens):,}"
+                f"the corpus holds {len(tokens):,}" + (f" after the first {first:,}" if first else "")
             )
-        self.tokens, self.sequence_length, self.batch_size = tokens, sequence_length, batch_size
+        self.first, self.tokens, self.sequence_length, self.batch_size = first, tokens, sequence_length, batch_size
         self.seed, self.repeat = seed, repeat
         self.windows = (len(tokens) - 1) // sequence_length
-        self.skipped = -(-skip_tokens // sequence_length)
+        self.skipped = -(-(skip_tokens - first) // sequence_length)
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -152,19 +155,22 @@ class Batches(torch.utils.data.Dataset[torch.Tensor]):
     def require(self, steps: int) -> None:
         """Raises ValueError if `steps` steps would see a token twice without having been asked to."""
         if steps > len(self) and not self.repeat:
-            asked = (self.skipped + steps * self.batch_size) * self.sequence_length
-            skipped = f" after {self.skipped * self.sequence_length:,} skipped" if self.skipped else ""
+            skipped_tokens = self.first + self.skipped * self.sequence_length
+            asked = skipped_tokens + steps * self.batch_size * self.sequence_length
+            skipped = f" after {skipped_tokens:,} skipped" if skipped_tokens else ""
+            held = self.first + len(self.tokens)
             raise ValueError(
-                f"{steps:,} steps{skipped} ask for {asked:,} training tokens; the corpus holds {len(self.tokens):,} "
+                f"{steps:,} steps{skipped} ask for {asked:,} training tokens; the corpus holds {held:,} "
                 f"({len(self):,} steps): take fewer steps or a larger data.source, or let tokens be seen "
                 "again with data.repeat = true"
             )
 
     def epochs(self, steps: int) -> float:
-        return (self.skipped + steps * self.batch_size) / self.windows
+        before = self.first / self.sequence_length
+        return (before + self.skipped + steps * self.batch_size) / (before + self.windows)
 
     def unique_tokens(self, steps: int) -> int:
-        return min(self.skipped + steps * self.batch_size, self.windows) * self.sequence_length
+        return self.first + min(self.skipped + steps * self.batch_size, self.windows) * self.sequence_length
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker that is not forked opens the token file itself: the tokens are not sent to it."""
@@ -220,8 +226,8 @@ def text_windows(
     ids: list[Any] = []
     counts: list[Any] = []
     for path in paths:
-        if not (Path(path).is_file() or Path(path).is_dir()):
-            raise ValueError(f"--text {path}: no such file or folder")
+        if not path or not (Path(path).is_file() or Path(path).is_dir()):
+            raise ValueError(f"--text {path or repr(path)}: no such file or folder")
         for file in files_below(Path(path), path):
             tokens, text_bytes = tokenizer.encode_with_bytes(read_text(file))
             ids += [tokens, [tokenizer.eos_token_id]]

@@ -54,6 +54,8 @@ class Source:
                 f"data.document_separator = {self.separator!r} has no effect with data.source = "
                 f"{self.name!r}, which has documents of its own: leave it out"
             )
+        if self.name == "hf:":
+            raise ValueError(f"data.source = {self.name!r}: names no dataset; allowed: hf:NAME or hf:FORMAT:PATH")
         if self.streamed:
             self.root, self.files = Path("/"), data_files(self.name)
         elif self.embedded:

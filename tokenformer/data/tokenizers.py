@@ -70,7 +70,7 @@ class HFTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name))
+            self.tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
         except Exception as error:  # of many kinds: a wrong name, a broken file, no network
             raise ValueError(
                 f'data.tokenizer = {name!r} cannot be loaded; allowed: "bytes", the name of a tokenizer on '

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Growth:
     """
 
     model: PreTrainedModel
-    optimizer: torch.optim.Optimizer | None
+    optimizer: Any
     promise: str
     event: dict[str, Any]
     new: dict[str, Tensor] = field(repr=False)
@@ -47,7 +47,7 @@ def grow(
     model: PreTrainedModel,
     operator: str = "zero_keys",
     to: dict[str, int] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None,
     seed: int = 0,
     moments: str = "keep",
     options: dict[str, Any] | None = None,
@@ -57,11 +57,12 @@ def grow(
 
     operator: one of OPERATORS, or several joined by + ("lemon+llama_pro"), applied one after another.
     to: field -> new size, with the configuration's names (hidden_size, ffn_tokens) or short ones (ffn, qkv, proj).
-    optimizer: one over the model's parameters; the answer holds one of its class over the new parameters, the moments
-    of old entries carried over ("keep") or all started afresh ("drop"). tokenformer.AdamW gives new entries their own
-    step count; other Adams, which have one count per tensor, get the mean second moment of the old entries there
-    instead, so that the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it
-    mixes old rows with new ones, so that its steps are not those of the small model.
+    optimizer: one over the model's parameters, or a list of several that share them (Muon for matrices, AdamW for the
+    rest); the answer holds one of its class over the new parameters, or a list of such, the moments of old entries
+    carried over ("keep") or all started afresh ("drop"). tokenformer.AdamW gives new entries their own step count;
+    other Adams, which have one count per tensor, get the mean second moment of the old entries there instead, so that
+    the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it mixes old rows with
+    new ones, so that its steps are not those of the small model.
     options: the operators' own keywords.
     batches: text for an operator that learns (ligo): token ids (B, T + 1), one batch a step. The event says what that
     cost in growth_flops.
@@ -70,7 +71,9 @@ def grow(
     """
     if moments not in ("keep", "drop"):
         raise ValueError(f"moments: {moments!r} is not known; allowed: keep, drop")
-    before = model
+    before, optimizers = model, []
+    if optimizer is not None:
+        optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     steps = steps_of(model.config, operator, to or {}, seed, options)
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
@@ -78,16 +81,27 @@ def grow(
     dropped = moments == "drop" or any(plan.drops_moments for _, _, plan in steps)
     for _, config, plan in steps:
         maps = TensorMaps(config, plan)
-        grown = _grow_weights(model, maps, seed)
+        grown = _grow_weights(model, TensorMaps(config, replace(plan, learning=None)), seed)
         if plan.learning is not None:
             learned |= learn(model, grown, maps, batches, seed)
         new, copies = (_carry(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
-        if optimizer is not None:
-            optimizer = _grow_optimizer(model, grown, maps, optimizer, dropped)
+        optimizers = [_grow_optimizer(model, grown, maps, each, dropped) for each in optimizers]
         model = grown
     event = event_of(before, model, operator, to or {}, steps, options or {})
     event |= {"seed": seed, "moments": "dropped" if dropped else "kept", **learned}
-    return Growth(model, optimizer, event["promise"], event, new, copies)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if len(trained) < len(list(model.parameters())):
+        event["trained_parameters"] = trained
+    kept = optimizers if isinstance(optimizer, list) else optimizers[0] if optimizers else None
+    return Growth(model, kept, event["promise"], event, new, copies)
+
+
+def freeze_as_grown(model: nn.Module, lineage: list[dict[str, Any]]) -> None:
+    """Train on what the last growth of a lineage left to train (LLaMA Pro's new layers); all if it froze nothing."""
+    trained = lineage[-1].get("trained_parameters") if lineage else None
+    if trained is not None:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trained)
 
 
 def event_of(
@@ -107,7 +121,7 @@ def event_of(
         "operator": operator,
         "promise": "exact" if exact else "approximate",
         "note": "" if exact else "; ".join(notes),
-        "moment_factors": "exact" if all(moments_are_exact(c, plan) for _, c, plan in steps) else "leading term",
+        "moment_factors": ("leading term", "exact")[all(moments_are_exact(c, p) for _, c, p in steps)],
         "options": options,
         "from": {axis: size_of(before.config, axis) for axis in sizes},
         "to": sizes,
@@ -293,13 +307,14 @@ def _owned(p: Tensor, optimizer: torch.optim.Optimizer) -> bool:
 def _relative(
     name: str, p: Tensor, maps: TensorMaps, owners: dict[str, int], olds: dict[str, Tensor]
 ) -> str | None:
-    """The old parameter whose group a new one joins: its source; for a layer without one, the same in another layer."""
+    """The old parameter whose group a new one joins: its source; for a layer without one, the same in another layer; in
+    a model without layers, any that has as many dimensions."""
     source, _ = maps.source_of(name)
     if source is not None:
         return source
-    alike = (maps.with_layer(name, i) for i in range(maps.config.num_hidden_layers))
-    found = next((each for each in alike if each in owners), None)
-    return found or next((each for each in owners if (olds[each].ndim >= 2) == (p.ndim >= 2)), None)
+    alike = [each for i in range(maps.config.num_hidden_layers) if (each := maps.with_layer(name, i)) in olds]
+    like = alike or [each for each in owners if (olds[each].ndim >= 2) == (p.ndim >= 2)]
+    return next((each for each in like if each in owners), None)
 
 
 def _newborn(p: Tensor, step: Tensor) -> dict[str, Any]:

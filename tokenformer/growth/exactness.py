@@ -77,7 +77,7 @@ def moments_are_exact(config: PreTrainedConfig, plan: Plan) -> bool:
 
 
 def settled(config: PreTrainedConfig, plan: Plan) -> Plan:
-    """The plan with what the architecture's norms ask for.
+    """The plan with what the architecture asks for: each layer's kind of attention, and what its norms need.
 
     Growth by zeros divides the mean square by h'/h; so must the epsilon be, or small activations are normalised
     otherwise. All norms share one epsilon: those over other axes are brought to the same factor by rescaling what
@@ -85,6 +85,9 @@ def settled(config: PreTrainedConfig, plan: Plan) -> Plan:
     copies take the root of their share on both sides.
     """
     table = table_of(config)
+    kinds = config.__dict__.get("layer_types")
+    if plan.layers is not None and isinstance(kinds, list) and kinds:
+        plan.config.layer_types = [kinds[max(0, layer.source)] for layer in plan.layers]
     if table.unit_norm:
         shares = {axis: m.read**0.5 for axis, m in plan.maps.items() if axis in table.norms}
         roots = {axis: replace(plan.maps[axis], write=root, read=root) for axis, root in shares.items()}

@@ -158,6 +158,11 @@ class TensorMaps:
 
     def weight(self, name: str, old: Tensor, above: Tensor | None = None, seed: int = 0) -> Tensor:
         """The parameter called `name` after growth, from the old one of its source layer (`above`: of the next)."""
+        if self.plan.learning is not None:
+            raise ValueError(
+                "operator: this one learns its maps on text, so it grows in a run, by a [[growth]], or by "
+                "tokenformer.grow(..., batches=...), and no checkpoint tensor by tensor"
+            )
         dims = self.dims(name, old.ndim)
         generator = generator_for(name, seed)
         new = gather(old, dims, "weight")

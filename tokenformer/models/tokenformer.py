@@ -33,7 +33,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..pattention import THETAS, Pattention, default_scale
+from ..pattention import THETAS, Pattention, default_scale, side_by_side
 
 # Released sizes: (layers, hidden size, heads); qkv and proj tokens = hidden size, ffn tokens = four times that.
 PRESETS = {"150m": (12, 768, 12), "450m": (24, 1024, 16), "900m": (32, 1280, 16), "1.5b": (40, 1536, 16)}
@@ -187,10 +187,22 @@ def _projection(config: TokenFormerConfig, kind: str, in_features: int, out_feat
     )
 
 
+class PlainLayerNorm(nn.LayerNorm):
+    """LayerNorm without parameters. A CPU's kernel is vectorised only with them: ones and zeros halve its time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.shape[-2] == 1:  # one position, in generation: making them costs more
+            return super().forward(x)
+        width = x.shape[-1]
+        return F.layer_norm(x, (width,), x.new_ones(width), x.new_zeros(width), self.eps)
+
+
 def _norm(config: TokenFormerConfig, parameters: bool) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=parameters)
+    if not parameters:
+        return PlainLayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=False)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
 
 class TokenFormerRotaryEmbedding(GPTNeoXRotaryEmbedding):
@@ -223,14 +235,14 @@ class _Rotary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return turn(dy, cos, sin, ctx.rotary, -1), None, None, None
+        return turn(dy, cos, -sin, ctx.rotary), None, None, None
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: int = 1) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> Tensor:
     """x (B, T, H, D), the first `rotary` of each D turned by the factors (B, T, >= H D) of `rotary_factors`."""
     width, half = x.shape[-2] * x.shape[-1], rotary // 2  # keys may have fewer heads than queries
     partner = torch.cat((x[..., half:rotary], x[..., :half], x[..., rotary:]), dim=-1).flatten(-2)
-    return torch.addcmul(x.flatten(-2) * cos[..., :width], partner, sin[..., :width], value=sign).view(x.shape)
+    return partner.mul_(sin[..., :width]).addcmul_(x.flatten(-2), cos[..., :width]).view(x.shape)
 
 
 def rotary_factors(cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor, int]:
@@ -267,8 +279,8 @@ class TokenFormerAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         batch_and_time = hidden_states.shape[:-1]
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (layer(hidden_states).view(*batch_and_time, -1, self.head_dim) for layer in projections)
+        projected = side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        q, k, v = (t.view(*batch_and_time, -1, self.head_dim) for t in projected)
         rotate = turn if torch.compiler.is_compiling() else _Rotary.apply
         q, k = (rotate(t, *position_embeddings) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)

@@ -54,11 +54,11 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Reci
     """
     path = recipe_path(path_or_name)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a mark
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such recipe file") from None
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(table, dict):
         raise ValueError(f"{path}: a recipe is a table of keys, not {describe(table)}")

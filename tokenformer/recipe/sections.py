@@ -95,7 +95,7 @@ class TrainSection:
     tensorboard: bool = key("write TensorBoard events as well (tokenformer[tensorboard])", default=False)
     seed: int = key("initial weights", default=0, low=0, high=2**32 - 1)
     device: str = key("auto, cpu, cuda, cuda:N or mps", default="auto", pattern=r"auto|cpu|mps|cuda(:\d+)?")
-    threads: int = key("CPU threads; 0 = torch's default", default=0, low=0)
+    threads: int = key("CPU threads; 0 = torch's default", default=0, low=0, high=1024)
 
 
 @dataclasses.dataclass
