@@ -15,6 +15,7 @@ learned, all of M, where the release holds its old rows fixed.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
@@ -204,7 +205,7 @@ def expansion_flops(maps: TensorMaps) -> int:
     As `LearnedMaps.weights` does it, layers first, then one axis after the other.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(maps.config)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(maps.config))
     grown = {axis: len(m.source) for axis, m in maps.plan.maps.items()}
     total = 0
     for kind, shapes in by_kind(maps, {name: p.shape for name, p in model.named_parameters()}).items():
