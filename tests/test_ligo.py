@@ -1,5 +1,6 @@
 """LiGO: starts as the plain operators, learns on text, and what it costs is in the plan, the budget and the ledger."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenformer import runs, train
 from tokenformer.flops import training_flops
+from tokenformer.grow_checkpoint import grow_checkpoint
 from tokenformer.growth import grow, largest_logit_change, ligo
 from tokenformer.growth.operators import steps_of
 from tokenformer.growth.tensors import TensorMaps
@@ -167,12 +169,12 @@ def test_what_cannot_be_learned_is_refused(to: dict[str, int], options: dict[str
         grow(model_of("tokenformer"), "ligo", to, options=options)
 
 
-def test_its_maps_are_not_taken_for_plain_ones() -> None:
-    model = model_of("llama")
-    [(_, config, made)] = steps_of(model.config, "ligo", {"hidden_size": 96})
-    name, p = next(model.named_parameters())
-    with pytest.raises(ValueError, match="operator: this one learns its maps on text"):
-        TensorMaps(config, made).weight(name, p)
+def test_on_the_disk_where_there_is_no_text_it_is_refused(tmp_path: Path) -> None:
+    model_of("llama").save_pretrained(tmp_path / "small")
+    for operator, refused in (("ligo", True), ("fpi", False)):
+        with pytest.raises(ValueError, match="learns its maps on text") if refused else contextlib.nullcontext():
+            grow_checkpoint(tmp_path / "small", tmp_path / operator, operator, {"intermediate_size": 88})
+        assert (tmp_path / operator).exists() != refused
 
 
 # --- in a run ---

@@ -51,13 +51,7 @@ def save_checkpoint(
     Raises ValueError with one line when the place is taken, full or not writable; nothing half written is
     left.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} already exists; choose another place for the checkpoint")
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    made = runs.missing(folder.parent)
-    try:
-        temporary.mkdir(parents=True)
+    with written_whole(folder) as temporary:
         with quiet():
             model.save_pretrained(temporary)
         if tokenizer is not None:
@@ -71,6 +65,20 @@ def save_checkpoint(
             save_tensors({f"rank{i}.{k}": t for i, s in enumerate(states) for k, t in s.items()}, temporary / RNG)
             runs.write_json(temporary / TRAINER, trainer)
         runs.write_json(temporary / LINEAGE, list(lineage))
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def written_whole(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` to write into, which at the end is flushed and takes that name, or is removed."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} already exists; choose another place for the checkpoint")
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    made = runs.missing(folder.parent)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
         flush_to_disk(temporary)
         os.rename(temporary, folder)
         flush_path(folder.parent)
@@ -80,7 +88,6 @@ def save_checkpoint(
         if isinstance(error, (OSError, SafetensorError)):
             raise ValueError(f"{folder}: the checkpoint cannot be written ({write_reason(error)})") from error
         raise
-    return folder
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -147,10 +154,11 @@ def find_checkpoint(place: str | Path) -> Path:
     raise ValueError(f"{place} is not a checkpoint: it has no config.json")
 
 
-def load_checkpoint(folder: str | Path) -> tuple[Any, list[dict[str, Any]]]:
+def load_checkpoint(folder: str | Path, mapped: bool = False) -> tuple[Any, list[dict[str, Any]]]:
     """The model in `folder` (a checkpoint, a run, or any transformers causal model folder) and its lineage.
 
-    The model comes in eval mode and in the dtype it was stored in. Raises ValueError, naming the file, when
+    The model comes in eval mode and in the dtype it was stored in; with `mapped` its weights stay pages of their files,
+    which the system reads as they are needed. Raises ValueError, naming the file, when
     the folder is no checkpoint, a file is missing, cut short or of the wrong shape, or a weight is NaN or
     infinite.
     """
@@ -171,7 +179,7 @@ def load_checkpoint(folder: str | Path) -> tuple[Any, list[dict[str, Any]]]:
         raise ValueError(f"{files[0]}: {name} has no place in the model that config.json describes")
     require_finite(model, files[0])
     # The file's bytes are mapped at any address, and matrix products round by alignment: take memory of our own.
-    for parameter in model.parameters():
+    for parameter in () if mapped else model.parameters():
         parameter.data = parameter.data.clone()
     return model, read_lineage(folder)
 

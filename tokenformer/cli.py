@@ -51,14 +51,26 @@ TEXTS = {
         """,
     ),
     "grow": (
-        "grow a checkpoint by parameter tokens, optimizer state included",
+        "grow a checkpoint of any supported architecture, optimizer state included",
         """
-        CHECKPOINT is a checkpoint or a run folder (then its newest checkpoint). OUT is a new checkpoint with
-        the larger sizes; the old one is not touched. Prints the plan and the largest change of any logit, as
-        measured.
+        CHECKPOINT is a checkpoint, a run folder (then its newest checkpoint) or a name on the Hugging Face hub.
+        OUT is a new checkpoint of the same architecture with the larger sizes; the old one is not touched. Weights
+        pass tensor by tensor and keep their dtype. Prints the plan first, and at the end what it measured: how far
+        the logits moved, which new entries get gradient, how many are copies. --dry-run prints the plan alone.
 
           tokenformer grow runs/first runs/grown --to ffn=256,qkv=64,proj=64
-          tokenformer grow runs/first runs/grown --to ffn_tokens=256 --operator tile
+          tokenformer grow org/llama grown --operator lemon+llama_pro --to hidden_size=3072 --to num_hidden_layers=24
+          tokenformer grow org/llama --dry-run --operator net2wider --option noise=0.01 --to intermediate_size=8192
+        """,
+    ),
+    "operators": (
+        "list the growth operators: what each grows, its promise, its source, its options",
+        """
+        For each operator: exact, exact if, or approximate; where it is from; the architectures that it fits, with the
+        fields that --to takes there; its options. With NAME, what it does in full.
+
+          tokenformer operators
+          tokenformer operators lemon
         """,
     ),
     "eval": (
@@ -206,20 +218,38 @@ def parser() -> Parser:
     race_arguments(sub)
 
     sub = verb("grow", verbs.grow)
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
-    sub.add_argument("out", metavar="OUT", help="the checkpoint to make; it must not exist")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run folder, or org/name on the hub")
+    sub.add_argument("out", metavar="OUT", nargs="?", help="the checkpoint to make; it must not exist")
     sub.add_argument(
-        "--to", action="append", required=True, metavar="AXIS=SIZE,...", help="new sizes; repeatable"
+        "--to", action="append", required=True, metavar="FIELD=SIZE,...", help="new sizes; repeatable"
     )
     sub.add_argument(
         "--operator",
-        default="zero_keys",
-        help="one of `tokenformer operators`, or several joined by + (%(default)s)",
+        metavar="NAME[+NAME]",
+        help="of `tokenformer operators` (zero_keys for parameter tokens, zero for the rest)",
     )
+    sub.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the operator; repeatable")
+    sub.add_argument("--dry-run", action="store_true", help="print the plan and write nothing; needs no OUT")
     sub.add_argument(
         "--moments", default="keep", choices=("keep", "drop"), help="Adam's, of the old rows (%(default)s)"
     )
+    sub.add_argument(
+        "--measure",
+        default="auto",
+        choices=("auto", "full", "logits", "none"),
+        help="auto: in full up to 8 GB of weights, the logits alone up to 64 GB (%(default)s)",
+    )
+    sub.add_argument(
+        "--shard-gigabytes",
+        type=float,
+        default=5.0,
+        metavar="N",
+        help="most that one file of weights holds (%(default)s)",
+    )
     sub.add_argument("--seed", type=int, default=0, help="of the new rows (%(default)s)")
+
+    sub = verb("operators", verbs.operators)
+    sub.add_argument("name", metavar="NAME", nargs="?", help="one of them, in full")
 
     sub = verb("eval", verbs.evaluate)
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")

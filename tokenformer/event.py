@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def sizes_text(event: dict[str, Any]) -> str:
     return f"{', '.join(axes)}, {event['parameters_before']:,} -> {event['parameters_after']:,} parameters"
 
 
-def learning_text(event: dict[str, Any]) -> str:
+def learning_text(event: Mapping[str, Any]) -> str:
     """What learning its maps took and gave; empty if the growth learned nothing."""
     if not event.get("learning_losses"):
         return ""
@@ -50,5 +51,5 @@ def learning_text(event: dict[str, Any]) -> str:
     return f"its maps were learned: loss {first:.4f} -> {last:.4f}, {event['growth_flops']:.3g} FLOPs"
 
 
-def change_text(event: dict[str, Any]) -> str:
+def change_text(event: Mapping[str, Any]) -> str:
     return f"logits moved by at most {event['max_logit_change']:.1e}"

@@ -3,10 +3,15 @@
 Everything heavy is imported inside the functions. cli.py has the arguments, their help, and the errors' end.
 """
 
+import contextlib
+import inspect
+import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -77,12 +82,72 @@ def require_seed(seed: int) -> None:
 
 
 def grow(arguments: Any) -> None:
-    to = sizes(arguments.to)
+    to, options = sizes(arguments.to), operator_options(arguments.option)
     require_seed(arguments.seed)
-    from .grow_checkpoint import grow_checkpoint
+    if not 0 < arguments.shard_gigabytes < float("inf"):
+        raise ValueError(f"--shard-gigabytes {arguments.shard_gigabytes}: must be more than 0")
+    if arguments.out is None and not arguments.dry_run:
+        raise ValueError("OUT: name the checkpoint to make, or ask for --dry-run alone")
+    from .grow_checkpoint import grow_checkpoint, plan_lines, prepare
 
-    checkpoint, out = Path(arguments.checkpoint), Path(arguments.out)
-    grow_checkpoint(checkpoint, out, arguments.operator, to, arguments.moments, arguments.seed, say)
+    checkpoint, operator, moments, seed = arguments.checkpoint, arguments.operator, arguments.moments, arguments.seed
+    if arguments.dry_run:
+        for line in plan_lines(prepare(checkpoint, operator, to, moments, seed, options)):
+            say(line)
+        return
+    with terminated_as_interrupted():
+        grow_checkpoint(
+            checkpoint, arguments.out, operator, to, moments, seed, say, options, arguments.measure,
+            round(arguments.shard_gigabytes * 1e9),
+        )
+
+
+def operator_options(texts: Sequence[str]) -> dict[str, Any]:
+    """["noise=0.1", "where=end"] -> {"noise": 0.1, "where": "end"}; true and false are such, not words."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = (word.strip() for word in text.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"--option {text}: write NAME=VALUE, such as noise=0.1")
+        if key in options:
+            raise ValueError(f"--option {text}: {key} is given twice")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends the work by way of its own tidying up, as Ctrl-C does."""
+
+    def leave(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def operators(arguments: Any) -> None:
+    from .growth.operators import OPERATORS, operators_of
+    from .models.tables import TABLES
+
+    chosen = operators_of(arguments.name) if arguments.name else list(OPERATORS.values())
+    for each in chosen:
+        say(f"{each.name}: {each.promise} ({each.source})")
+        fits: dict[str, list[str]] = {}
+        for architecture in each.architectures:
+            fits.setdefault(", ".join(each.fields(TABLES[architecture])), []).append(architecture)
+        for fields_text, architectures in fits.items():
+            say(f"    {', '.join(architectures)}: {fields_text}")
+        if each.options:
+            say(f"    options: {', '.join(f'{key}={json.dumps(value)}' for key, value in each.options.items())}")
+        text = inspect.getdoc(each.function) if arguments.name else each.summary
+        say(textwrap.indent(text or "", "    "))
 
 
 def evaluate(arguments: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def grow(
     dropped = moments == "drop" or any(plan.drops_moments for _, _, plan in steps)
     for _, config, plan in steps:
         maps = TensorMaps(config, plan)
-        grown = _grow_weights(model, TensorMaps(config, replace(plan, learning=None)), seed)
+        grown = _grow_weights(model, maps, seed)
         if plan.learning is not None:
             learned |= learn(model, grown, maps, batches, seed)
         new, copies = (_carry(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
@@ -141,17 +141,32 @@ def grown_tensors(
 
     Layers without a source have the architecture's own initialisation. ValueError on a parameter that no table names.
     """
-    fresh = FreshLayers(maps, seed)
+    grown = grown_reader(read, maps, seed)
     for name in names:
+        yield name, grown(name)
+
+
+def grown_reader(read: Callable[[str], Tensor], maps: TensorMaps, seed: int) -> Callable[[str], Tensor]:
+    """The same for any one parameter, so that plans that follow each other are readers of readers.
+
+    What is kept in half precision is worked out, and handed on, in float32: it is rounded once, where it is put.
+    """
+    fresh = FreshLayers(maps, seed)
+
+    def grown(name: str) -> Tensor:
         source, layer = maps.source_of(name)
         if source is None:
             tensor = fresh.parameter(name)
         else:
             above = _above(name, source, maps)
-            tensor = maps.weight(name, read(source), read(above) if above else None, seed)
-        if layer is not None and layer.closed and maps.closes(name):
-            tensor = torch.zeros_like(tensor)
-        yield name, tensor
+            tensor = maps.weight(name, widened(read(source)), widened(read(above)) if above else None, seed)
+        return torch.zeros_like(tensor) if layer is not None and layer.closed and maps.closes(name) else tensor
+
+    return grown
+
+
+def widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _above(name: str, source: str, maps: TensorMaps) -> str | None:
@@ -210,12 +225,17 @@ def _grow_weights(model: PreTrainedModel, maps: TensorMaps, seed: int) -> PreTra
     names = {name: p.ndim for name, p in targets.items()}
     for name, tensor in grown_tensors(names, sources.__getitem__, maps, seed):
         targets[name].copy_(tensor)
-        source, layer = maps.source_of(name)
-        old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
-        targets[name].requires_grad_(not old_is_frozen and (source is None or sources[source].requires_grad))
+        targets[name].requires_grad_(is_trained(name, maps, lambda source: sources[source].requires_grad))
     if hasattr(grown, "after_step"):
         grown.after_step()
     return grown
+
+
+def is_trained(name: str, maps: TensorMaps, before: Callable[[str], bool]) -> bool:
+    """Whether a parameter of the grown model is trained on; `before`: whether an old one was."""
+    source, layer = maps.source_of(name)
+    old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
+    return not old_is_frozen and (source is None or before(source))
 
 
 def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:
@@ -238,20 +258,24 @@ def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:
 
 def _carry(masks: dict[str, Tensor], grown: nn.Module, maps: TensorMaps, copies: bool) -> dict[str, Tensor]:
     """Where entries are new after this plan: those of the plans before it, moved along, and its own."""
-    result = {}
-    for name, p in grown.named_parameters():
-        source, layer = maps.source_of(name)
-        if source is None or (layer is not None and layer.closed and maps.closes(name)):
-            mask = torch.ones([1] * p.ndim, dtype=torch.bool)
-        else:
-            mask = maps.fresh(name, p.ndim, copies)
-            if copies and layer is not None and _is_repetition(name, maps):
-                mask = torch.ones_like(mask)
-            if source in masks:
-                mask = mask | maps.spread_over(name, masks[source]).bool()
-        if bool(mask.any()):
-            result[name] = mask
-    return result
+    found = {name: new_entries(name, p.ndim, maps, copies, masks.get) for name, p in grown.named_parameters()}
+    return {name: mask for name, mask in found.items() if mask is not None}
+
+
+def new_entries(
+    name: str, ndim: int, maps: TensorMaps, copies: bool, before: Callable[[str], Tensor | None]
+) -> Tensor | None:
+    """Where one parameter has new entries, broadcastable to it; None if nowhere. `before`: where an old one had."""
+    source, layer = maps.source_of(name)
+    if source is None or (layer is not None and layer.closed and maps.closes(name)):
+        return torch.ones([1] * ndim, dtype=torch.bool)
+    mask = maps.fresh(name, ndim, copies)
+    if copies and layer is not None and _is_repetition(name, maps):
+        mask = torch.ones_like(mask)
+    earlier = before(source)
+    if earlier is not None:
+        mask = mask | maps.spread_over(name, earlier).bool()
+    return mask if bool(mask.any()) else None
 
 
 def _is_repetition(name: str, maps: TensorMaps) -> bool:

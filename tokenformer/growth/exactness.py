@@ -31,7 +31,7 @@ def _axis_reasons(config: PreTrainedConfig, axis: str, m: AxisMap) -> list[str]:
     kept = m.source >= 0
     old = axis_sizes(config)[axis]
     sums = torch.zeros(old, dtype=torch.float64).index_add_(0, m.source[kept], (m.read * m.write)[kept])
-    if axis != "head_dim" and not torch.allclose(sums, torch.ones_like(sums), atol=1e-12):
+    if not torch.allclose(sums, torch.ones_like(sums), atol=1e-12):
         reasons.append("the shares of the copies do not sum to 1")
     if bool((m.source == FRESH).any()) and m.fresh_write == m.fresh_read == "random":
         reasons.append("new entries are random on the side that writes and on the side that reads")

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..models.axes import Table, field_of, size_of, table_of
+from ..models.axes import Table, field_of, nearest, size_of, table_of
 from ..models.tables import TABLES
 from . import depth, ligo, tokens, width
 from .exactness import settled, why_not_exact
@@ -64,7 +64,8 @@ class Operator:
         known = self.options
         for key, value in options.items():
             if key not in known:
-                raise ValueError(f"{key}: {self.name} has no such option; it has {', '.join(known) or 'none'}")
+                has = f"{nearest(key, known)}; it has {', '.join(known) or 'none'}"
+                raise ValueError(f"{key}: {self.name} has no such option{has}")
             if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
                 raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
         if "seed" in inspect.signature(self.function).parameters:
@@ -72,7 +73,7 @@ class Operator:
         made = settled(config, self.function(config, sizes, **options))
         reasons = why_not_exact(config, made)
         if self.exact and reasons:
-            instead = [o.name for o in OPERATORS.values() if o is not self and o._fits(config, sizes)]
+            instead = [name for name in exact_for(config, sizes) if name != self.name]
             hint = f"; {', '.join(instead)} can" if instead else "; no operator can do that exactly"
             raise ValueError(f"operator: {self.name} cannot grow this exactly: {'; '.join(reasons)}{hint}")
         return made
@@ -123,8 +124,13 @@ def operators_of(text: str) -> list[Operator]:
     for name in text.split("+"):
         if name not in OPERATORS:
             allowed = f"{', '.join(OPERATORS)}, or several joined by +"
-            raise ValueError(f"operator: {name!r} is not known; allowed: {allowed}")
+            raise ValueError(f"operator: {name!r} is not known{nearest(name, OPERATORS)}; allowed: {allowed}")
     return [OPERATORS[name] for name in text.split("+")]
+
+
+def exact_for(config: PreTrainedConfig, sizes: dict[str, int]) -> list[str]:
+    """The operators that grow a configuration to these sizes exactly, each by itself."""
+    return [operator.name for operator in OPERATORS.values() if operator._fits(config, sizes)]
 
 
 def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]:
@@ -145,12 +151,17 @@ def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]
     return sizes
 
 
+def taker_of(mixture: list[Operator], field: str, table: Table) -> Operator | None:
+    """Which operator of a mixture grows a field: of those that do, the one that grows the fewest, then the first."""
+    able = [each for each in mixture if field in each.fields(table)]
+    return min(able, key=lambda each: len(each.fields(table)), default=None)
+
+
 def takers(config: PreTrainedConfig, operator: str, to: dict[str, int]) -> str:
     """The operators of a mixture that grow a field of `to`, joined by + again."""
-    fields = [field_of(config, name) for name in to]
-    table = table_of(config)
-    first = [next((o.name for o in operators_of(operator) if f in o.fields(table)), "") for f in fields]
-    return "+".join(o.name for o in operators_of(operator) if o.name in first) or operator
+    mixture, table = operators_of(operator), table_of(config)
+    taking = [taker_of(mixture, field_of(config, name), table) for name in to]
+    return "+".join(each.name for each in mixture if each in taking) or operator
 
 
 def steps_of(
@@ -158,22 +169,24 @@ def steps_of(
 ) -> list[tuple[Operator, PreTrainedConfig, Plan]]:
     """The plans of one growth: one for each operator of the mixture, applied one after another.
 
-    Each field goes to the first operator that grows it, each option to those that have it.
+    Each field goes to the operator that grows it and the fewest besides ("lemon+llama_pro": layers go to llama_pro),
+    each option to those that have it.
     Raises ValueError where no operator grows a field, an operator has nothing to do, or one refuses.
     """
     mixture, sizes, options = operators_of(operator), target_sizes(config, to), options or {}
     shares: list[dict[str, int]] = [{} for _ in mixture]
     for field, size in sizes.items():
         table = table_of(config)
-        taker = next((i for i, each in enumerate(mixture) if field in each.fields(table)), None)
+        taker = taker_of(mixture, field, table)
         if taker is None:
             can = [o.name for o in OPERATORS.values() if field in o.fields(table)]
             raise ValueError(f"to.{field}: {operator} does not grow it in {config.model_type}; {', '.join(can)} do")
-        shares[taker][field] = size
+        shares[mixture.index(taker)][field] = size
     for key in options:
         if not any(key in each.options for each in mixture):
             known = sorted({key for each in mixture for key in each.options})
-            raise ValueError(f"{key}: {operator} has no such option; it has {', '.join(known) or 'none'}")
+            has = f"{nearest(key, known)}; it has {', '.join(known) or 'none'}"
+            raise ValueError(f"{key}: {operator} has no such option{has}")
     steps = []
     for each, share in zip(mixture, shares, strict=True):
         if not share:

@@ -22,7 +22,8 @@ class AxisMap:
     """New slots of one axis. source: (new,) old slots, or FRESH, or AVERAGE; write, read: (new,) factors.
 
     fresh_write, fresh_read: how writers and readers of a fresh slot start, "zero" or "random".
-    scale: what its writers make is this much larger besides, which the norm that reads it takes away again.
+    scale: what its writers make is this much larger besides, which the norm that reads it takes away again (or, for
+    head_dim, the factor by which attention divides).
     """
 
     source: Tensor

@@ -158,11 +158,6 @@ class TensorMaps:
 
     def weight(self, name: str, old: Tensor, above: Tensor | None = None, seed: int = 0) -> Tensor:
         """The parameter called `name` after growth, from the old one of its source layer (`above`: of the next)."""
-        if self.plan.learning is not None:
-            raise ValueError(
-                "operator: this one learns its maps on text, so it grows in a run, by a [[growth]], or by "
-                "tokenformer.grow(..., batches=...), and no checkpoint tensor by tensor"
-            )
         dims = self.dims(name, old.ndim)
         generator = generator_for(name, seed)
         new = gather(old, dims, "weight")
@@ -228,18 +223,20 @@ class TensorMaps:
         start = start.expand(new.shape)
         if old.ndim == 1:
             start = start.masked_fill(start == RANDOM, ZERO)  # biases begin at zero
-        values = torch.zeros(new.shape, dtype=torch.float32)
+        # In place where that can be: a whole embedding passes here, and what it takes bounds the memory of a growth.
+        kept = start == KEEP
+        mean = new[kept.to(new.device)].float().mean() if bool((start == MEAN).any()) else None
+        new = new.masked_fill((~kept).to(new.device), 0)
         if bool((start == RANDOM).any()):
-            std = self._std(name, old, dims)
-            values = torch.where(start == RANDOM, torch.randn(new.shape, generator=generator) * std, values)
+            drawn = torch.randn(new.shape, generator=generator).mul_(self._std(name, old, dims))
+            torch.where((start == RANDOM).to(new.device), drawn.to(new), new, out=new)
         if bool((start == PICK).any()):
             flat = old.detach().flatten().float().cpu()
             drawn = flat[torch.randint(len(flat), new.shape, generator=generator)]
-            values = torch.where(start == PICK, drawn, values)
-        if bool((start == MEAN).any()):
-            kept = new[torch.broadcast_to(start == KEEP, new.shape)].float()
-            values = torch.where(start == MEAN, kept.mean().cpu(), values)
-        return torch.where((start != KEEP).to(new.device), values.to(new), new)
+            torch.where((start == PICK).to(new.device), drawn.to(new), new, out=new)
+        if mean is not None:
+            new.masked_fill_((start == MEAN).to(new.device), mean.to(new))
+        return new
 
     def _std(self, name: str, old: Tensor, dims: list[DimMap]) -> float:
         for axis in self.plan.maps:
@@ -281,7 +278,7 @@ def gather(old: Tensor, dims: list[DimMap], kind: str, power: int = 1) -> Tensor
         mean = new.mean(i, keepdim=True) if bool(averages.any()) and kind == "weight" else None
         new = new.index_select(i, source.clamp(min=0))
         if not bool((factor == 1).all()):
-            new = new * along(factor, i, old.ndim).to(new)
+            new.mul_(along(factor, i, old.ndim).to(new))
         if mean is not None:
             new = torch.where(along(averages, i, old.ndim).to(new.device), mean, new)
     return new

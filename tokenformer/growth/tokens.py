@@ -34,7 +34,7 @@ def zero_keys(config: PreTrainedConfig, sizes: Sizes) -> Plan:
     if config.theta == "softmax":
         raise ValueError(
             "operator: zero_keys cannot grow theta=softmax exactly, since exp(0) = 1 takes weight from the old rows; "
-            "tile can"
+            "tile can, by whole multiples"
         )
     require_tokens(config, sizes)
     return Plan(resize(config, sizes), _padded(config, sizes, "write"), stds=_stds(config))

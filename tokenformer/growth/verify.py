@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .engine import Growth
@@ -30,13 +33,18 @@ def live_share(growth: Growth, input_ids: Tensor) -> dict[str, float]:
 
 
 def live_shares(model: PreTrainedModel, masks: Mapping[str, Tensor], input_ids: Tensor) -> dict[str, float]:
-    """The same for any model, `masks` telling which entries of a parameter to look at. Gradients are looked at as they
-    come and let go of at once, so that no second model's memory is needed."""
+    """The same for any model, `masks` telling which entries of a parameter to look at; of an embedding only rows that
+    the loss depends on. Gradients are looked at as they come and let go of at once, so that no second model's memory is
+    needed."""
     counts: dict[str, list[float]] = {}
+    seen: dict[Tensor, Tensor] = {}  # embedding -> the rows looked up
     handles = []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in trained.items():
-        handles.append(p.register_post_accumulate_grad_hook(lambda q, n=name: _count(counts, n, q, masks.get(n))))
+        handles.append(p.register_post_accumulate_grad_hook(partial(_count, counts, name, masks.get(name), seen)))
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_hook(partial(_look_up, seen)))
     kept = {name: p.grad for name, p in trained.items()}
     for p in trained.values():
         p.grad = None
@@ -54,13 +62,23 @@ def live_shares(model: PreTrainedModel, masks: Mapping[str, Tensor], input_ids: 
     return {kind: alive / total for kind, (alive, total) in counts.items()}
 
 
-def _count(counts: dict[str, list[float]], name: str, p: Tensor, mask: Tensor | None) -> None:
+def _look_up(seen: dict[Tensor, Tensor], module: nn.Embedding, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+    """Note the rows looked up for (..., T) positions but the last, which predicts nothing; padding has no gradient."""
+    rows = inputs[0][..., :-1].unique()
+    seen[module.weight] = rows if module.padding_idx is None else rows[rows != module.padding_idx]
+
+
+def _count(
+    counts: dict[str, list[float]], name: str, mask: Tensor | None, seen: Mapping[Tensor, Tensor], p: Tensor
+) -> None:
     gradient, p.grad = p.grad, None
     if mask is None or gradient is None:
         return
     new = mask.to(gradient.device).expand_as(gradient)
+    if p in seen:
+        gradient, new = gradient[seen[p]], new[seen[p]]
     total = counts.setdefault(kind_of(name), [0.0, 0.0])
-    total[0] += (gradient[new] != 0).sum().item()
+    total[0] += ((gradient != 0) & new).sum().item()
     total[1] += new.sum().item()
 
 
@@ -71,14 +89,17 @@ def kind_of(name: str) -> str:
 
 @torch.no_grad()
 def duplicated_share(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> float:
-    """Share of the rows with new entries, in matrices, that equal another row of the same matrix bit for bit."""
+    """Share of the rows with new entries, in matrices, that equal another row of the same matrix bit for bit. Rows of
+    nothing but zeros are closed, not copied, and do not count as equal."""
     equal, total = 0, 0
     for name, p in model.named_parameters():
         if name not in masks or p.ndim < 2:
             continue
-        rows = p.flatten(0, -2)
-        new = masks[name].to(p.device).expand_as(p).flatten(0, -2).any(-1)
-        _, inverse, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
-        equal += int((counts[inverse][new] > 1).sum())
-        total += int(new.sum())
+        rows = p.detach().flatten(0, -2).cpu().contiguous()
+        new = masks[name].cpu().expand_as(p).flatten(0, -2).any(-1).tolist()
+        held = (rows != 0).any(-1).tolist()
+        digests = [hashlib.blake2b(row, digest_size=16).digest() for row in rows.view(torch.uint8).numpy()]
+        counts = Counter(digests)
+        equal += sum(n and h and counts[d] > 1 for n, h, d in zip(new, held, digests, strict=True))
+        total += sum(new)
     return equal / total if total else 0.0

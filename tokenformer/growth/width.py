@@ -29,14 +29,13 @@ def zero(config: PreTrainedConfig, sizes: Sizes, **options: Any) -> Plan:
     leaves out: the norm's epsilon moves with its gain, query heads are inserted into their key-value groups, new layers
     add nothing. Exact, but for LayerNorm over the grown axis, which no zeros leave alone.
     """
-    new, grown = grown_axes(config, sizes)
+    new, grown = grown_axes(config, sizes, kept_rotary(config, sizes))
     table, maps = table_of(config), {}
     for axis, (old, size) in grown.items():
         maps[axis] = padded(old, size, closed="write" if axis in table.norms and axis != "head_dim" else "read")
-    if "head_dim" in grown:  # the product of query and key is divided by the root of the new width
+    if "head_dim" in grown:  # attention divides by the root of the new width; queries, which write it, make up for that
         old, size = grown["head_dim"]
-        maps["head_dim"] = replace(maps["head_dim"], read=maps["head_dim"].read * math.sqrt(size / old))
-        keep_rotary(config, new)
+        maps["head_dim"] = replace(maps["head_dim"], scale=math.sqrt(size / old))
     return Plan(new, maps, new_blocks(config, new.num_hidden_layers))
 
 
@@ -149,9 +148,11 @@ def shrink_pad_perturb(config: PreTrainedConfig, sizes: Sizes, shrink: float = 0
 # --- what they share ---
 
 
-def grown_axes(config: PreTrainedConfig, sizes: Sizes) -> tuple[PreTrainedConfig, dict[str, tuple[int, int]]]:
+def grown_axes(
+    config: PreTrainedConfig, sizes: Sizes, changes: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedConfig, dict[str, tuple[int, int]]]:
     """The new configuration, and (old, new) of every axis that it enlarges, those that follow included."""
-    new = resize(config, sizes)
+    new = resize(config, sizes, changes)
     before, after = axis_sizes(config), axis_sizes(new)
     for axis, size in after.items():
         if size < before[axis]:
@@ -167,9 +168,13 @@ def unequal_shares(source: Tensor) -> Tensor:
     return (2 * axis.copy_number.double() + 1) / counts**2
 
 
-def keep_rotary(config: PreTrainedConfig, new: PreTrainedConfig) -> None:
-    """Let the same leading dimensions of a head turn as before, by the same frequencies."""
-    share = config.rope_parameters["partial_rotary_factor"]
+def kept_rotary(config: PreTrainedConfig, sizes: Sizes) -> dict[str, Any]:
+    """What lets the same leading dimensions of a head turn as before, by the same frequencies, where heads widen."""
+    if "head_dim" not in sizes:
+        return {}
+    size, share = sizes["head_dim"], config.rope_parameters["partial_rotary_factor"]
     turned = int(config.head_dim * share)
-    new.rope_parameters = config.rope_parameters | {"partial_rotary_factor": turned / new.head_dim}
-    assert int(new.head_dim * new.rope_parameters["partial_rotary_factor"]) == turned
+    share = turned / size
+    while int(size * share) < turned:  # the quotient may be rounded down, and its product cut off
+        share = math.nextafter(share, 1.0)
+    return {"rope_parameters": config.rope_parameters | {"partial_rotary_factor": share}}

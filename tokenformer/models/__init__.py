@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .axes import nearest
 from .ngpt import NGPTConfig, NGPTForCausalLM, NGPTModel
 from .tokenformer import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
 
@@ -54,14 +54,14 @@ def build_config(
     """
     fields = dict(fields or {})
     if architecture not in CONFIG_MAPPING:
-        nearest = _nearest(architecture, CONFIG_MAPPING)
-        raise ValueError(f"model.architecture: {architecture!r} is not a model type{nearest}")
+        near = nearest(architecture, CONFIG_MAPPING)
+        raise ValueError(f"model.architecture: {architecture!r} is not a model type{near}")
     cls = CONFIG_MAPPING[architecture]
     default = cls()
     known = {name for name in dir(default) if not name.startswith("_")} | set(cls.attribute_map)
     for key, value in fields.items():
         if key not in known:
-            raise ValueError(f"model.{key}: not a field of {cls.__name__}{_nearest(key, known)}")
+            raise ValueError(f"model.{key}: not a field of {cls.__name__}{nearest(key, known)}")
         usual = getattr(default, key)
         if isinstance(usual, (str, int, float)) and isinstance(value, str) != isinstance(usual, str):
             raise ValueError(f"model.{key}: {value!r} is of the wrong type; {cls.__name__} has {usual!r} there")
@@ -85,7 +85,3 @@ def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.train()
 
-
-def _nearest(name: str, known: Any) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; nearest valid name: {match[0]}" if match else ""

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -118,9 +119,16 @@ def field_of(config: PreTrainedConfig, name: str) -> str:
     if field in table.refuses:
         raise ValueError(f"to.{name}: {table.refuses[field]}")
     if field != "num_hidden_layers" and field not in table.grows:
-        allowed = ", ".join([*table.grows, "num_hidden_layers"])
-        raise ValueError(f"to.{name}: {config.model_type} has no such axis; allowed: {allowed}")
+        known = [*table.grows, "num_hidden_layers"]
+        near = nearest(name, [*table.names, *known])
+        raise ValueError(f"to.{name}: {config.model_type} has no such axis{near}; allowed: {', '.join(known)}")
     return field
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; nearest valid name: hidden_size", or nothing where none is near."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; nearest valid name: {match[0]}" if match else ""
 
 
 def size_of(config: PreTrainedConfig, field: str) -> int:

@@ -204,7 +204,8 @@ _TOKEN_ROWS = {
     "self_attn.o_proj": ("proj_tokens", "kv_heads< group< value_dim<", "hidden>"),
     "mlp": ("ffn_tokens", "hidden<", "hidden>"),
 }
-# Keys are scale-free only up to the norm's epsilon, so a grown head_dim's factor sits on what k_proj writes.
+# Of queries and keys, which meet in a product, the ones write a head's width and the others read it. Both are value
+# rows: a parameter token's key is scale-free only up to its norm's epsilon.
 TOKENFORMER = Table(
     parameters=_ENDS
     | {"model.norm.bias": "hidden+"}
