@@ -31,6 +31,7 @@ MAMBA = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "n_groups": 2, "state
 MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", LLAMA),
     "llama tied": ("llama", LLAMA | {"tie_word_embeddings": True, "attention_bias": False, "vocab_size": 1003}),
+    "mistral": ("mistral", DECODER | {"sliding_window": 7}),
     "qwen2": ("qwen2", DECODER),
     "qwen3": ("qwen3", DECODER | {"head_dim": 10}),
     "gpt2": ("gpt2", NO_DROPOUT | {"hidden_size": 48, "num_attention_heads": 6, "n_positions": 40}),
@@ -55,7 +56,7 @@ SIZES = {
     "num_key_value_heads": lambda old: (2 * old, 3),
     "num_heads": lambda old: (2 * old, old * 3 // 2),
     "head_dim": lambda old: (2 * old, old * 3 // 2),
-    "num_local_experts": lambda old: (2 * old, old * 3 // 2),
+    "num_local_experts": lambda old: (4, 6) if old == 1 else (2 * old, old * 3 // 2),
 }
 SAME = {"n_embd": "hidden_size", "n_inner": "intermediate_size"}
 
@@ -97,7 +98,11 @@ def untrained(operator: str) -> dict[str, int]:
 
 
 def layer_norm(name: str) -> bool:
-    return name in ("gpt2", "tokenformer", "tokenformer gelu first", "tokenformer softmax")
+    """Whether the model's residual stream is read through a LayerNorm, by its modules, not by the tables."""
+    model = model_of(name)
+    return model.config.to_dict().get("norm") == "layernorm" or any(
+        isinstance(module, torch.nn.LayerNorm) for module in model.modules()
+    )
 
 
 @contextlib.contextmanager

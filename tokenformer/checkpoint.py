@@ -162,6 +162,8 @@ def load_checkpoint(folder: str | Path, mapped: bool = False) -> tuple[Any, list
     the folder is no checkpoint, a file is missing, cut short or of the wrong shape, or a weight is NaN or
     infinite.
     """
+    from .models import fit_experts
+
     folder = find_checkpoint(folder)
     files = weight_files(folder)
     stored = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
@@ -181,7 +183,7 @@ def load_checkpoint(folder: str | Path, mapped: bool = False) -> tuple[Any, list
     # The file's bytes are mapped at any address, and matrix products round by alignment: take memory of our own.
     for parameter in () if mapped else model.parameters():
         parameter.data = parameter.data.clone()
-    return model, read_lineage(folder)
+    return fit_experts(model), read_lineage(folder)
 
 
 def read_lineage(folder: Path) -> list[dict[str, Any]]:

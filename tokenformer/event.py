@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .growth import Growth, grow, largest_logit_change, live_share
+from .growth import Growth, LoadCounter, grow, largest_logit_change, live_share, load_numbers
 
 
 def grow_measured(
@@ -24,13 +24,17 @@ def grow_measured(
     batches: Any = None,
 ) -> Growth:
     """`growth.grow`, its event with three measurements more: max_logit_change and live_at_once, both on `input_ids`
-    (B, T), and grow_seconds, of the growth alone.
+    (B, T), and grow_seconds, of the growth alone; with experts also expert_load, before and after, on the same.
     """
     began = time.perf_counter()
     growth = grow(model, operator, to, optimizer, seed, moments, options, batches)
     seconds = time.perf_counter() - began
+    with LoadCounter(model) as before, LoadCounter(growth.model) as after:
+        change = largest_logit_change(model, growth.model, input_ids)
+    if after.counts:
+        growth.event["expert_load"] = {"before": load_numbers(before.counts), "after": load_numbers(after.counts)}
     growth.event.update(
-        max_logit_change=largest_logit_change(model, growth.model, input_ids),
+        max_logit_change=change,
         live_at_once=live_share(growth, input_ids),
         grow_seconds=round(seconds, 3),
     )

@@ -33,6 +33,7 @@ class Sizes:
     head: int  # entries of the matrix that makes logits
     tied: bool  # that matrix is the embedding's
     tables: int  # entries of the look-up tables: token embedding, learned positions
+    idle: int = 0  # entries of one layer's matrices that a token passes by: the experts that it is not sent to
     mixing: Callable[[int], int] = lambda length: 0  # operations of one layer among T positions, beside attention's
 
 
@@ -58,12 +59,16 @@ def parameters(config: PreTrainedConfig) -> dict[str, int]:
     """What `count_parameters` finds in a model of this configuration, without building it."""
     sizes = _sizes(config)
     embedding = sizes.tables + (0 if sizes.tied else sizes.head)
-    other = sizes.layers * (sizes.matrices + sizes.vectors) + sizes.final_vectors
-    return {"total": embedding + other, "embedding": embedding, "other": other}
+    other = sizes.layers * (sizes.matrices + sizes.idle + sizes.vectors) + sizes.final_vectors
+    counts = {"total": embedding + other, "embedding": embedding, "other": other}
+    return counts | ({"active": embedding + other - sizes.layers * sizes.idle} if _is_mixture(config) else {})
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Entries of a model's parameters: `embedding` (look-up tables, head), `other`, `total`; tied: once."""
+    """Entries of a model's parameters: `embedding` (look-up tables, head), `other`, `total`; tied: once.
+
+    Of a mixture of experts also `active`, those that one token meets.
+    """
     from torch import nn
 
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -71,7 +76,18 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     owned = {id(p): p for module in (*tables, head) if module is not None for p in module.parameters()}
     embedding = sum(p.numel() for p in owned.values())
     total = sum(p.numel() for p in model.parameters())
-    return {"total": total, "embedding": embedding, "other": total - embedding}
+    counts = {"total": total, "embedding": embedding, "other": total - embedding}
+    if _is_mixture(model.config):
+        experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        config = model.config
+        counts["active"] = total - experts // config.num_local_experts * (
+            config.num_local_experts - config.num_experts_per_tok
+        )
+    return counts
+
+
+def _is_mixture(config: PreTrainedConfig) -> bool:
+    return getattr(config, "num_local_experts", None) is not None
 
 
 def _tokenformer(config: PreTrainedConfig) -> Sizes:
@@ -98,7 +114,7 @@ def _tokenformer(config: PreTrainedConfig) -> Sizes:
 
 
 def _llama(config: PreTrainedConfig) -> Sizes:
-    """Llama, and with their own biases and norms Mistral and Qwen."""
+    """Llama, and with their own biases and norms Qwen2 and Qwen3."""
     width, inner = config.hidden_size, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
     wide, narrow = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -125,6 +141,28 @@ def _qwen2(config: PreTrainedConfig) -> Sizes:
 def _qwen3(config: PreTrainedConfig) -> Sizes:
     sizes = _llama(config)
     return replace(sizes, vectors=sizes.vectors + 2 * config.head_dim)  # norms of queries and of keys
+
+
+def _mixtral(config: PreTrainedConfig) -> Sizes:
+    """Mistral too, which is the same without a router."""
+    width = config.hidden_size
+    head_dim = config.head_dim or width // config.num_attention_heads
+    wide, narrow = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    expert, active, idle, router = 3 * width * config.intermediate_size, 1, 0, 0
+    if _is_mixture(config):
+        active, router = config.num_experts_per_tok, config.num_local_experts * width
+        idle = config.num_local_experts - active
+    return Sizes(
+        layers=config.num_hidden_layers,
+        matrices=2 * width * (wide + narrow) + router + active * expert,
+        vectors=2 * width,
+        attention_width=wide,
+        final_vectors=width,
+        head=config.vocab_size * width,
+        tied=config.tie_word_embeddings,
+        tables=config.vocab_size * width,
+        idle=idle * expert,
+    )
 
 
 def _ngpt(config: PreTrainedConfig) -> Sizes:
@@ -193,9 +231,10 @@ def _chunked_scan(config: PreTrainedConfig, channels: int, length: int) -> int:
 ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], Sizes]] = {
     "tokenformer": _tokenformer,
     "llama": _llama,
-    "mistral": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "mistral": _mixtral,
+    "mixtral": _mixtral,
     "ngpt": _ngpt,
     "gpt2": _gpt2,
     "mamba2": _mamba2,

@@ -178,6 +178,11 @@ def phase_configs(
                 phases.append((config, phases[-1][1] | part.to))
         except ValueError as error:
             raise ValueError(f"growth.{i}.{error}") from None
+        if any(change.trains_only for change in changes):
+            raise ValueError(
+                f"growth.{i}.options.router = 'retrain' is for a loop that trains the router alone at first, and a run "
+                "trains all; keep does, or redraw"
+            )
         afresh = section.moments == "drop" or any(change.drops_moments for change in changes)
         if afresh and section.learning_rate == "rewarm_new":
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import distributed
 from .distributed import Ranks
 from .evaluate import autocast, cross_entropy
+from .growth import LoadCounter, load_numbers
 from .optim import learning_rate
 from .plan import Plan
 from .recipe import Recipe
@@ -44,7 +45,11 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     rate = learning_rate_at(run.recipe, state.plan, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    own_loss = backward(run, state.step, wrapped)
+    logs = (state.step + 1) % section.log_every == 0 or state.step + 1 == state.plan.steps
+    # A compiled model does not see hooks that come later.
+    load = LoadCounter(state.model) if logs and not section.compile else None
+    with load or contextlib.nullcontext():
+        own_loss = backward(run, state.step, wrapped)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), section.clip_norm or math.inf).item()
     # One exchange says to every rank the mean loss and whether any rank was told to stop, so all act alike.
     total, signals = distributed.sums([own_loss, float(stop[0]) if stop else 0.0], run.ranks, run.device)
@@ -58,12 +63,20 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
         add_loss(state.loss_sums, loss, state.step, state.plan.window)
     state.step += 1
     state.seconds += time.perf_counter() - began
-    if state.step % section.log_every == 0 or state.step == state.plan.steps:
-        values = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
+    if logs:
+        balance = load_numbers(summed(load, run)) if load and load.counts else {}
+        values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **balance}
         record(run, state, "train", values, progress(run, state, loss))
     if not signals:
         return 0
     return stop[0] if stop else signal.SIGTERM
+
+
+def summed(load: LoadCounter, run: Run) -> list[Tensor]:
+    """How often each expert was chosen in the step, on all ranks."""
+    counts = torch.stack(load.counts)
+    total = distributed.sums(counts.flatten().tolist(), run.ranks, run.device)
+    return list(torch.tensor(total).view(counts.shape))
 
 
 def backward(run: Run, step: int, wrapped: nn.Module) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..models import fit_experts
 from ..models.axes import parameter_dims, size_of
 from .exactness import moments_are_exact, why_not_exact
 from .ligo import Batches, learn
@@ -33,6 +34,7 @@ class Growth:
 
     new: for each parameter that has them, where its new entries are, second copies not counted; copies: those too.
     Both are masks that broadcast to the parameter.
+    trains_only: parameters that the operator wants trained alone at first, by whoever trains; empty: all.
     """
 
     model: PreTrainedModel
@@ -41,6 +43,7 @@ class Growth:
     event: dict[str, Any]
     new: dict[str, Tensor] = field(repr=False)
     copies: dict[str, Tensor] = field(repr=False)
+    trains_only: tuple[str, ...] = field(default=(), repr=False)
 
 
 def grow(
@@ -92,8 +95,10 @@ def grow(
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if len(trained) < len(list(model.parameters())):
         event["trained_parameters"] = trained
+    endings = tuple(event.get("trains_only", ()))
+    alone = tuple(name for name, _ in model.named_parameters() if endings and name.endswith(endings))
     kept = optimizers if isinstance(optimizer, list) else optimizers[0] if optimizers else None
-    return Growth(model, kept, event["promise"], event, new, copies)
+    return Growth(model, kept, event["promise"], event, new, copies, alone)
 
 
 def freeze_as_grown(model: nn.Module, lineage: list[dict[str, Any]]) -> None:
@@ -116,6 +121,7 @@ def event_of(
     sizes = target_sizes(before.config, to)
     exact = all(each.exact for each, _, _ in steps)
     notes = [f"{each.name}: {why}" for each, config, plan in steps for why in why_not_exact(config, plan)]
+    alone = [ending for _, _, plan in steps for ending in plan.trains_only]
     scales = [key for key in ("qkv_scale", "proj_scale", "ffn_scale") if key.replace("_scale", "_tokens") in sizes]
     return {
         "operator": operator,
@@ -128,6 +134,7 @@ def event_of(
         "scales": {key: getattr(after.config, key) for key in scales},
         "parameters_before": sum(p.numel() for p in before.parameters()),
         "parameters_after": sum(p.numel() for p in after.parameters()),
+        **({"trains_only": alone} if alone else {}),
     }
 
 
@@ -153,13 +160,16 @@ def grown_reader(read: Callable[[str], Tensor], maps: TensorMaps, seed: int) -> 
     """
     fresh = FreshLayers(maps, seed)
 
+    def old(name: str) -> Tensor:
+        return widened(maps.read(name, read))
+
     def grown(name: str) -> Tensor:
         source, layer = maps.source_of(name)
         if source is None:
             tensor = fresh.parameter(name)
         else:
             above = _above(name, source, maps)
-            tensor = maps.weight(name, widened(read(source)), widened(read(above)) if above else None, seed)
+            tensor = maps.weight(name, old(source), old(above) if above else None, seed)
         return torch.zeros_like(tensor) if layer is not None and layer.closed and maps.closes(name) else tensor
 
     return grown
@@ -213,8 +223,9 @@ class FreshLayers:
 @torch.no_grad()
 def _grow_weights(model: PreTrainedModel, maps: TensorMaps, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
-        grown = type(model)(maps.plan.config)
-    grown = grown.to(device=model.device, dtype=model.dtype).train(model.training)
+        same = maps.plan.reads is None
+        grown = type(model)(maps.plan.config) if same else AutoModelForCausalLM.from_config(maps.plan.config)
+    grown = fit_experts(grown.to(device=model.device, dtype=model.dtype).train(model.training))
     _copy_buffers(model, grown, maps)
     grown.generation_config = copy.deepcopy(model.generation_config)
     if model.is_activation_checkpointing:
@@ -235,7 +246,7 @@ def is_trained(name: str, maps: TensorMaps, before: Callable[[str], bool]) -> bo
     """Whether a parameter of the grown model is trained on; `before`: whether an old one was."""
     source, layer = maps.source_of(name)
     old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
-    return not old_is_frozen and (source is None or before(source))
+    return not old_is_frozen and (source is None or all(before(old) for old in maps.old_names(source)))
 
 
 def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:
@@ -269,12 +280,14 @@ def new_entries(
     source, layer = maps.source_of(name)
     if source is None or (layer is not None and layer.closed and maps.closes(name)):
         return torch.ones([1] * ndim, dtype=torch.bool)
-    mask = maps.fresh(name, ndim, copies)
+    mask, olds = maps.fresh(name, ndim, copies), maps.old_names(source)
     if copies and layer is not None and _is_repetition(name, maps):
         mask = torch.ones_like(mask)
-    earlier = before(source)
-    if earlier is not None:
-        mask = mask | maps.spread_over(name, earlier).bool()
+    if maps.plan.is_newborn(name) and (copies or not olds):
+        mask = torch.ones_like(mask)
+    for earlier in map(before, olds):
+        if earlier is not None:  # what is joined of parts of which one has new entries counts as new
+            mask = mask | (maps.spread_over(name, earlier).bool() if olds == (source,) else torch.ones_like(mask))
     return mask if bool(mask.any()) else None
 
 
@@ -314,13 +327,32 @@ def _grow_optimizer(
         source, layer = maps.source_of(name)
         if not p.requires_grad:
             continue
-        if source is None or (layer is not None and layer.closed):
+        if source is None or (layer is not None and layer.closed) or maps.plan.is_newborn(name):
             if getattr(optimizer, "counts_ages", False) and steps and _owned(p, result):
                 result.state[p] = _newborn(p, max(steps, key=float))
             continue
-        state = optimizer.state.get(olds[source])
+        state = _read_state(source, olds, maps, optimizer)
         if state:
-            result.state[p] = _grown_state(state, name, olds[source], maps, optimizer)
+            result.state[p] = _grown_state(state, name, maps.read(source, olds.__getitem__), maps, optimizer)
+    return result
+
+
+def _read_state(
+    source: str, olds: dict[str, Tensor], maps: TensorMaps, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The state of the old parameter `source`, joined of those that it is made of."""
+    names = maps.old_names(source)
+    states = {name: optimizer.state.get(olds[name]) or {} for name in names}
+    result = dict(states[names[0]]) if all(states.values()) else {}
+    if maps.plan.reads is None or not result:
+        return result
+    for key in {key for state in states.values() for key in state}:
+        if key in GRADIENT_POWERS or key == "birth":
+
+            def part(name: str, key: str = key) -> Tensor:
+                return states[name].get(key, torch.zeros((), device=olds[name].device)).expand(olds[name].shape)
+
+            result[key] = maps.read(source, part, exponent=-GRADIENT_POWERS.get(key, 0))
     return result
 
 
@@ -334,8 +366,8 @@ def _relative(
     """The old parameter whose group a new one joins: its source; for a layer without one, the same in another layer; in
     a model without layers, any that has as many dimensions."""
     source, _ = maps.source_of(name)
-    if source is not None:
-        return source
+    if source is not None and maps.old_names(source):
+        return maps.old_names(source)[0]
     alike = [each for i in range(maps.config.num_hidden_layers) if (each := maps.with_layer(name, i)) in olds]
     like = alike or [each for each in owners if (olds[each].ndim >= 2) == (p.ndim >= 2)]
     return next((each for each in like if each in owners), None)

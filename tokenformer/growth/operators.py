@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from ..models.axes import Table, field_of, nearest, size_of, table_of
 from ..models.tables import TABLES
-from . import depth, ligo, tokens, width
+from . import depth, experts, ligo, tokens, width
 from .exactness import settled, why_not_exact
 from .plan import Plan
 
@@ -70,8 +70,9 @@ class Operator:
                 raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
         if "seed" in inspect.signature(self.function).parameters:
             options["seed"] = seed
-        made = settled(config, self.function(config, sizes, **options))
-        reasons = why_not_exact(config, made)
+        planned = self.function(config, sizes, **options)
+        made = settled(planned.grows_from(config), planned)
+        reasons = why_not_exact(planned.grows_from(config), made)
         if self.exact and reasons:
             instead = [name for name in exact_for(config, sizes) if name != self.name]
             hint = f"; {', '.join(instead)} can" if instead else "; no operator can do that exactly"
@@ -83,7 +84,9 @@ class Operator:
         if not self.exact or any(field not in self.fields(table_of(config)) for field in sizes):
             return False
         try:
-            return not why_not_exact(config, settled(config, self.function(config, sizes)))
+            planned = self.function(config, sizes)
+            config = planned.grows_from(config)
+            return not why_not_exact(config, settled(config, planned))
         except ValueError:
             return False
 
@@ -114,6 +117,24 @@ _ALL = (
     Operator("midas", depth.midas, ("layers",), "approximate", "arXiv 2409.19044"),
     Operator("solar", depth.solar, ("layers",), "approximate", "arXiv 2312.15166"),
     Operator("jump", depth.jump, ("layers",), "approximate", "arXiv 2511.04981"),
+    Operator("upcycle", experts.upcycle, ("mixture",), "exact", "arXiv 2212.05055"),
+    Operator("virtual_groups", experts.virtual_groups, ("mixture",), "exact if groups are whole", "arXiv 2410.07524"),
+    Operator(
+        "virtual_groups_published", experts.virtual_groups_published, ("mixture",), "approximate", "arXiv 2410.07524"
+    ),
+    Operator("duplicate_experts", experts.duplicate_experts, ("experts",), "approximate", "arXiv 2604.19835"),
+    Operator(
+        "scale_experts",
+        experts.scale_experts,
+        ("experts",),
+        "exact if a multiple",
+        "arXiv 2604.19835, with top_k scaled along",
+        symmetric=True,
+    ),
+    Operator(
+        "phase_in_experts", experts.phase_in_experts, ("experts",), "exact if a training loop carries it",
+        "arXiv 2408.15664",
+    ),
     Operator("ligo", ligo.ligo, (*WIDTHS, *TOKENS, "layers"), "approximate", "arXiv 2303.00980", cost=ligo.cost),
 )
 OPERATORS = {operator.name: operator for operator in _ALL}
@@ -167,7 +188,8 @@ def takers(config: PreTrainedConfig, operator: str, to: dict[str, int]) -> str:
 def steps_of(
     config: PreTrainedConfig, operator: str, to: dict[str, int], seed: int = 0, options: dict[str, Any] | None = None
 ) -> list[tuple[Operator, PreTrainedConfig, Plan]]:
-    """The plans of one growth: one for each operator of the mixture, applied one after another.
+    """The plans of one growth: one for each operator of the mixture, applied one after another; with each, the
+    configuration that its maps are of.
 
     Each field goes to the operator that grows it and the fewest besides ("lemon+llama_pro": layers go to llama_pro),
     each option to those that have it.
@@ -193,6 +215,6 @@ def steps_of(
             raise ValueError(f"operator: {each.name} has nothing to grow; to: {', '.join(sizes)}")
         mine = {key: value for key, value in options.items() if key in each.options}
         made = each.plan(config, share, seed, **mine)
-        steps.append((each, config, made))
+        steps.append((each, made.grows_from(config), made))
         config = made.config
     return steps

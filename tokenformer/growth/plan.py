@@ -66,14 +66,32 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """The old model read as one of another architecture that computes the same; what then grows is that one.
+
+    config: of what it is read as. sources: a parameter of that -> the old ones it is made of, none if the old model has
+    nothing of the kind. join: (name, those, exponent) -> the parameter; factors that it takes are to be raised to the
+    exponent: 1 for weights, -1 for gradients, -2 for their squares, 0 for births.
+    """
+
+    config: PreTrainedConfig
+    sources: Callable[[str], tuple[str, ...]]
+    join: Callable[[str, list[Tensor], int], Tensor]
+
+
+@dataclass(frozen=True)
 class Plan:
     """An operator's answer.
+
+    reads: where the architecture changes, what the old model is read as; the maps are of that.
 
     stds: (parameter, axis) -> standard deviation of its fresh entries along the axis; None: that of its old entries.
     blocks: copies read their own copy only (staged training's block-diagonal matrices).
     next_layer: second copies take their entries from the layer above (bert2BERT's AKI).
     noise: standard deviation, over that of the weights, of noise that sums to zero over the copies that are read.
     shrink, perturb: old entries times the one, all entries plus noise of the other (shrink-perturb-pad).
+    amend: (name, weight, generator) -> the weight as it is to be, after all else.
+    newborn: endings of parameters that start without moments, whatever their weights come from.
     """
 
     config: PreTrainedConfig
@@ -90,13 +108,26 @@ class Plan:
     drops_moments: bool = False
     resets_copies: bool = False  # second copies start with no moments, as fresh entries do
     frozen: bool = False  # old layers are not trained on
+    reads: Reading | None = None
+    amend: Callable[[str, Tensor, torch.Generator], Tensor] = lambda name, weight, generator: weight
+    newborn: tuple[str, ...] = ()
+    leading_moments: bool = False  # moments are moved by factors that hold on average only
+    trains_only: tuple[str, ...] = ()  # endings of the parameters that alone are to be trained at first
     learning: Learning | None = None
+
+    def grows_from(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration that the maps are of."""
+        return self.reads.config if self.reads else config
+
+    def is_newborn(self, name: str) -> bool:
+        return name.endswith(self.newborn) if self.newborn else False
 
     @property
     def adds_entries(self) -> bool:
         """Whether any slot is new; copies of old slots are not, and have no birth of their own."""
         fresh_layers = any(layer.source < 0 or layer.closed for layer in self.layers or ())
-        return self.resets_copies or fresh_layers or any(bool(axis.fresh.any()) for axis in self.maps.values())
+        fresh_slots = any(bool(axis.fresh.any()) for axis in self.maps.values())
+        return bool(self.newborn) or self.resets_copies or fresh_layers or fresh_slots
 
 
 def padded(old: int, new: int, closed: str = "read") -> AxisMap:

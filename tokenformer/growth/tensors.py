@@ -86,6 +86,15 @@ class TensorMaps:
             return name.endswith(tuple(f".{end}" for end in self.table.closes))
         return any(("hidden", ">") in part for dim in parameter_dims(self.config, name) for part in dim)
 
+    def old_names(self, name: str) -> tuple[str, ...]:
+        """The parameters of the old model that the one called `name`, of what that is read as, is made of."""
+        return (name,) if self.plan.reads is None else self.plan.reads.sources(name)
+
+    def read(self, name: str, get: Callable[[str], Tensor], exponent: int = 1) -> Tensor:
+        """It, from `get`, which gives those; `exponent` as for `Reading.join`."""
+        reads = self.plan.reads
+        return get(name) if reads is None else reads.join(name, [get(old) for old in reads.sources(name)], exponent)
+
     # --- dimensions ---
 
     def dims(self, name: str, ndim: int) -> list[DimMap]:
@@ -125,7 +134,7 @@ class TensorMaps:
             "@": (root * m.read / m.write, m.write**2 / root) if tied else (m.read * 0 + root, m.read * m.write / root),
             "+": (m.read, m.write) if tied else (m.write, m.read),
             "~": (torch.ones_like(m.read), m.read * m.write),
-            "#": (torch.ones_like(m.read), torch.ones_like(m.read)),
+            "#": (torch.ones_like(m.read), m.read),
             "": (torch.ones_like(m.read), torch.ones_like(m.read)),
         }[mark]
         kinds = {"zero": ZERO, "random": RANDOM}
@@ -176,7 +185,7 @@ class TensorMaps:
         if self.plan.perturb and new.ndim > 1:
             std = self.plan.perturb * spread(old, self.config)
             new = new + (torch.randn(new.shape, generator=generator) * std).to(new)
-        return new
+        return self.plan.amend(name, new, generator)
 
     def gradient(self, name: str, old: Tensor, power: int = 1) -> Tensor:
         """What a gradient (power 1), or its elementwise square (power 2), becomes; zero where entries are fresh."""
@@ -325,10 +334,17 @@ def _with_zero_sum_noise(new: Tensor, dims: list[DimMap], ratio: float, generato
     for i, d in enumerate(dims):
         if not d.reads_copies:
             continue
-        std = ratio * new.float().std().item()
-        noise = (torch.randn(new.shape, generator=generator) * std).to(new)
-        index, counts = d.source.clamp(min=0), torch.bincount(d.source.clamp(min=0)).to(new)
-        sums = torch.zeros([len(counts) if k == i else n for k, n in enumerate(new.shape)], dtype=new.dtype)
-        means = sums.index_add_(i, index, noise) / along(counts, i, new.ndim)
-        new = new + noise - means.index_select(i, index)
+        new = with_noise_over_copies(new, i, d.source.clamp(min=0), ratio, generator)
     return new
+
+
+def with_noise_over_copies(
+    new: Tensor, i: int, source: Tensor, ratio: float, generator: torch.Generator
+) -> Tensor:
+    """Plus noise, `ratio` of the spread, that sums to zero over the entries of dimension i with the same source."""
+    noise = (torch.randn(new.shape, generator=generator) * (ratio * new.float().std().item())).to(new)
+    counts = torch.bincount(source).to(new)
+    sums = torch.zeros([len(counts) if k == i else n for k, n in enumerate(new.shape)], dtype=new.dtype)
+    index = source.to(new.device)
+    means = sums.to(new.device).index_add_(i, index, noise) / along(counts, i, new.ndim)
+    return new + noise - means.index_select(i, index)

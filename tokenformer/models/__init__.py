@@ -27,6 +27,7 @@ __all__ = [
     "TokenFormerModel",
     "build_config",
     "build_model",
+    "fit_experts",
     "register",
 ]
 
@@ -83,5 +84,16 @@ def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.train()
+    return fit_experts(model.train())
+
+
+def fit_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a mixture work its experts one by one where torch's grouped products cannot: they want rows of whole 16 bytes
+    and no float64."""
+    config, size = model.config, model.dtype.itemsize
+    if getattr(config, "num_local_experts", None) is None:
+        return model
+    if size == 8 or config.hidden_size * size % 16 or config.intermediate_size * size % 16:
+        model.set_experts_implementation("eager")
+    return model
 

@@ -121,7 +121,7 @@ def field_of(config: PreTrainedConfig, name: str) -> str:
     if field != "num_hidden_layers" and field not in table.grows:
         known = [*table.grows, "num_hidden_layers"]
         near = nearest(name, [*table.names, *known])
-        raise ValueError(f"to.{name}: {config.model_type} has no such axis{near}; allowed: {', '.join(known)}")
+        raise ValueError(f"to.{name}: {config.model_type} has no such axis; allowed: {', '.join(known)}{near}")
     return field
 
 
@@ -133,8 +133,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def size_of(config: PreTrainedConfig, field: str) -> int:
     """The size that a field stands for, worked out where the configuration leaves it to be derived."""
-    value = getattr(config, field)
-    return evaluate(table_of(config).pins[field], config) if value is None else value
+    table, value = table_of(config), getattr(config, field, None)
+    if value is not None:
+        return value
+    return evaluate(table.pins.get(field) or table.sizes[table.grows[field]], config)
 
 
 def resize(config: PreTrainedConfig, sizes: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .axes import Table
 
 _LAYER = "model.layers.*"
@@ -61,14 +63,25 @@ _ROPE = {
 }
 _HEADS_FOLLOW = {"num_attention_heads": ("num_key_value_heads", "num_key_value_heads * group")}
 
+# A dense feed-forward is a mixture of one; with more experts the model is a Mixtral (growth/experts.py).
+_DENSE_SIZES = _SIZES | {"mixture": "1"}
+_DENSE_GROWS = _GROWS | {"num_local_experts": "mixture"}
+
 LLAMA = Table(
     parameters=_ENDS | _under(_LAYER, _ATTENTION | _FEED_FORWARD),
-    sizes=_SIZES,
-    grows=_GROWS,
+    sizes=_DENSE_SIZES,
+    grows=_DENSE_GROWS,
     norms={"hidden": "rms"},
     pins={"head_dim": _HEAD_DIM},
     follows=_HEADS_FOLLOW,
     refuses=_ROPE,
+)
+
+QWEN2 = replace(
+    LLAMA,
+    sizes=_SIZES,
+    grows=_GROWS,
+    refuses=_ROPE | {"num_local_experts": "a Mixtral has no biases on queries, keys and values, and Qwen2 has"},
 )
 
 # The norms of queries and keys share the epsilon of the others.
@@ -79,7 +92,7 @@ QWEN3 = Table(
     norms={"hidden": "rms", "head_dim": "rms"},
     pins={"head_dim": _HEAD_DIM},
     follows=_HEADS_FOLLOW,
-    refuses=_ROPE,
+    refuses=_ROPE | {"num_local_experts": "a Mixtral has no norms of queries and keys, and Qwen3 has"},
 )
 
 MIXTRAL = Table(
@@ -282,7 +295,8 @@ NGPT = Table(
 TABLES = {
     "tokenformer": TOKENFORMER,
     "llama": LLAMA,
-    "qwen2": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": QWEN2,
     "qwen3": QWEN3,
     "gpt2": GPT2,
     "mixtral": MIXTRAL,

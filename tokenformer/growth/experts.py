@@ -1,0 +1,360 @@
+"""Mixtures of experts: made of a dense model, or given more experts.
+
+A Mixtral layer computes sum_e g_e f_e(x) over the top_k experts e with the largest router logits; their gates g are the
+softmax over those alone, so that they sum to 1. All that follows rests on this sum:
+
+upcycling       every expert is the dense f, whichever are chosen: sum_e g_e f = f.
+virtual groups  f = sum_s f_s, split into S shards of its units. Every group of S experts holds all shards once and has
+                one router row, so that a group is chosen as a whole if top_k = S k: a place in the ranking is shared by
+                S equal logits, and no tie lies across its border. A group with the weight p gives each of its shards
+                p / S, and sum_groups p / S sum_s (c f_s) = f needs c = S, whatever the p. It stands on down_proj, the
+                linear branch: silu(c x) is not c silu(x).
+more experts    m copies of every expert and row, top_k m times as large: the copies of the chosen take all places, each
+                with a gate of 1 / m of the old. With top_k as it was copies take the places of other experts.
+
+That holds while no two *different* experts have equal logits at the border of the ranking: a tie, which top-k breaks as
+it pleases. In float32 and float64 that does not happen by chance; logits in bfloat16, of 8 bits, meet it for a few
+tokens of 1,000 in each layer, and a growth's measured change of the logits shows it. Upcycling alone does not mind.
+What is chosen together lies side by side, so that a top-k that goes by the order of equals keeps it together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import MixtralConfig, PreTrainedConfig
+
+from ..models.axes import resize
+from .load import routers_of
+from .plan import Plan, Reading, copied, padded
+from .tensors import spread, with_noise_over_copies
+
+Sizes = Mapping[str, int]
+HELD = -1
+ROUTER, GATE_UP, DOWN = ".mlp.gate.weight", ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
+
+
+def upcycle(
+    config: PreTrainedConfig, sizes: Sizes, top_k: int = 2, expert_moments: str = "fresh", router: str = "redraw"
+) -> Plan:
+    """Sparse upcycling (arXiv 2212.05055): a Mixtral whose experts are copies of the dense feed-forward, its router
+    random. Exact, since the gates of the chosen sum to 1.
+
+    Which tokens an expert sees is the router's choice, so no factor pushes gradients forward to it: its moments start
+    "fresh"; "shared" gives each its share of the old ones, 1 / experts, which is right on average over the router.
+    """
+    return _upcycled(config, sizes, 1, top_k, expert_moments, router)
+
+
+def virtual_groups(
+    config: PreTrainedConfig,
+    sizes: Sizes,
+    shards: int = 2,
+    top_k: int = 2,
+    expert_moments: str = "fresh",
+    router: str = "redraw",
+) -> Plan:
+    """Virtual groups (arXiv 2410.07524): the feed-forward split into `shards`, copies of each, a router row for every
+    group of all shards; down_proj times `shards`. Exact if top_k is a multiple of `shards`.
+
+    Experts lie group by group. Moments as for upcycle.
+    """
+    if shards < 1 or top_k % shards:
+        raise ValueError(
+            f"top_k: {top_k} is not a multiple of shards = {shards}, so a group would be chosen in part, and the other "
+            "shards of the feed-forward be missing"
+        )
+    return _upcycled(config, sizes, shards, top_k, expert_moments, router, down=float(shards))
+
+
+def virtual_groups_published(
+    config: PreTrainedConfig,
+    sizes: Sizes,
+    shards: int = 2,
+    top_k: int = 2,
+    expert_moments: str = "fresh",
+    router: str = "redraw",
+) -> Plan:
+    """Virtual groups with the paper's scaling (arXiv 2410.07524): each of the three matrices times the cube root of
+    `shards`. Changes the function: silu(c x) is not c silu(x)."""
+    plan = virtual_groups(config, sizes, shards, top_k, expert_moments, router)
+    root = shards ** (1 / 3)
+    reads = _read_as_mixtral(config, plan.grows_from(config), shards, root, root)
+    return replace(plan, reads=reads, approximate="the scaling stands before silu too, and silu(c x) is not c silu(x)")
+
+
+def duplicate_experts(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.01, router: str = "keep") -> Plan:
+    """Expert upcycling (arXiv 2604.19835): experts and their router rows copied in turn, the copies' rows with noise
+    (relative to their spread), top_k as it was. Changes the function: copies take each other's places.
+
+    `router`: "keep", "redraw", or "retrain": kept, and to be trained alone at first.
+    """
+    _require("router", router, "keep", "redraw", "retrain")
+    old, new = config.num_local_experts, sizes["num_local_experts"]
+    source = torch.arange(new) % old
+    why = f"copies of an expert compete for the {config.num_experts_per_tok} places with what stood there"
+    return Plan(
+        resize(config, sizes),
+        {"experts": copied(source)},
+        approximate=why,
+        amend=_redrawn(torch.arange(new), config) if router == "redraw" else _with_noisy_copies(old, noise, config),
+        newborn=(ROUTER,) if router == "redraw" else (),
+        trains_only=(ROUTER,) if router == "retrain" else (),
+    )
+
+
+def scale_experts(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0, router: str = "keep") -> Plan:
+    """Whole multiples of the experts, and top_k as many times as large: copies share the gate of their expert. Exact.
+
+    Copies are chosen together and stay equal; `noise` on down_proj, which sums to zero over them, breaks that and not
+    the function (gradients then push forward but for its leading term). `router`: "keep", or "retrain" as above.
+    """
+    _require("router", router, "keep", "retrain", redraw="other rows choose other experts; duplicate_experts allows it")
+    old, new = config.num_local_experts, sizes["num_local_experts"]
+    if new % old:
+        near = f"{new // old * old} or {(new // old + 1) * old}"
+        raise ValueError(
+            f"to.num_local_experts: {new} is not a multiple of {old}, and experts with more copies would "
+            f"count more; nearest: {near}"
+        )
+    source = torch.arange(new) // (new // old)  # side by side
+
+    def amend(name: str, weight: Tensor, generator: torch.Generator) -> Tensor:
+        noisy = noise and name.endswith(DOWN)
+        return with_noise_over_copies(weight, 0, source, noise, generator) if noisy else weight
+
+    return Plan(
+        resize(config, sizes, {"num_experts_per_tok": config.num_experts_per_tok * (new // old)}),
+        {"experts": copied(source)},
+        amend=amend,
+        leading_moments=bool(noise),
+        trains_only=(ROUTER,) if router == "retrain" else (),
+    )
+
+
+def phase_in_experts(config: PreTrainedConfig, sizes: Sizes, experts: str = "copied", router: str = "keep") -> Plan:
+    """New experts that a bias on the choice alone keeps out at first and then lets in, step by step (after arXiv
+    2408.15664). Exact at the start, an ordinary Mixtral at the end; see PhaseIn, which a training loop has to carry.
+
+    `experts`: "copied" in turn, or "random" at the spread of the old ones, as then are their router rows.
+    """
+    _require("experts", experts, "copied", "random")
+    _require("router", router, "keep", redraw="the old experts would be chosen anew", retrain="the bias is what moves")
+    old, new = config.num_local_experts, sizes["num_local_experts"]
+    axis = padded(old, new)
+    if experts == "copied":  # the old ones are alone in seeing tokens, and have the whole of their gradient
+        axis = copied(torch.arange(new) % old, (torch.arange(new) < old).double())
+    why = "the bias that keeps new experts out is carried from step to step, and nothing here carries it"
+    return Plan(resize(config, sizes), {"experts": axis}, approximate=why, resets_copies=True)
+
+
+# --- from dense to mixture ---
+
+
+def _upcycled(
+    config: PreTrainedConfig,
+    sizes: Sizes,
+    shards: int,
+    top_k: int,
+    expert_moments: str,
+    router: str,
+    down: float = 1.0,
+) -> Plan:
+    _require("expert_moments", expert_moments, "fresh", "shared")
+    _require(
+        "router",
+        router,
+        "redraw",
+        keep="a dense model has none",
+        retrain="while the experts are equal it has no gradient",
+        zero="it would choose the same experts for all tokens, and while these are equal it has no gradient",
+    )
+    experts = sizes["num_local_experts"]
+    if experts % shards:
+        raise ValueError(f"to.num_local_experts: {experts} is not a multiple of shards = {shards}")
+    if not 2 <= top_k <= experts:
+        raise ValueError(
+            f"top_k: {top_k} is not between 2 and the {experts} experts of to.num_local_experts; the gate of a single "
+            "one is always 1, and its router would never learn"
+        )
+    reads = _read_as_mixtral(config, mixtral_config(config, shards), shards, 1.0, down)
+    shared = expert_moments == "shared"
+    return Plan(
+        resize(reads.config, {"num_local_experts": experts}, {"num_experts_per_tok": top_k}),
+        {"experts": copied(torch.arange(experts) % shards)},
+        reads=reads,
+        amend=_redrawn(torch.arange(experts) // shards, config),
+        newborn=(ROUTER,) if shared else (ROUTER, GATE_UP, DOWN),
+        leading_moments=shared and experts > shards,
+    )
+
+
+def mixtral_config(config: PreTrainedConfig, experts: int) -> MixtralConfig:
+    """That of the Mixtral which shares out a dense Llama's or Mistral's feed-forward among `experts`, all chosen.
+
+    Raises ValueError where a Mixtral has no place for what the model has.
+    """
+    for field in ("attention_bias", "mlp_bias"):
+        if getattr(config, field, False):
+            raise ValueError(f"operator: a Mixtral has no biases, and this {config.model_type} has {field} = true")
+    if config.intermediate_size % experts:
+        raise ValueError(f"shards: {experts} does not divide intermediate_size = {config.intermediate_size}")
+    own = {"model_type", "architectures", "transformers_version"}
+    both = MixtralConfig().to_dict().keys() & config.to_dict().keys() - own
+    fields = {key: value for key, value in config.to_dict().items() if key in both}
+    fields |= {"intermediate_size": config.intermediate_size // experts}
+    made = MixtralConfig(**fields, num_local_experts=experts, num_experts_per_tok=experts)
+    made._attn_implementation = config._attn_implementation
+    return made
+
+
+def _read_as_mixtral(
+    config: PreTrainedConfig, mixtral: PreTrainedConfig, shards: int, before: float, down: float
+) -> Reading:
+    """The dense model as a Mixtral of its shards; `before` stands on gate_proj and up_proj, `down` on down_proj."""
+    width, inner = config.hidden_size, config.intermediate_size // shards
+
+    def sources(name: str) -> tuple[str, ...]:
+        if name.endswith(GATE_UP):
+            return tuple(name.replace(GATE_UP, f".mlp.{each}_proj.weight") for each in ("gate", "up"))
+        if name.endswith(DOWN):
+            return (name.replace(DOWN, ".mlp.down_proj.weight"),)
+        return () if name.endswith(ROUTER) else (name,)
+
+    def join(name: str, olds: list[Tensor], exponent: int) -> Tensor:
+        if name.endswith(GATE_UP):
+            parts = [(old * before**exponent).view(shards, inner, width) for old in olds]  # (F, C) -> (S, F/S, C)
+            return torch.cat(parts, dim=1)
+        if name.endswith(DOWN):
+            return (olds[0] * down**exponent).view(width, shards, inner).permute(1, 0, 2)  # (C, F) -> (S, C, F/S)
+        return torch.zeros(shards, width) if name.endswith(ROUTER) else olds[0]
+
+    return Reading(mixtral, sources, join)
+
+
+# --- the router ---
+
+
+def _redrawn(groups: Tensor, config: PreTrainedConfig) -> Callable[[str, Tensor, torch.Generator], Tensor]:
+    """Random rows as the architecture begins, one for each group; groups: (experts,)."""
+
+    def amend(name: str, weight: Tensor, generator: torch.Generator) -> Tensor:
+        if not name.endswith(ROUTER):
+            return weight
+        rows = torch.randn(int(groups.max()) + 1, weight.shape[1], generator=generator)
+        return (rows * config.initializer_range)[groups].to(weight)
+
+    return amend
+
+
+def _with_noisy_copies(
+    old: int, noise: float, config: PreTrainedConfig
+) -> Callable[[str, Tensor, torch.Generator], Tensor]:
+    def amend(name: str, weight: Tensor, generator: torch.Generator) -> Tensor:
+        if not noise or not name.endswith(ROUTER):
+            return weight
+        drawn = torch.randn(weight.shape, generator=generator) * (noise * spread(weight, config))
+        drawn[:old] = 0
+        return weight + drawn.to(weight)
+
+    return amend
+
+
+def _require(key: str, value: str, *allowed: str, **refused: str) -> None:
+    if value not in allowed:
+        why = f"; {value}: {refused[value]}" if value in refused else ""
+        raise ValueError(f"{key}: {value!r} is not possible; allowed: {', '.join(allowed)}{why}")
+
+
+# --- carried by a training loop ---
+
+
+class TrainsOnly:
+    """Some parameters trained alone for the first `steps` steps after a growth: router = "retrain"."""
+
+    def __init__(self, names: Sequence[str], steps: int) -> None:
+        self.names, self.steps = frozenset(names), steps
+        self.finished = False
+        self.others: list[nn.Parameter] = []
+
+    def attach(self, model: nn.Module) -> None:
+        self.others = [p for name, p in model.named_parameters() if name not in self.names and p.requires_grad]
+
+    def before_step(self, age: int, load: Sequence[Tensor] | None = None) -> None:
+        """In step `age`, counted from the growth, all others have a gradient only if that is not below `steps`."""
+        self.finished = age >= self.steps
+        for p in self.others:
+            p.requires_grad_(self.finished)
+
+    def detach(self, model: nn.Module) -> None:
+        for p in self.others:
+            p.requires_grad_(True)
+
+
+class PhaseIn:
+    """A bias on the choice of a Mixtral's experts: top_k of logits + bias, gates from the logits alone.
+
+    New experts have minus infinity in the first step, so that the model computes what it did. After that they start at
+    -`start` and rise by start / steps in every step in which they get less than the mean load, up to 0. Once each has
+    reached 0, or the mean load, it is `finished`, and what is left of the bias is taken away. The weights are an
+    ordinary Mixtral's all along.
+    """
+
+    def __init__(self, old: int, new: int, layers: int, steps: int, start: float = 10.0) -> None:
+        """old, new: experts before and after."""
+        if steps < 1 or start <= 0:
+            raise ValueError(f"steps: {steps} and start: {start} must be above 0")
+        self.steps, self.start = steps, start
+        self.raises = torch.full((layers, new), steps)  # how often each bias has been raised; HELD: not let go yet
+        self.raises[:, old:] = HELD
+        self.full = torch.zeros(layers, new, dtype=torch.bool)  # has had the mean load
+        self.device = torch.device("cpu")
+        self._set_biases()
+
+    def attach(self, model: nn.Module) -> None:
+        """Let the model's routers choose under the bias; its parameters and their names stay."""
+        for layer, router in enumerate(routers_of(model)):
+            router.__dict__["forward"] = partial(self._choose, router, layer)
+            self.device = next(router.parameters()).device
+        self._set_biases()
+
+    def detach(self, model: nn.Module) -> None:
+        for router in routers_of(model):
+            router.__dict__.pop("forward", None)
+
+    def before_step(self, age: int, load: Sequence[Tensor] | None = None) -> None:
+        """The bias of step `age`, counted from the growth; `load`: per layer, the shares of the step before."""
+        if age == 0 or self.finished:
+            return
+        if load:
+            self.full |= torch.stack([each.cpu() for each in load]) >= 1 / self.full.shape[1]
+        raised = (self.raises.clamp(min=0) + 1).clamp(max=self.steps)
+        self.raises = torch.where(self.full, self.raises, raised)
+        self._set_biases()
+
+    @property
+    def finished(self) -> bool:
+        return bool(((self.raises == self.steps) | self.full).all())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"raises": self.raises.clone(), "full": self.full.clone()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.raises, self.full = state["raises"].clone(), state["full"].clone()
+        self._set_biases()
+
+    def _set_biases(self) -> None:
+        biases = -self.start * (1 - self.raises / self.steps)
+        self.biases = biases.masked_fill(self.raises == HELD, -torch.inf).to(self.device)  # (layers, experts)
+
+    def _choose(self, router: Any, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(hidden.reshape(-1, router.hidden_dim), router.weight)  # (tokens, experts)
+        chosen = torch.topk(logits + self.biases[layer], router.top_k, dim=-1).indices
+        gates = F.softmax(logits.float(), dim=-1).gather(-1, chosen)
+        return logits, gates / gates.sum(dim=-1, keepdim=True), chosen

@@ -1,0 +1,71 @@
+"""How the routers of a mixture share out tokens among its experts: counted as the model runs, and put in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def routers_of(model: nn.Module) -> list[nn.Module]:
+    """The model's routers, from the first layer on; empty for a dense one."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+    return [module for module in model.modules() if isinstance(module, MixtralTopKRouter)]
+
+
+class LoadCounter:
+    """Within `with`, how many times each router of the model chose each expert; entered again, it counts on.
+
+    counts: per layer (experts,), on the model's device; empty without a router. The passes that gradient checkpointing
+    repeats amid the backward pass are not counted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.routers = routers_of(model)
+        self.counts: list[Tensor] = [torch.zeros(r.num_experts, device=r.weight.device) for r in self.routers]  # type: ignore[arg-type, call-overload]
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> LoadCounter:
+        for counts, router in zip(self.counts, self.routers, strict=True):
+            self.handles.append(router.register_forward_hook(lambda _m, _i, out, counts=counts: _count(counts, out[2])))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+
+@torch.no_grad()
+def _count(counts: Tensor, chosen: Tensor) -> None:
+    if torch._C._current_graph_task_id() != -1:  # amid a backward pass, as torch's checkpointing tells it
+        return
+    counts.scatter_add_(0, chosen.flatten(), torch.ones((), device=counts.device).expand(chosen.numel()))
+
+
+@torch.no_grad()
+def expert_load(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
+    """Per layer, the share of all choices that fell on each expert, on a batch (B, T): they sum to 1."""
+    with LoadCounter(model) as load:
+        model(input_ids=input_ids.to(load.counts[0].device) if load.counts else input_ids, use_cache=False)
+    return [counts / counts.sum() for counts in load.counts]
+
+
+def load_numbers(loads: Sequence[Tensor]) -> dict[str, float]:
+    """Of counts or shares per layer: max_violation, the largest load over the mean less 1 (arXiv 2408.15664), as mean
+    over the layers, and max_violation_worst, in the worst of them; load_entropy, mean, over that of equal loads;
+    dead_experts, how many in all are never chosen. Empty without layers."""
+    if not loads:
+        return {}
+    shares = torch.stack([each.double() / each.sum() for each in loads]).cpu()  # (layers, experts)
+    violations = shares.amax(-1) * shares.shape[1] - 1
+    entropies = torch.special.entr(shares).sum(-1) / torch.tensor(float(max(2, shares.shape[1]))).log()
+    return {
+        "max_violation": violations.mean().item(),
+        "max_violation_worst": violations.max().item(),
+        "load_entropy": entropies.mean().item(),
+        "dead_experts": int((shares == 0).sum()),
+    }
