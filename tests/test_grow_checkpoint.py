@@ -374,7 +374,7 @@ def quantised(folder):
     ("spoil", "arguments", "message"),
     [
         (pickled, [], "pickled weights are not read"),
-        (other_architecture, [], "model_type 'bert' cannot grow; known: tokenformer, llama, qwen2"),
+        (other_architecture, [], "model_type 'bert' cannot grow; known: tokenformer, llama, mistral, qwen2"),
         (quantised, [], "model.norm.weight is stored as I8"),
         (None, ["--to", "hidden_sise=96"], "nearest valid name: hidden_size"),
         (None, ["--operator", "lemno"], "'lemno' is not known; nearest valid name: lemon"),
