@@ -14,7 +14,6 @@ mapped and touched (RssFile), such as the weights that it measures on. Each of t
 
 import argparse
 import json
-import os
 import re
 import resource
 import subprocess
@@ -28,14 +27,15 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tokenformer.shards import Size, write_shards
+from tokenformer.grow_checkpoint.shards import Size, write_shards
 
 BOUND = 1.3
-LAYERS, HIDDEN, FFN = 20, 2048, 5632  # 1.01e9 parameters
+CONTROL = 5  # times as far as the grown model, the spoilt one must be
+LAYERS, HIDDEN, FFN, VOCABULARY = 20, 2048, 5632, 32000  # 1.01e9 parameters
 
 
-def main() -> int:
-    arguments = parse()
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
     with tempfile.TemporaryDirectory(dir=arguments.place) as place:
         old, new = Path(place) / "old", Path(place) / "new"
         config = write_random(old, arguments.scale)
@@ -50,32 +50,32 @@ def main() -> int:
         numbers["input_bytes"], numbers["output_bytes"] = size_of(old), size_of(new)
         numbers["peak_over_output"] = round(numbers["VmHWM"] / numbers["output_bytes"], 3)
         numbers |= compared(old, new, config)
-        event = json.loads((new / "lineage.json").read_text())[-1]
+        event = json.loads((new / "lineage.json").read_text(encoding="utf-8"))[-1]
         numbers["event"] = {key: value for key, value in event.items() if key != "ancestor"}
     print(json.dumps(numbers, indent=2))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(numbers, indent=2) + "\n")
-    exact = numbers["logit_change"] < numbers["control_logit_change"] / 10
+    exact = numbers["logit_change"] < numbers["control_logit_change"] / CONTROL
     within = numbers["peak_over_output"] <= BOUND
     print(f"peak {numbers['peak_over_output']} of the output's size: {'within' if within else 'ABOVE'} {BOUND}")
     print(f"logits: {'the same function' if exact else 'NOT THE SAME, or the control is blind'}")
     return 0 if exact and within else 1
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Grow a large random checkpoint; hold the peak memory to a bound.")
     parser.add_argument("--scale", type=float, default=1.0, help="of hidden size and feed-forward (%(default)s)")
     parser.add_argument("--measure", default="auto", help="as of tokenformer grow (%(default)s)")
     parser.add_argument("--place", help="a folder on a disk with room (the system's temporary one)")
     parser.add_argument("--out", help="write the numbers here as well")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def write_random(folder: Path, scale: float) -> LlamaConfig:
     """A Llama whose weights are random, gains too, never held in memory as a whole."""
     hidden, ffn = (int(size * scale) // 64 * 64 for size in (HIDDEN, FFN))
     config = LlamaConfig(
-        vocab_size=32000,
+        vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=LAYERS,
@@ -140,9 +140,10 @@ def compared(old: Path, new: Path, config: LlamaConfig) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(new)
     assert model.dtype == torch.bfloat16
     after = model(input_ids=ids).logits.double()
-    down = model.model.layers[0].mlp.down_proj.weight
-    down.data = down.clone()
-    down.data[: config.hidden_size, config.intermediate_size :].normal_(std=0.02)
+    for layer in model.model.layers:
+        down = layer.mlp.down_proj.weight
+        down.data = down.clone()
+        down.data[: config.hidden_size, config.intermediate_size :].normal_(std=0.02)
     spoilt = model(input_ids=ids).logits.double()
     return {
         "largest_logit": before.abs().max().item(),
@@ -152,5 +153,4 @@ def compared(old: Path, new: Path, config: LlamaConfig) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     sys.exit(main())

@@ -92,7 +92,11 @@ def fields_of(name: str) -> list[str]:
 
 
 def layer_norm(name: str) -> bool:
-    return name in ("gpt2", "tokenformer", "tokenformer gelu first", "tokenformer softmax")
+    """Whether the model's residual stream is read through a LayerNorm, by its modules, not by the tables."""
+    model = model_of(name)
+    return model.config.to_dict().get("norm") == "layernorm" or any(
+        isinstance(module, torch.nn.LayerNorm) for module in model.modules()
+    )
 
 
 @contextlib.contextmanager

@@ -87,3 +87,19 @@ def test_floor_runs_the_products_of_the_step_and_nothing_else(benchmark: Any) ->
         (x @ weight.t()).exp().sum().backward()
     assert [key[0] for key in recorder.calls] == [torch.ops.aten.mm.default] * 3  # one forward, two gradients
     benchmark("floor").matrix_products(lambda: torch.mm(x.detach(), weight.detach().t()))()
+
+
+def test_a_large_growth_is_compared_with_its_start_and_with_a_spoilt_one(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenformer.grow_checkpoint import grow_checkpoint
+
+    large = benchmark("grow_large")
+    monkeypatch.setattr(large, "LAYERS", 2)
+    monkeypatch.setattr(large, "VOCABULARY", 300)
+    config = large.write_random(tmp_path / "old", scale=0.1)
+    to = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 3}
+    grow_checkpoint(tmp_path / "old", tmp_path / "new", "zero", to, say=lambda line: None, measure="none")
+    assert large.size_of(tmp_path / "new") > large.size_of(tmp_path / "old") > 2 * 2 * 300 * 192
+    compared = large.compared(tmp_path / "old", tmp_path / "new", config)
+    assert 0 < large.CONTROL * compared["logit_change"] < compared["control_logit_change"]

@@ -412,52 +412,51 @@ def test_what_cannot_be_exact_is_refused(
 # --- phased in ---
 
 
-def phased(experts: str = "copied") -> tuple[Any, Any, PhaseIn]:
+def phased(experts: str = "copied") -> tuple[Any, Any]:
     model = mixtral()
     plan = phase_in_experts(model.config, {"num_local_experts": 6}, experts)
-    larger = _grow_weights(model, TensorMaps(model.config, plan), 0)
-    return model, larger, PhaseIn(4, 6, layers=2, steps=5, start=4.0)
+    return model, _grow_weights(model, TensorMaps(model.config, plan), 0)
 
 
 @pytest.mark.parametrize("experts", ["copied", "random"])
 def test_new_experts_are_kept_out_at_first_then_let_in(experts: str) -> None:
-    model, larger, phase = phased(experts)
+    model, larger = phased(experts)
     names = list(larger.state_dict())
     assert change(model, larger) > MOVED  # the control: without the bias
-    phase.attach(larger)
-    phase.before_step(0)
-    assert change(model, larger) <= EXACT and list(larger.state_dict()) == names
-    optimizer, load, shares = optimizer_of(larger), None, []
-    for age in range(6):
-        phase.before_step(age, load)
-        with LoadCounter(larger) as counter:
-            loss = larger(input_ids=IDS, labels=IDS, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        load = [counts / counts.sum() for counts in counter.counts]
-        shares.append(sum(each[4:].sum().item() for each in load))
+    phase = PhaseIn(larger, old=4, steps=5, start=4.0)
+    assert change(model, larger) <= EXACT and list(phase.ordinary()) == names == list(larger.state_dict())
+    optimizer, shares = optimizer_of(larger), []
+    for _ in range(5):
+        assert not phase.finished
+        stepped(larger, optimizer, 1)
+        shares.append(phase.counts[:, 4:].sum().item() / phase.counts.sum().item())
+        phase.advance()
     assert shares[0] == 0 and shares[-1] > 0 and phase.finished
+    phase.biases.zero_()
     biased = expert_load(larger, IDS)
-    phase.detach(larger)
-    if bool((phase.biases == 0).all()):
-        assert all(torch.equal(a, b) for a, b in zip(biased, expert_load(larger, IDS), strict=True))
-    larger(input_ids=IDS)
+    phase.remove()
+    assert not hasattr(larger, "carried")
+    assert all(torch.equal(a, b) for a, b in zip(biased, expert_load(larger, IDS), strict=True))
 
 
-def test_a_phase_is_as_it_was_after_its_state_is_read_again() -> None:
-    phase, again = (PhaseIn(4, 6, layers=1, steps=4, start=8.0) for _ in range(2))
-    loads = [torch.tensor([0.3, 0.3, 0.2, 0.1, 0.1, 0.0]), torch.tensor([0.2, 0.2, 0.2, 0.1, 0.2, 0.1])]
-    phase.before_step(0)
-    phase.before_step(1, loads[:1])
-    assert phase.biases.tolist() == [[0, 0, 0, 0, -6, -6]]
-    again.load_state(phase.state())
-    for each in (phase, again):
-        each.before_step(2, loads[1:])  # the first new one has the mean load, and stays where it is
-        assert each.biases.tolist() == [[0, 0, 0, 0, -6, -4]] and not each.finished
-        each.before_step(3, loads[:1])
-        each.before_step(4, loads[:1])
-        assert each.finished and each.biases.tolist() == [[0, 0, 0, 0, -6, 0]]
+def test_a_bias_rises_until_zero_or_the_mean_load_and_goes_on_from_what_was_kept() -> None:
+    _, larger = phased()
+    phase = PhaseIn(larger, old=4, steps=4, start=8.0)
+
+    def advanced(phase: PhaseIn, *counts: float) -> list[float]:
+        phase.counts.copy_(torch.tensor(counts))
+        phase.advance()
+        return phase.biases[0, 4:].tolist()
+
+    assert phase.biases[0].tolist() == [0, 0, 0, 0, -torch.inf, -torch.inf]
+    assert advanced(phase, 3, 3, 3, 3, 0, 0) == [-6, -6]
+    assert advanced(phase, 2, 2, 2, 1, 2, 1) == [-6, -4]  # the first has the mean load of 10 / 6, and stays
+    _, again = phased()
+    PhaseIn.restored(again, phase.describe(), phase.tensors())
+    for each in (phase, again.carried):
+        assert not each.finished
+        assert advanced(each, 3, 3, 3, 1, 1, 1) == [-6, -2]
+        assert advanced(each, 3, 3, 3, 1, 1, 1) == [-6, 0] and each.finished
 
 
 # --- load ---

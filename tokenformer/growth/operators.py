@@ -116,7 +116,7 @@ _ALL = (
     Operator("solar", depth.solar, ("layers",), "approximate", "arXiv 2312.15166"),
     Operator("jump", depth.jump, ("layers",), "approximate", "arXiv 2511.04981"),
     Operator("upcycle", experts.upcycle, ("mixture",), "exact", "arXiv 2212.05055"),
-    Operator("virtual_groups", experts.virtual_groups, ("mixture",), "exact if groups are whole", "arXiv 2410.07524"),
+    Operator("virtual_groups", experts.virtual_groups, ("mixture",), "exact if no logits tie", "arXiv 2410.07524"),
     Operator(
         "virtual_groups_published", experts.virtual_groups_published, ("mixture",), "approximate", "arXiv 2410.07524"
     ),
@@ -125,7 +125,7 @@ _ALL = (
         "scale_experts",
         experts.scale_experts,
         ("experts",),
-        "exact if a multiple",
+        "exact if a multiple, and no logits tie",
         "arXiv 2604.19835, with top_k scaled along",
         symmetric=True,
     ),

@@ -41,7 +41,7 @@ def live_shares(model: PreTrainedModel, masks: Mapping[str, Tensor], input_ids: 
     handles = []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in trained.items():
-        handles.append(p.register_post_accumulate_grad_hook(partial(_count, counts, name, masks.get(name), seen)))
+        handles.append(p.register_post_accumulate_grad_hook(partial(_count, counts, name, masks, seen)))
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             handles.append(module.register_forward_hook(partial(_look_up, seen)))
@@ -69,17 +69,22 @@ def _look_up(seen: dict[Tensor, Tensor], module: nn.Embedding, inputs: tuple[Ten
 
 
 def _count(
-    counts: dict[str, list[float]], name: str, mask: Tensor | None, seen: Mapping[Tensor, Tensor], p: Tensor
+    counts: dict[str, list[float]],
+    name: str,
+    masks: Mapping[str, Tensor],
+    seen: Mapping[Tensor, Tensor],
+    p: Tensor,
 ) -> None:
-    gradient, p.grad = p.grad, None
+    gradient, mask, p.grad = p.grad, masks.get(name), None
     if mask is None or gradient is None:
         return
-    new = mask.to(gradient.device).expand_as(gradient)
+    mask = mask.to(gradient.device)
     if p in seen:
-        gradient, new = gradient[seen[p]], new[seen[p]]
+        gradient, mask = gradient[seen[p]], mask if len(mask) == 1 else mask[seen[p]]
     total = counts.setdefault(kind_of(name), [0.0, 0.0])
-    total[0] += ((gradient != 0) & new).sum().item()
-    total[1] += new.sum().item()
+    # A sum of booleans would make whole numbers of them first, eight bytes each.
+    total[0] += torch.count_nonzero((gradient != 0) & mask).item()
+    total[1] += torch.count_nonzero(mask).item() * (gradient.numel() // mask.numel())
 
 
 def kind_of(name: str) -> str:

@@ -1,0 +1,87 @@
+"""The pages under docs/ are true: their code runs, what they add passes the generated tests, the tables are current."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import architectures
+import pytest
+import test_growth_matrix as matrix
+
+from tokenformer.growth import OPERATORS
+from tokenformer.models.tables import TABLES
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+
+def run_blocks(page: str) -> dict:
+    """The page's Python, block after block, as a reader would run it."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) >= 3
+    names: dict = {}
+    exec("\n".join(blocks), names)
+    return names
+
+
+def quoted_line(page: str, start: str) -> tuple:
+    """An indented line of the page that begins with `start`, as Python reads it."""
+    (line,) = re.findall(rf"^    ({re.escape(start)}.*),$", (DOCS / page).read_text(encoding="utf-8"), re.M)
+    return eval(line if line.startswith("(") else f"({line.split(': ', 1)[1]})")
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    for registry in (TABLES, OPERATORS, architectures.MODELS):
+        for key in ("gpt_neox", "uneven"):
+            monkeypatch.setitem(registry, key, None)
+            del registry[key]  # what a page adds is taken out again when the test ends
+
+
+def test_the_architecture_of_the_page_passes_the_generated_tests(registries, capsys):
+    run_blocks("new_architecture.md")
+    assert "gpt_neox.layers.0.attention.query_key_value.weight (144, 48)" in capsys.readouterr().out
+    architectures.MODELS["gpt_neox"] = quoted_line("new_architecture.md", '"gpt_neox"')
+    for operator in OPERATORS:
+        matrix.test_each_size_is_grown_as_promised_or_refused_with_its_reason(operator, "gpt_neox")
+        if "gpt_neox" in OPERATORS[operator].architectures:
+            matrix.test_every_kind_of_new_entry_is_alive_within_two_steps(operator, "gpt_neox")
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("attention.query_key_value.weight", "kv_heads> three head_dim>", "three kv_heads> head_dim>"),
+        ("attention.dense.weight", "kv_heads< head_dim<", "head_dim< kv_heads<"),
+        ("mlp.dense_4h_to_h.weight", "ffn<", "ffn>"),
+        ("input_layernorm.weight", "hidden=", "hidden>"),
+        ("mlp.dense_4h_to_h.bias", "hidden>", "hidden="),
+    ],
+)
+def test_a_wrong_mark_in_the_table_fails_a_generated_test(registries, name, right, wrong):
+    run_blocks("new_architecture.md")
+    rows = TABLES["gpt_neox"].parameters
+    rows[f"gpt_neox.layers.*.{name}"] = rows[f"gpt_neox.layers.*.{name}"].replace(right, wrong)
+    architectures.MODELS["gpt_neox"] = quoted_line("new_architecture.md", '"gpt_neox"')
+    with pytest.raises(AssertionError):
+        for operator in ("lemon", "hyperclone", "llama_pro"):
+            matrix.test_each_size_is_grown_as_promised_or_refused_with_its_reason(operator, "gpt_neox")
+
+
+def test_the_operator_of_the_page_passes_the_generated_tests(registries, capsys, monkeypatch):
+    run_blocks("new_operator.md")
+    assert "zero, lemon can" in capsys.readouterr().out
+    monkeypatch.setattr(matrix, "REFUSALS", [*matrix.REFUSALS, quoted_line("new_operator.md", '("uneven"')])
+    for name, (architecture, _) in architectures.MODELS.items():
+        matrix.test_each_size_is_grown_as_promised_or_refused_with_its_reason("uneven", name)
+        if architecture in OPERATORS["uneven"].architectures:
+            matrix.test_every_kind_of_new_entry_is_alive_within_two_steps("uneven", name)
+    assert matrix.parted_after_training("uneven", "qwen3", {"intermediate_size": 88}) > 1e-2
+    assert matrix.parted_after_training("uneven", "qwen3", {"intermediate_size": 88}, share=0.5) < 1e-6
+
+
+def test_the_tables_of_the_growth_page_are_current():
+    command = [sys.executable, str(DOCS / "write_growth_table.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr

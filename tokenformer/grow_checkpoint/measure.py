@@ -1,0 +1,92 @@
+"""What a growth did, measured on the files that it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import checkpoint as files
+from ..growth import LoadCounter, duplicated_share, load_numbers
+from ..growth.engine import new_entries
+from ..growth.tensors import TensorMaps
+from ..growth.verify import live_shares
+from ..models.axes import parameter_dims
+from .plan import Prepared
+
+PROBE = (2, 64)  # sequences and tokens of the batch that a growth is measured on
+# Up to so many bytes of weights a growth is measured in full; up to so many, at least its logits.
+FULL_BYTES, LOGITS_BYTES = 8 * 10**9, 64 * 10**9
+MEASURES = ("auto", "full", "logits", "none")
+
+
+class NewEntries(Mapping[str, Tensor]):
+    """Where each parameter has new entries, `copies` among them or not; worked out when asked for."""
+
+    def __init__(self, prepared: Prepared, copies: bool) -> None:
+        self.names = [name for name, _ in prepared.new.named_parameters()]
+        self.find: Callable[[str], Tensor | None] = lambda name: None
+        for maps in prepared.maps:
+            self.find = self._after(maps, copies, self.find)
+
+    @staticmethod
+    def _after(
+        maps: TensorMaps, copies: bool, before: Callable[[str], Tensor | None]
+    ) -> Callable[[str], Tensor | None]:
+        return lambda name: new_entries(name, len(parameter_dims(maps.config, name)), maps, copies, before)
+
+    def __getitem__(self, name: str) -> Tensor:
+        mask = self.find(name)
+        if mask is None:
+            raise KeyError(name)
+        return mask
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def measured(prepared: Prepared, new: Path, measure: str) -> dict[str, Any]:
+    """What the growth did, from the files as they now are: one model at a time, its weights mapped, not copied."""
+    if measure == "auto":
+        measure = "full" if prepared.bytes <= FULL_BYTES else "logits" if prepared.bytes <= LOGITS_BYTES else "none"
+    if measure == "none":
+        return {}
+    ids = torch.randint(prepared.old.config.vocab_size, PROBE, generator=torch.Generator().manual_seed(0))
+    before, load_before = logits_of(mapped_model(prepared.folder), ids)
+    model = mapped_model(new)
+    after, load_after = logits_of(model, ids)
+    result: dict[str, Any] = {
+        "max_logit_change": (before - after).abs().max().item(),
+        "largest_logit": before.abs().max().item(),
+    }
+    if load_after:
+        result["expert_load"] = {"before": load_before, "after": load_after}
+    if measure == "full":
+        for p in model.parameters():
+            p.requires_grad_(True)
+        masks = NewEntries(prepared, copies=True)
+        result["live_at_once"] = live_shares(model, masks, ids)
+        result["duplicated_rows"] = duplicated_share(model, masks)
+    return result
+
+
+def mapped_model(folder: Path) -> PreTrainedModel:
+    model, _ = files.load_checkpoint(folder, mapped=True)
+    if model.dtype == torch.float64:  # grouped matrix products know no doubles
+        model.config._experts_implementation = "eager"
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """And how its experts share the tokens, if it has any."""
+    with LoadCounter(model) as load:
+        logits = model(input_ids=ids, use_cache=False).logits.double()
+    return logits, load_numbers(load.counts)
