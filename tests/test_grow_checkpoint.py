@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from tokenformer import checkpoint
 from tokenformer.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.cli import main
 from tokenformer.data import ByteTokenizer
-from tokenformer.grow_checkpoint import write
-from tokenformer.growth import OPERATORS, grow, largest_logit_change
+from tokenformer.grow_checkpoint import measure, prepare, write
+from tokenformer.grow_checkpoint.shards import Size
+from tokenformer.growth import OPERATORS, duplicated_share, grow, largest_logit_change, live_share
+from tokenformer.growth.engine import FreshLayers
 from tokenformer.models import build_config, build_model
 from tokenformer.optim import AdamW, parameter_groups
 
@@ -323,6 +326,41 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
     same = kept - {"config.json", checkpoint.WEIGHTS}
     assert all((tmp_path / "new" / n).read_bytes() == (tmp_path / "old" / n).read_bytes() for n in same)
     assert len(same) >= 3
+
+
+def test_what_is_measured_on_the_files_is_what_growth_in_memory_measures(tmp_path):
+    model = random_model("llama", torch.float32)
+    save(model, tmp_path / "old")
+    operator, to = "hyperclone+identity_blocks", {"hidden_size": 96, "num_hidden_layers": 3}
+    assert grow_line(tmp_path / "old", tmp_path / "new", operator, to, "--option", "noise=0.1") == 0
+    event = json.loads((tmp_path / "new" / checkpoint.LINEAGE).read_text())[-1]
+    growth = grow(model, operator, to, options={"noise": 0.1})
+    ids = torch.randint(1003, measure.PROBE, generator=torch.Generator().manual_seed(0))
+    assert event["live_at_once"] == live_share(growth, ids)
+    assert event["duplicated_rows"] == duplicated_share(growth.model, growth.copies)
+    assert event["max_logit_change"] == pytest.approx(largest_logit_change(model, growth.model, ids), abs=1e-6)
+    without_copies = grow(model, "zero", to)  # the control
+    assert duplicated_share(without_copies.model, without_copies.copies) == 0 < event["duplicated_rows"]
+
+
+def test_as_much_is_measured_as_the_memory_bound_allows():
+    def chosen(gigabytes, largest):
+        sizes = {"a": Size((int(largest * 5e8),), torch.bfloat16)}
+        return measure.affordable(SimpleNamespace(sizes=sizes, bytes=gigabytes * 1e9))
+
+    assert chosen(1, 0.9) == "full"  # where the interpreter itself weighs more
+    assert chosen(5, 0.2) == "full" and chosen(5, 0.3) == "logits"
+    assert chosen(60, 0.1) == "logits" and chosen(65, 0.1) == "none"
+
+
+def test_the_memory_of_a_new_layer_is_let_go_of(tmp_path):
+    model = random_model("llama", torch.float32)
+    save(model, tmp_path / "old")
+    prepared = prepare(tmp_path / "old", "identity_blocks", {"num_hidden_layers": 4})
+    fresh = FreshLayers(prepared.maps[0], seed=0)
+    first = fresh.parameter("model.layers.1.mlp.up_proj.weight")
+    assert first.std() > 0 and not torch.equal(first, fresh.parameter("model.layers.3.mlp.up_proj.weight"))
+    assert all(p.is_meta for p in fresh.skeleton.parameters())
 
 
 # --- names on the disk that are not the model's ---

@@ -237,7 +237,7 @@ def parser() -> Parser:
         "--measure",
         default="auto",
         choices=("auto", "full", "logits", "none"),
-        help="auto: in full up to 8 GB of weights, the logits alone up to 64 GB (%(default)s)",
+        help="auto: in full up to 2 GB of weights, or 8 where memory allows; logits alone up to 64 (%(default)s)",
     )
     sub.add_argument(
         "--shard-gigabytes",

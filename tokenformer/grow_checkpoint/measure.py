@@ -19,8 +19,10 @@ from ..models.axes import parameter_dims
 from .plan import Prepared
 
 PROBE = (2, 64)  # sequences and tokens of the batch that a growth is measured on
-# Up to so many bytes of weights a growth is measured in full; up to so many, at least its logits.
-FULL_BYTES, LOGITS_BYTES = 8 * 10**9, 64 * 10**9
+# A growth is measured in full up to so many bytes of weights, beyond the smallest number only where that stays within
+# 1.3 times the output's size; the logits alone up to the largest.
+SMALL_BYTES, FULL_BYTES, LOGITS_BYTES = 2 * 10**9, 8 * 10**9, 64 * 10**9
+PROCESS_BYTES = 6 * 10**8  # of a process that holds no model
 MEASURES = ("auto", "full", "logits", "none")
 
 
@@ -55,7 +57,7 @@ class NewEntries(Mapping[str, Tensor]):
 def measured(prepared: Prepared, new: Path, measure: str) -> dict[str, Any]:
     """What the growth did, from the files as they now are: one model at a time, its weights mapped, not copied."""
     if measure == "auto":
-        measure = "full" if prepared.bytes <= FULL_BYTES else "logits" if prepared.bytes <= LOGITS_BYTES else "none"
+        measure = affordable(prepared)
     if measure == "none":
         return {}
     ids = torch.randint(prepared.old.config.vocab_size, PROBE, generator=torch.Generator().manual_seed(0))
@@ -75,6 +77,14 @@ def measured(prepared: Prepared, new: Path, measure: str) -> dict[str, Any]:
         result["live_at_once"] = live_shares(model, masks, ids)
         result["duplicated_rows"] = duplicated_share(model, masks)
     return result
+
+
+def affordable(prepared: Prepared) -> str:
+    """How much may be measured. The weights are mapped; besides them the largest gradient, and what works on it, takes
+    three and a half times its size."""
+    largest = max(size.bytes for size in prepared.sizes.values())
+    within = PROCESS_BYTES + 3.5 * largest <= 0.3 * prepared.bytes or prepared.bytes <= SMALL_BYTES
+    return "full" if within and prepared.bytes <= FULL_BYTES else "logits" if prepared.bytes <= LOGITS_BYTES else "none"
 
 
 def mapped_model(folder: Path) -> PreTrainedModel:

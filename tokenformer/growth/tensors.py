@@ -52,7 +52,8 @@ class TensorMaps:
         self.old_sizes = axis_sizes(config)
         self.maps = dict(plan.maps)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
-        self.rho = {axis: mean_square_factor(plan.maps[axis]) for axis in self.table.norms if axis in plan.maps}
+        normed = [axis for axis in self.table.norms if axis in plan.maps and not plan.ramp_steps]
+        self.rho = {axis: mean_square_factor(plan.maps[axis]) for axis in normed}
         self.prefix = self.table.layers
         # Where a norm has no gain to make up for rho, what reads it does.
         gainless = self.table.gainless
@@ -232,10 +233,10 @@ class TensorMaps:
         start = start.expand(new.shape)
         if old.ndim == 1:
             start = start.masked_fill(start == RANDOM, ZERO)  # biases begin at zero
-        # In place where that can be: a whole embedding passes here, and what it takes bounds the memory of a growth.
-        kept = start == KEEP
-        mean = new[kept.to(new.device)].float().mean() if bool((start == MEAN).any()) else None
-        new = new.masked_fill((~kept).to(new.device), 0)
+        # In place, as `new` is a copy wherever an entry is fresh: whole embeddings pass here, and what that takes
+        # bounds the memory of a growth.
+        mean = new[(start == KEEP).to(new.device)].float().mean() if bool((start == MEAN).any()) else None
+        new.masked_fill_((start != KEEP).to(new.device), 0)
         if bool((start == RANDOM).any()):
             drawn = torch.randn(new.shape, generator=generator).mul_(self._std(name, old, dims))
             torch.where((start == RANDOM).to(new.device), drawn.to(new), new, out=new)

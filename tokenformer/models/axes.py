@@ -121,7 +121,7 @@ def field_of(config: PreTrainedConfig, name: str) -> str:
     if field != "num_hidden_layers" and field not in table.grows:
         known = [*table.grows, "num_hidden_layers"]
         near = nearest(name, [*table.names, *known])
-        raise ValueError(f"to.{name}: {config.model_type} has no such axis; allowed: {', '.join(known)}{near}")
+        raise ValueError(f"to.{name}: {config.model_type} has no such axis{near}; allowed: {', '.join(known)}")
     return field
 
 
