@@ -139,8 +139,7 @@ _ALL = (
         symmetric=True,
     ),
     Operator(
-        "phase_in_experts", experts.phase_in_experts, ("experts",), "exact if a training loop carries it",
-        "arXiv 2408.15664",
+        "phase_in_experts", experts.phase_in_experts, ("experts",), "exact", "after arXiv 2408.15664", carried=True
     ),
 )
 OPERATORS = {operator.name: operator for operator in _ALL}
