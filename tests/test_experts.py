@@ -26,8 +26,6 @@ from tokenformer.growth import (
     live_share,
     load_numbers,
 )
-from tokenformer.growth.engine import _grow_weights
-from tokenformer.growth.experts import phase_in_experts
 from tokenformer.growth.load import routers_of
 from tokenformer.growth.operators import steps_of
 from tokenformer.growth.tensors import TensorMaps
@@ -393,7 +391,7 @@ def test_a_mixture_runs_whatever_its_width(dtype: torch.dtype, inner: int, eager
         ("mixtral", "upcycle", 8, {}, "upcycle does not grow it in mixtral"),
         ("mixtral", "scale_experts", 10, {}, "to.num_local_experts: 10 is not a multiple of 4.*nearest: 8 or 12"),
         ("mixtral", "scale_experts", 8, {"router": "redraw"}, "router: 'redraw' .* other rows choose other experts"),
-        ("mixtral", "phase_in_experts", 8, {}, "phase_in_experts cannot grow this exactly: the bias .* scale_experts"),
+        ("mixtral", "phase_in_experts", 8, {}, "ramp_steps: 0 is not above 0; phase_in_experts needs"),
         ("qwen2", "upcycle", 8, {}, "to.num_local_experts: a Mixtral has no biases on queries"),
         ("qwen3", "upcycle", 8, {}, "to.num_local_experts: a Mixtral has no norms of queries"),
         ("biased", "upcycle", 8, {}, "operator: a Mixtral has no biases, and this llama has attention_bias = true"),
@@ -412,52 +410,50 @@ def test_what_cannot_be_exact_is_refused(
 # --- phased in ---
 
 
-def phased(experts: str = "copied") -> tuple[Any, Any, PhaseIn]:
+def phased(experts: str, steps: int, bias: float) -> tuple[Any, Any]:
     model = mixtral()
-    plan = phase_in_experts(model.config, {"num_local_experts": 6}, experts)
-    larger = _grow_weights(model, TensorMaps(model.config, plan), 0)
-    return model, larger, PhaseIn(4, 6, layers=2, steps=5, start=4.0)
+    return model, grown(model, "phase_in_experts", 6, experts=experts, ramp_steps=steps, bias=bias).model
 
 
 @pytest.mark.parametrize("experts", ["copied", "random"])
 def test_new_experts_are_kept_out_at_first_then_let_in(experts: str) -> None:
-    model, larger, phase = phased(experts)
-    names = list(larger.state_dict())
+    model, larger = phased(experts, 5, 4.0)
+    names, phase = list(larger.state_dict()), larger.carried
+    phase.remove()
     assert change(model, larger) > MOVED  # the control: without the bias
-    phase.attach(larger)
-    phase.before_step(0)
-    assert change(model, larger) <= EXACT and list(larger.state_dict()) == names
-    optimizer, load, shares = optimizer_of(larger), None, []
-    for age in range(6):
-        phase.before_step(age, load)
-        with LoadCounter(larger) as counter:
-            loss = larger(input_ids=IDS, labels=IDS, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        load = [counts / counts.sum() for counts in counter.counts]
-        shares.append(sum(each[4:].sum().item() for each in load))
+    phase = PhaseIn(larger, old=4, ramp_steps=5, start=4.0)
+    assert change(model, larger) <= EXACT and list(phase.ordinary()) == names == list(larger.state_dict())
+    optimizer, shares = optimizer_of(larger), []
+    for _ in range(5):
+        assert not phase.finished
+        stepped(larger, optimizer, 1)
+        shares.append(phase.counts[:, 4:].sum().item() / phase.counts.sum().item())
+        phase.advance()
     assert shares[0] == 0 and shares[-1] > 0 and phase.finished
+    phase.biases.zero_()
     biased = expert_load(larger, IDS)
-    phase.detach(larger)
-    if bool((phase.biases == 0).all()):
-        assert all(torch.equal(a, b) for a, b in zip(biased, expert_load(larger, IDS), strict=True))
-    larger(input_ids=IDS)
+    phase.remove()
+    assert not hasattr(larger, "carried")
+    assert all(torch.equal(a, b) for a, b in zip(biased, expert_load(larger, IDS), strict=True))
 
 
-def test_a_phase_is_as_it_was_after_its_state_is_read_again() -> None:
-    phase, again = (PhaseIn(4, 6, layers=1, steps=4, start=8.0) for _ in range(2))
-    loads = [torch.tensor([0.3, 0.3, 0.2, 0.1, 0.1, 0.0]), torch.tensor([0.2, 0.2, 0.2, 0.1, 0.2, 0.1])]
-    phase.before_step(0)
-    phase.before_step(1, loads[:1])
-    assert phase.biases.tolist() == [[0, 0, 0, 0, -6, -6]]
-    again.load_state(phase.state())
-    for each in (phase, again):
-        each.before_step(2, loads[1:])  # the first new one has the mean load, and stays where it is
-        assert each.biases.tolist() == [[0, 0, 0, 0, -6, -4]] and not each.finished
-        each.before_step(3, loads[:1])
-        each.before_step(4, loads[:1])
-        assert each.finished and each.biases.tolist() == [[0, 0, 0, 0, -6, 0]]
+def test_a_bias_rises_until_zero_or_the_mean_load_and_goes_on_from_what_was_kept() -> None:
+    phase = phased("copied", 4, 8.0)[1].carried
+
+    def advanced(phase: PhaseIn, *counts: float) -> list[float]:
+        phase.counts.copy_(torch.tensor(counts))
+        phase.advance()
+        return phase.biases[0, 4:].tolist()
+
+    assert phase.biases[0].tolist() == [0, 0, 0, 0, -torch.inf, -torch.inf]
+    assert advanced(phase, 3, 3, 3, 3, 0, 0) == [-6, -6]
+    assert advanced(phase, 2, 2, 2, 1, 2, 1) == [-6, -4]  # the first has the mean load of 10 / 6, and stays
+    _, again = phased("copied", 4, 8.0)
+    PhaseIn.restored(again, phase.describe(), phase.tensors())
+    for each in (phase, again.carried):
+        assert not each.finished
+        assert advanced(each, 3, 3, 3, 1, 1, 1) == [-6, -2]
+        assert advanced(each, 3, 3, 3, 1, 1, 1) == [-6, 0] and each.finished
 
 
 # --- load ---
@@ -505,6 +501,25 @@ def test_a_growth_records_the_load_before_and_after() -> None:
 
 
 # --- in a run ---
+
+
+def test_a_run_phases_experts_in_and_a_resumed_one_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys.modules["tokenformer.evaluate"], "SAMPLE_BYTES", 4)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    growth = {"operator": "phase_in_experts", "to": {"num_local_experts": 4}, "options": {"ramp_steps": 5}}
+    recipe = tiny(tmp_path, train={"log_every": 1}, growth=[{"at_step": 6, **growth}])
+    recipe.model.architecture, recipe.model.fields = "mixtral", sizes
+    result = train(recipe, tmp_path / "run", say=None)
+    assert result["growth"][0]["max_logit_change"] < 1e-5
+    amid, last = runs.checkpoints(tmp_path / "run")
+    assert (amid / "carried.json").exists() and not (last / "carried.json").exists()
+    whole, said = weights(tmp_path / "run"), losses(tmp_path / "run")
+    last.rename(tmp_path / "last")
+    (tmp_path / "run" / runs.RESULT).unlink()
+    train(recipe, tmp_path / "run", resume=True, say=None)
+    assert same(weights(tmp_path / "run"), whole) and losses(tmp_path / "run") == said
 
 
 def test_a_run_is_upcycled_halfway_and_logs_its_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,6 @@ REFUSALS = [
         "a Mixtral has no biases",
     ),
     ("scale_experts", lambda name, axis, whole: not whole, "experts with more copies would count more"),
-    ("phase_in_experts", lambda name, axis, whole: True, "nothing here carries it"),
 ]
 
 
@@ -212,7 +211,6 @@ def test_gradients_do_not_push_forward_by_other_factors():
 
 # Operators that refuse all of a model; staged wants heads doubled with the rest, which these two cannot have.
 NOTHING = [("zero_keys", "tokenformer softmax"), ("staged", "mamba2"), ("staged", "ngpt")]
-NOTHING += [("phase_in_experts", "mixtral")]
 NOTHING += [(each, name) for each in OPERATORS if "mixture" in OPERATORS[each].axes for name in BIASED]
 GROWING = [
     (operator, name)

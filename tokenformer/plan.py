@@ -243,7 +243,7 @@ def ramp_steps(event: Event) -> int:
 
 def require_ramps(events: list[Event], boundaries: list[int], steps: int, start: Start) -> None:
     """ValueError unless the mask of a growth, or of the checkpoint, is all up before the next growth and the end."""
-    carried = start.carried if start.carried and start.carried["kind"] == "masked" else {"ramp_steps": 0, "steps": 0}
+    carried = start.carried if start.carried and "ramp_steps" in start.carried else {"ramp_steps": 0, "steps": 0}
     names = ["model.checkpoint", *(event.name for event in events)]
     ramps = [carried["ramp_steps"] - carried["steps"], *map(ramp_steps, events)]
     for name, begin, ramp, end in zip(names, [0, *boundaries], ramps, [*boundaries, steps], strict=True):

@@ -21,6 +21,7 @@ from ..models.axes import parameter_dims, size_of
 from . import masked
 from .carried import Carried, carried_of
 from .exactness import moments_are_exact, why_not_exact
+from .experts import PhaseIn
 from .ligo import Batches, learn
 from .operators import Operator, steps_of, target_sizes
 from .plan import Plan
@@ -74,7 +75,7 @@ def grow(
     the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it mixes old rows with
     new ones, so that its steps are not those of the small model.
     options: the operators' own keywords.
-    masked, rank and relora leave something on the model that training has to carry: Growth.carried.
+    masked, rank, relora and phase_in_experts leave something on the model that training carries: Growth.carried.
     batches: text for an operator that learns (ligo): token ids (B, T + 1), one batch a step. The event says what that
     cost in growth_flops.
     Raises ValueError on an unknown operator, axis or option, a smaller or equal target, an operator that does not fit
@@ -115,7 +116,9 @@ def grow(
     endings = tuple(event.get("trains_only", ()))
     alone = tuple(name for name, _ in model.named_parameters() if endings and name.endswith(endings))
     _, config, plan = steps[-1]
-    if plan.ramp_steps:
+    if plan.bias:
+        PhaseIn(model, config.num_local_experts, plan.ramp_steps, plan.bias)
+    elif plan.ramp_steps:
         masked.attach(model, config, plan)
     kept = optimizers if isinstance(optimizer, list) else optimizers[0] if optimizers else None
     return Growth(model, kept, event["promise"], event, new, copies, alone)

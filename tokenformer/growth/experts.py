@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig, PreTrainedConfig
 
 from ..models.axes import resize
-from .load import routers_of
+from .load import count_choices, routers_of
 from .plan import Plan, Reading, copied, padded
 from .tensors import spread, with_noise_over_copies
 
@@ -138,20 +138,30 @@ def scale_experts(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0, ro
     )
 
 
-def phase_in_experts(config: PreTrainedConfig, sizes: Sizes, experts: str = "copied", router: str = "keep") -> Plan:
+def phase_in_experts(
+    config: PreTrainedConfig,
+    sizes: Sizes,
+    ramp_steps: int = 0,
+    bias: float = 10.0,
+    experts: str = "copied",
+    router: str = "keep",
+) -> Plan:
     """New experts that a bias on the choice alone keeps out at first and then lets in, step by step (after arXiv
-    2408.15664). Exact at the start, an ordinary Mixtral at the end; see PhaseIn, which a training loop has to carry.
+    2408.15664). Exact at the start, an ordinary Mixtral at the end, at the latest after `ramp_steps` training steps.
 
-    `experts`: "copied" in turn, or "random" at the spread of the old ones, as then are their router rows.
+    `bias`: minus that is where it starts (PhaseIn). `experts`: "copied" in turn, or "random" at the spread of the old
+    ones, as then are their router rows.
     """
     _require("experts", experts, "copied", "random")
     _require("router", router, "keep", redraw="the old experts would be chosen anew", retrain="the bias is what moves")
+    if ramp_steps < 1 or bias <= 0:
+        wrong = f"ramp_steps: {ramp_steps}" if ramp_steps < 1 else f"bias: {bias}"
+        raise ValueError(f"{wrong} is not above 0; phase_in_experts needs a number of training steps and a bias")
     old, new = config.num_local_experts, sizes["num_local_experts"]
     axis = padded(old, new)
     if experts == "copied":  # the old ones are alone in seeing tokens, and have the whole of their gradient
         axis = copied(torch.arange(new) % old, (torch.arange(new) < old).double())
-    why = "the bias that keeps new experts out is carried from step to step, and nothing here carries it"
-    return Plan(resize(config, sizes), {"experts": axis}, approximate=why, resets_copies=True)
+    return Plan(resize(config, sizes), {"experts": axis}, resets_copies=True, ramp_steps=ramp_steps, bias=bias)
 
 
 # --- from dense to mixture ---
@@ -272,7 +282,7 @@ def _require(key: str, value: str, *allowed: str, **refused: str) -> None:
         raise ValueError(f"{key}: {value!r} is not possible; allowed: {', '.join(allowed)}{why}")
 
 
-# --- carried by a training loop ---
+# --- carried by training ---
 
 
 class TrainsOnly:
@@ -298,63 +308,77 @@ class TrainsOnly:
 
 
 class PhaseIn:
-    """A bias on the choice of a Mixtral's experts: top_k of logits + bias, gates from the logits alone.
+    """A bias on the choice of a Mixtral's experts, hung on the model: top_k of logits + bias, gates from logits alone.
 
-    New experts have minus infinity in the first step, so that the model computes what it did. After that they start at
-    -`start` and rise by start / steps in every step in which they get less than the mean load, up to 0. Once each has
-    reached 0, or the mean load, it is `finished`, and what is left of the bias is taken away. The weights are an
-    ordinary Mixtral's all along.
+    New experts have minus infinity in the first training step, so that the model computes what it did. After that they
+    start at -`start` and rise by start / ramp_steps after every step in which they had less than the mean load, up to
+    0. Once each has reached 0, or the mean load, it is `finished`, and `remove` takes away what is left of the bias.
+    The weights are an ordinary Mixtral's all along.
     """
 
-    def __init__(self, old: int, new: int, layers: int, steps: int, start: float = 10.0) -> None:
-        """old, new: experts before and after."""
-        if steps < 1 or start <= 0:
-            raise ValueError(f"steps: {steps} and start: {start} must be above 0")
-        self.steps, self.start = steps, start
-        self.raises = torch.full((layers, new), steps)  # how often each bias has been raised; HELD: not let go yet
+    kind = "phase_in"
+
+    def __init__(self, model: Any, old: int, ramp_steps: int, start: float, steps: int = 0) -> None:
+        """model: grown already, by phase_in_experts; old: its experts before; steps: how many are done."""
+        self.model, self.old, self.ramp_steps, self.start, self.steps = model, old, ramp_steps, start, steps
+        self.routers: list[Any] = routers_of(model)
+        shape = (len(self.routers), model.config.num_local_experts)
+        self.raises = torch.full(shape, ramp_steps)  # how often each bias has been raised; HELD: not let go yet
         self.raises[:, old:] = HELD
-        self.full = torch.zeros(layers, new, dtype=torch.bool)  # has had the mean load
-        self.device = torch.device("cpu")
-        self._set_biases()
+        self.full = torch.zeros(shape, dtype=torch.bool)  # has had the mean load
+        self.counts = torch.zeros(shape, device=model.device)  # of the choices in this training step
+        for layer, router in enumerate(self.routers):
+            router.forward = partial(self._choose, router, layer)
+        self._set()
+        model.carried = self
 
-    def attach(self, model: nn.Module) -> None:
-        """Let the model's routers choose under the bias; its parameters and their names stay."""
-        for layer, router in enumerate(routers_of(model)):
-            router.__dict__["forward"] = partial(self._choose, router, layer)
-            self.device = next(router.parameters()).device
-        self._set_biases()
-
-    def detach(self, model: nn.Module) -> None:
-        for router in routers_of(model):
-            router.__dict__.pop("forward", None)
-
-    def before_step(self, age: int, load: Sequence[Tensor] | None = None) -> None:
-        """The bias of step `age`, counted from the growth; `load`: per layer, the shares of the step before."""
-        if age == 0 or self.finished:
-            return
-        if load:
-            self.full |= torch.stack([each.cpu() for each in load]) >= 1 / self.full.shape[1]
-        raised = (self.raises.clamp(min=0) + 1).clamp(max=self.steps)
-        self.raises = torch.where(self.full, self.raises, raised)
-        self._set_biases()
-
-    @property
-    def finished(self) -> bool:
-        return bool(((self.raises == self.steps) | self.full).all())
-
-    def state(self) -> dict[str, Tensor]:
-        return {"raises": self.raises.clone(), "full": self.full.clone()}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.raises, self.full = state["raises"].clone(), state["full"].clone()
-        self._set_biases()
-
-    def _set_biases(self) -> None:
-        biases = -self.start * (1 - self.raises / self.steps)
-        self.biases = biases.masked_fill(self.raises == HELD, -torch.inf).to(self.device)  # (layers, experts)
+    def _set(self) -> None:
+        biases = -self.start * (1 - self.raises / self.ramp_steps)
+        self.biases = biases.masked_fill(self.raises == HELD, -torch.inf).to(self.counts)  # (layers, experts)
 
     def _choose(self, router: Any, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(hidden.reshape(-1, router.hidden_dim), router.weight)  # (tokens, experts)
         chosen = torch.topk(logits + self.biases[layer], router.top_k, dim=-1).indices
         gates = F.softmax(logits.float(), dim=-1).gather(-1, chosen)
+        if router.training:
+            count_choices(self.counts[layer], chosen)
         return logits, gates / gates.sum(dim=-1, keepdim=True), chosen
+
+    @property
+    def finished(self) -> bool:
+        return bool(((self.raises == self.ramp_steps) | self.full).all())
+
+    def advance(self) -> None:
+        """One more training step is done; its choices, those of all ranks, decide what rises."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.counts)
+        counts = self.counts.cpu()
+        self.full |= counts * counts.shape[1] >= counts.sum(-1, keepdim=True)
+        raised = (self.raises.clamp(min=0) + 1).clamp(max=self.ramp_steps)
+        self.raises = torch.where(self.full, self.raises, raised)
+        self.counts.zero_()
+        self.steps += 1
+        self._set()
+
+    def remove(self) -> None:
+        for router in self.routers:
+            del router.forward
+        del self.model.carried
+
+    def ordinary(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"raises": self.raises, "full": self.full}
+
+    def describe(self) -> dict[str, Any]:
+        form = "what the model computes without the bias"
+        numbers = {"old": self.old, "ramp_steps": self.ramp_steps, "start": self.start, "steps": self.steps}
+        return {"kind": self.kind, **numbers, "model.safetensors": form}
+
+    @classmethod
+    def restored(cls, model: Any, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        phase = cls(model, *(description[key] for key in ("old", "ramp_steps", "start", "steps")))
+        phase.raises.copy_(tensors["raises"])
+        phase.full.copy_(tensors["full"])
+        phase._set()

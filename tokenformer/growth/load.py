@@ -31,7 +31,8 @@ class LoadCounter:
 
     def __enter__(self) -> LoadCounter:
         for counts, router in zip(self.counts, self.routers, strict=True):
-            self.handles.append(router.register_forward_hook(lambda _m, _i, out, counts=counts: _count(counts, out[2])))
+            hook = router.register_forward_hook(lambda _m, _i, out, counts=counts: count_choices(counts, out[2]))
+            self.handles.append(hook)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
@@ -40,7 +41,8 @@ class LoadCounter:
 
 
 @torch.no_grad()
-def _count(counts: Tensor, chosen: Tensor) -> None:
+def count_choices(counts: Tensor, chosen: Tensor) -> None:
+    """Add to counts (experts,) how often each was chosen; not where checkpointing repeats a pass."""
     if torch._C._current_graph_task_id() != -1:  # amid a backward pass, as torch's checkpointing tells it
         return
     counts.scatter_add_(0, chosen.flatten(), torch.ones((), device=counts.device).expand(chosen.numel()))

@@ -127,7 +127,7 @@ _ALL = (
     Operator("rank", lowrank.rank, ("rank",), "exact", "factors of growing rank", carried=True),
     Operator("relora", lowrank.relora, ("rank",), "exact", "arXiv 2307.05695", carried=True),
     Operator("upcycle", experts.upcycle, ("mixture",), "exact", "arXiv 2212.05055"),
-    Operator("virtual_groups", experts.virtual_groups, ("mixture",), "exact if groups are whole", "arXiv 2410.07524"),
+    Operator("virtual_groups", experts.virtual_groups, ("mixture",), "exact if no logits tie", "arXiv 2410.07524"),
     Operator(
         "virtual_groups_published", experts.virtual_groups_published, ("mixture",), "approximate", "arXiv 2410.07524"
     ),
@@ -136,13 +136,12 @@ _ALL = (
         "scale_experts",
         experts.scale_experts,
         ("experts",),
-        "exact if a multiple",
+        "exact if a multiple, and no logits tie",
         "arXiv 2604.19835, with top_k scaled along",
         symmetric=True,
     ),
     Operator(
-        "phase_in_experts", experts.phase_in_experts, ("experts",), "exact if a training loop carries it",
-        "arXiv 2408.15664",
+        "phase_in_experts", experts.phase_in_experts, ("experts",), "exact", "after arXiv 2408.15664", carried=True
     ),
     Operator("ligo", ligo.ligo, (*WIDTHS, *TOKENS, "layers"), "approximate", "arXiv 2303.00980", cost=ligo.cost),
 )

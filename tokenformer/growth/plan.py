@@ -113,6 +113,7 @@ class Plan:
     amend: Callable[[str, Tensor, torch.Generator], Tensor] = lambda name, weight, generator: weight
     newborn: tuple[str, ...] = ()
     leading_moments: bool = False  # moments are moved by factors that hold on average only
+    bias: float = 0.0  # above 0: new experts start with minus that on their choice, and rise over ramp_steps
     trains_only: tuple[str, ...] = ()  # endings of the parameters that alone are to be trained at first
     learning: Learning | None = None
 
