@@ -131,7 +131,7 @@ def cell(operator: str, name: str, field: str, notes: Notes) -> str:
 def change(operator: str, model: PreTrainedModel, to: dict[str, int]) -> tuple[float | None, str]:
     """How far the logits move, over the largest of them; or None and why the growth is refused."""
     try:
-        grown = grow(model, operator, to).model
+        grown = grow(model, operator, to, options={"ramp_steps": 1} if operator == "masked" else None).model
     except ValueError as error:
         return None, str(error)
     logits = old_logits(model)

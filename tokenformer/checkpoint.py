@@ -3,6 +3,7 @@
     config.json, model.safetensors, tokenizer    as transformers writes them, for any program that knows it
     lineage.json                                 the growth that led to this model, oldest first
     optimizer.safetensors, rng.safetensors, trainer.json    of a run: moments, random states, position
+    carried.safetensors, carried.json    of a run amid a growth that training carries (growth/carried.py)
 
 A checkpoint is written into a hidden folder beside its place, flushed to the disk and renamed, so a folder
 with the real name is complete.
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import runs
+from .growth.carried import carried_of, restore
 from .random_states import rng_state, set_rng_state
 
 WEIGHTS = "model.safetensors"
@@ -30,6 +32,7 @@ OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"
 TRAINER = "trainer.json"
 LINEAGE = "lineage.json"
+CARRIED, CARRIED_TENSORS = "carried.json", "carried.safetensors"
 
 
 # --- saving ---
@@ -51,9 +54,13 @@ def save_checkpoint(
     Raises ValueError with one line when the place is taken, full or not writable; nothing half written is
     left.
     """
+    carried = carried_of(model)
     with written_whole(folder) as temporary:
         with quiet():
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=None if carried is None else carried.ordinary())
+        if carried is not None:
+            save_tensors(carried.tensors(), temporary / CARRIED_TENSORS)
+            runs.write_json(temporary / CARRIED, carried.describe())
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
         if optimizer is not None:
@@ -184,6 +191,27 @@ def load_checkpoint(folder: str | Path, mapped: bool = False) -> tuple[Any, list
     for parameter in () if mapped else model.parameters():
         parameter.data = parameter.data.clone()
     return fit_experts(model), read_lineage(folder)
+
+
+def read_carried(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of the growth that it is amid; None if it is amid none."""
+    path = folder / CARRIED
+    return runs.read_object(path, {"kind": str}) if path.exists() else None
+
+
+def require_nothing_carried(folder: Path) -> None:
+    if (folder / CARRIED).exists():
+        raise ValueError(f"{folder / CARRIED}: the checkpoint is amid a growth, which training has to finish first")
+
+
+def restore_carried(folder: Path, model: Any) -> None:
+    """Attach to the model of this checkpoint, just loaded, the growth that it is amid, if it is."""
+    description = read_carried(folder)
+    if description is not None:
+        try:
+            restore(model, description, read_tensors(folder / CARRIED_TENSORS))
+        except ValueError as error:
+            raise ValueError(f"{folder / CARRIED}: {error}") from error
 
 
 def read_lineage(folder: Path) -> list[dict[str, Any]]:
@@ -317,6 +345,8 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     from .optim import load_named_state
 
     path = folder / OPTIMIZER
+    if carried_of(model) is None:
+        require_nothing_carried(folder)
     tensors = read_tensors(path)
     try:
         load_named_state(optimizer, model, tensors)

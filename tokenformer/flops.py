@@ -53,6 +53,22 @@ def training_flops(config: PreTrainedConfig, sequence_length: int, sequences: in
     return 3 * forward_flops(config, sequence_length) * sequences
 
 
+def low_rank_training_flops(sides: list[tuple[int, int]], rank: int, additive: bool) -> int:
+    """What factors of that rank add to `training_flops` per token, for matrices of these sides (m, n); below 0: save.
+
+    B A x costs 2 r (m + n) forward, and three times that in training. Instead of W, where r < min(m, n); with
+    `additive` beside a frozen W, which still costs its forward pass and the gradient that goes through it.
+    """
+    total = 0
+    for m, n in sides:
+        r = min(rank, m, n)
+        if additive:
+            total += 6 * r * (m + n) - 2 * m * n
+        elif r < min(m, n):
+            total += 6 * (r * (m + n) - m * n)
+    return total
+
+
 def parameters(config: PreTrainedConfig) -> dict[str, int]:
     """What `count_parameters` finds in a model of this configuration, without building it."""
     sizes = _sizes(config)

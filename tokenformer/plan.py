@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from .flops import training_flops
+from .flops import low_rank_training_flops, training_flops
+from .growth.lowrank import Ranks, matrices, settled_ranks
+from .growth.lowrank_growth import next_ranks
 from .growth.operators import steps_of, takers, target_sizes
 from .growth.plan import Plan as Change
 from .models import build_config
@@ -96,7 +98,7 @@ def plan(
     ancestors = start.flops
     events, configs = phase_configs(recipe, vocab_size, start)
     length, batch = recipe.data.sequence_length, recipe.data.batch_size
-    costs = [training_flops(config, length, batch) for config, _ in configs]
+    costs = [training_flops(config, length, batch) + saved * length * batch for config, _, saved in configs]
     known = settled(events, grown_at)
     if recipe.train.flops is not None:
         budget = int(recipe.train.flops) - ancestors
@@ -119,10 +121,11 @@ def plan(
         if not before < step < steps:
             between = f"after step {before} and before the end, {said}"
             raise ValueError(f"{event.name} would come at step {step}; it must come {between}")
+    require_ramps(events, boundaries, steps, start)
     require_room(events, costs, budget)
     edges = [0, *boundaries, steps]
     stretches = zip(edges, edges[1:], configs, costs, strict=False)
-    phases = (Phase(first, end, sizes, cost) for first, end, (_, sizes), cost in stretches)
+    phases = (Phase(first, end, sizes, cost) for first, end, (_, sizes, _), cost in stretches)
     window, done = None, len(grown_at)
     if done < len(events) and events[done].section.at_slope is not None:
         share = Fraction(str(events[done].section.slope_window)) * budget
@@ -152,22 +155,40 @@ def model_config(recipe: Recipe, vocab_size: int, start: Start | None = None, **
 
 def phase_configs(
     recipe: Recipe, vocab_size: int, start: Start
-) -> tuple[list[Event], list[tuple[Any, dict[str, int]]]]:
-    """The growths one by one; configuration and changed sizes of each phase. An operator that refuses does so here."""
+) -> tuple[list[Event], list[tuple[Any, dict[str, int], int]]]:
+    """The growths one by one; configuration, changed sizes and FLOPs per token of factors, in each phase.
+
+    An operator that refuses does so here.
+    """
     config = model_config(recipe, vocab_size, start)
+    ranks = first_ranks(recipe, config, start)
     events: list[Event] = []
-    phases: list[tuple[Any, dict[str, int]]] = [(config, {})]
+    phases: list[tuple[Any, dict[str, int], int]] = [(config, {}, flops_of(config, ranks))]
+    changes: list[Change]
     for i, section in enumerate(recipe.growth):
         try:
-            target = target_sizes(config, section.to)
-            parts = expand(section, {axis: size_of(config, axis) for axis in target}, target)
-            changes: list[Change] = []
-            for k, part in enumerate(parts):
-                if len(parts) > 1:  # a part may have nothing to grow for some operator of a mixture
-                    part = parts[k] = dataclasses.replace(part, operator=takers(config, part.operator, part.to))
-                changes += [change for *_, change in steps_of(config, part.operator, part.to, part.seed, part.options)]
-                config = changes[-1].config
-                phases.append((config, phases[-1][1] | part.to))
+            if section.operator in ("rank", "relora"):
+                if section.stages > 1:
+                    raise ValueError(f"stages: {section.stages}; {section.operator} has one, write the others out")
+                ranks = next_ranks(config, ranks, section.operator, section.to, section.options)
+                parts, changes = [section], []
+                phases.append((config, phases[-1][1] | section.to, flops_of(config, ranks)))
+            elif ranks is not None:
+                raise ValueError(
+                    f"operator: {section.operator} cannot grow a model with factors of rank {ranks.rank}; first grow "
+                    "its rank until it is whole, or merge it by relora to rank 0"
+                )
+            else:
+                target = target_sizes(config, section.to)
+                parts = expand(section, {axis: size_of(config, axis) for axis in target}, target)
+                changes = []
+                for k, part in enumerate(parts):
+                    if len(parts) > 1:  # a part may have nothing to grow for some operator of a mixture
+                        part = parts[k] = dataclasses.replace(part, operator=takers(config, part.operator, part.to))
+                    steps = steps_of(config, part.operator, part.to, part.seed, part.options)
+                    changes += [change for *_, change in steps]
+                    config = changes[-1].config
+                    phases.append((config, phases[-1][1] | part.to, 0))
         except ValueError as error:
             raise ValueError(f"growth.{i}.{error}") from None
         if any(change.trains_only for change in changes):
@@ -191,9 +212,43 @@ def phase_configs(
     return events, phases
 
 
+def first_ranks(recipe: Recipe, config: Any, start: Start) -> Ranks | None:
+    """The low-rank factors that the run begins with: those of its checkpoint, or model.rank."""
+    carried = start.carried or {}
+    if "rank" in carried:
+        return Ranks(carried["kind"], carried["rank"])
+    if recipe.model.rank is None:
+        return None
+    ranks = settled_ranks(config, Ranks("rank", recipe.model.rank), "model.rank")
+    if ranks is None:
+        rank = recipe.model.rank
+        raise ValueError(f"model.rank: {rank} is no less than the smaller side of every matrix; leave it out")
+    return ranks
+
+
+def flops_of(config: Any, ranks: Ranks | None) -> int:
+    return low_rank_training_flops(matrices(config), ranks.rank, ranks.kind == "relora") if ranks else 0
+
+
+def ramp_steps(event: Event) -> int:
+    return event.section.options.get("ramp_steps", 0)
+
+
+def require_ramps(events: list[Event], boundaries: list[int], steps: int, start: Start) -> None:
+    """ValueError unless the mask of a growth, or of the checkpoint, is all up before the next growth and the end."""
+    carried = start.carried if start.carried and start.carried["kind"] == "masked" else {"ramp_steps": 0, "steps": 0}
+    names = ["model.checkpoint", *(event.name for event in events)]
+    ramps = [carried["ramp_steps"] - carried["steps"], *map(ramp_steps, events)]
+    for name, begin, ramp, end in zip(names, [0, *boundaries], ramps, [*boundaries, steps], strict=True):
+        if begin + ramp > end:
+            what = "the next growth" if end < steps else "the end"
+            raise ValueError(f"{name}: its mask would rise until step {begin + ramp}; {what} comes at step {end}")
+
+
 def rewarm_steps(event: Event) -> int:
-    """Steps after a growth in which the learning rate of the whole model rises."""
-    return event.section.rewarm_steps if event.section.learning_rate in ("rewarm_all", "restart", "rewind") else 0
+    """Steps after a growth in which the learning rate of the whole model, or a mask, rises."""
+    warm = event.section.rewarm_steps if event.section.learning_rate in ("rewarm_all", "restart", "rewind") else 0
+    return max(warm, ramp_steps(event))
 
 
 def settled(events: list[Event], grown_at: Sequence[int]) -> list[int]:

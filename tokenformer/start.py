@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import runs
-from .checkpoint import ancestry, find_checkpoint, load_config
+from .checkpoint import ancestry, find_checkpoint, load_config, read_carried
 from .data import ByteTokenizer, Corpus, Tokenizer, load_tokenizer
 from .data.tokenizers import byte_symbols
 from .recipe import DataSection, Recipe
@@ -25,6 +25,7 @@ class Start:
 
     checkpoint: str | None = None
     config: dict[str, Any] | None = None
+    carried: dict[str, Any] | None = None  # the growth that it is amid (growth/carried.py)
     flops: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -39,10 +40,10 @@ def start_of(recipe: Recipe, folder: Path | None = None) -> Start:
     if folder is not None and is_begun(folder):
         kinds = {"checkpoint": str, "config": dict}
         stored = runs.read_object(folder / runs.START, kinds | runs.COST)
-        return Start(**{field.name: stored[field.name] for field in dataclasses.fields(Start)})
+        return Start(**{field.name: stored[field.name] for field in dataclasses.fields(Start) if field.name in stored})
     found = find_checkpoint(place).resolve()
     load_config(found)  # says what is wrong with it
-    return Start(str(found), runs.read_json(found / "config.json"), **ancestry(found))
+    return Start(str(found), runs.read_json(found / "config.json"), read_carried(found), **ancestry(found))
 
 
 def is_begun(folder: Path) -> bool:

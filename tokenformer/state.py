@@ -178,6 +178,7 @@ def load_state(run: Run, folder: Path) -> tuple[State, int]:
         raise ValueError(f"{path}: grown_at = {trainer['grown_at']}: the recipe grows at {planned.growth_steps}")
     model, lineage = checkpoint.load_checkpoint(folder)
     model = model.to(run.device).train()
+    checkpoint.restore_carried(folder, model)
     freeze_as_grown(model, lineage)
     optimizer = build_optimizer(run.recipe, model)
     trainer = checkpoint.load_training_state(folder, model, optimizer, run.ranks.rank)

@@ -28,6 +28,8 @@ from .evaluate import evaluate, sample_text
 from .event import change_text, grow_measured, sizes_text
 from .flops import count_parameters
 from .growth import freeze_as_grown
+from .growth.carried import carried_of
+from .growth.lowrank import factorise
 from .models import build_model
 from .optim import AdamW
 from .plan import model_config, plan
@@ -205,6 +207,7 @@ def fresh_state(run: Run) -> State:
         folder = checkpoint.find_checkpoint(run.start.checkpoint)
         model, lineage = checkpoint.load_checkpoint(folder)
         model = model.float().to(run.device).train()
+        checkpoint.restore_carried(folder, model)
         freeze_as_grown(model, lineage)
         optimizer = build_optimizer(run.recipe, model)
         if (folder / checkpoint.OPTIMIZER).exists():
@@ -213,7 +216,10 @@ def fresh_state(run: Run) -> State:
         tokenizer = run.corpus.tokenizer
         marks = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = model_config(run.recipe, tokenizer.vocab_size, run.start, **marks)
-        model = build_model(config, run.recipe.train.seed).to(run.device)
+        model = build_model(config, run.recipe.train.seed)
+        if run.recipe.model.rank:
+            factorise(model, run.recipe.model.rank, run.recipe.model.rank_start, run.recipe.train.seed)
+        model = model.to(run.device)
         optimizer = build_optimizer(run.recipe, model)
     return State(model, optimizer, plan_of(run, []), seconds=seconds, lineage=lineage, logged=(0, seconds))
 
@@ -248,6 +254,8 @@ def loop(run: Run, state: State) -> None:
                 evaluate_now(run, state)
                 wrapped = wrap(run, state.model)
             stopped_by = train_step(run, state, wrapped, stop)
+            if carry_on(run, state):
+                wrapped = wrap(run, state.model)
             last = state.step == state.plan.steps
             if last or state.step % section.evaluate_every == 0 or growth_due(run, state):
                 evaluate_now(run, state)
@@ -355,6 +363,18 @@ def grow_now(run: Run, state: State) -> None:
     if "slope" in due:
         to_go = f"; {state.plan.steps} steps in all, not {steps}" if state.plan.steps != steps else ""
         run.tell(f"the slope of the loss was {due['slope']:.4f}, above {section.at_slope}{to_go}")
+
+
+def carry_on(run: Run, state: State) -> bool:
+    """Tell a growth that training carries of the step just done; true if that was its last and it is off the model."""
+    carried = carried_of(state.model)
+    if carried is None:
+        return False
+    carried.advance()
+    if carried.finished:
+        carried.remove()
+        run.tell(f"step {state.step}: the {carried.kind} growth is finished; the model is an ordinary one")
+    return carried.finished
 
 
 # --- the end ---

@@ -141,7 +141,7 @@ def operators(arguments: Any) -> None:
         say(f"{each.name}: {each.promise} ({each.source})")
         fits: dict[str, list[str]] = {}
         for architecture in each.architectures:
-            fits.setdefault(", ".join(each.fields(TABLES[architecture])), []).append(architecture)
+            fits.setdefault(", ".join(each.fields(TABLES[architecture]) or each.axes), []).append(architecture)
         for fields_text, architectures in fits.items():
             say(f"    {', '.join(architectures)}: {fields_text}")
         if each.options:

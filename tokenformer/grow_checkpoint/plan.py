@@ -16,7 +16,7 @@ from .. import checkpoint as files
 from .. import runs
 from ..growth import freeze_as_grown
 from ..growth.engine import event_of, is_trained
-from ..growth.operators import steps_of, takers
+from ..growth.operators import require_done_at_once, steps_of, takers
 from ..growth.tensors import TensorMaps
 from ..models.tables import TABLES
 from .names import how_stored, parts_of
@@ -60,8 +60,11 @@ def prepare(
     options: dict[str, Any] | None = None,
 ) -> Prepared:
     """Everything about a growth but the growth itself; reads no weights. ValueError if it cannot be done."""
+    if operator:
+        require_done_at_once(operator)
     folder = find_or_download(checkpoint)
     require_supported(folder)
+    files.require_nothing_carried(folder)
     config, lineage = files.load_config(folder), files.read_lineage(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder / 'config.json'}: the weights are quantised; growth takes those that are not")

@@ -86,11 +86,13 @@ def jump(config: PreTrainedConfig, sizes: Sizes, layers: str = "random") -> Plan
 # --- what they share ---
 
 
-def new_blocks(config: PreTrainedConfig, size: int, where: str = "spread") -> tuple[Layer, ...] | None:
-    """Closed layers of the architecture's own initialisation among the old ones; None if none are added."""
+def new_blocks(
+    config: PreTrainedConfig, size: int, where: str = "spread", closed: bool = True
+) -> tuple[Layer, ...] | None:
+    """Layers of the architecture's own initialisation among the old ones; None if none are added."""
     if where not in ("spread", "end"):
         raise ValueError(f"where: {where!r} is not known; allowed: spread, end")
-    return _insert(config, size, where, lambda last: Layer(FRESH, closed=True))
+    return _insert(config, size, where, lambda last: Layer(FRESH, closed))
 
 
 def closed_copies(config: PreTrainedConfig, size: int) -> tuple[Layer, ...] | None:

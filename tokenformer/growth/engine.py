@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..models import fit_experts
 from ..models.axes import parameter_dims, size_of
+from . import masked
+from .carried import Carried, carried_of
 from .exactness import moments_are_exact, why_not_exact
 from .operators import Operator, steps_of, target_sizes
 from .plan import Plan
@@ -44,6 +46,11 @@ class Growth:
     copies: dict[str, Tensor] = field(repr=False)
     trains_only: tuple[str, ...] = field(default=(), repr=False)
 
+    @property
+    def carried(self) -> Carried | None:
+        """What hangs on the model for a while: tell it `advance()` after every training step (carried.py)."""
+        return carried_of(self.model)
+
 
 def grow(
     model: PreTrainedModel,
@@ -65,15 +72,25 @@ def grow(
     the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it mixes old rows with
     new ones, so that its steps are not those of the small model.
     options: the operators' own keywords.
+    masked, rank and relora leave something on the model that training has to carry: Growth.carried.
     Raises ValueError on an unknown operator, axis or option, a smaller or equal target, an operator that does not fit
     or cannot keep its promise, or an optimizer with a state that growth does not know.
     """
     if moments not in ("keep", "drop"):
         raise ValueError(f"moments: {moments!r} is not known; allowed: keep, drop")
+    carried = carried_of(model)
+    if operator in ("rank", "relora") and not (carried and carried.kind == "masked"):
+        from .lowrank_growth import grow_low_rank
+
+        return grow_low_rank(model, operator, to or {}, optimizer, seed, moments == "drop", options or {})
+    if carried is not None:
+        raise ValueError(f"operator: {operator} cannot grow a model that still carries {carried.kind} growth")
     before, optimizers = model, []
     if optimizer is not None:
         optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     steps = steps_of(model.config, operator, to or {}, seed, options)
+    if any(plan.ramp_steps for _, _, plan in steps[:-1]):
+        raise ValueError(f"operator: {operator}: masked comes last, since what it adds is not there at first")
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     dropped = moments == "drop" or any(plan.drops_moments for _, _, plan in steps)
@@ -90,6 +107,9 @@ def grow(
         event["trained_parameters"] = trained
     endings = tuple(event.get("trains_only", ()))
     alone = tuple(name for name, _ in model.named_parameters() if endings and name.endswith(endings))
+    _, config, plan = steps[-1]
+    if plan.ramp_steps:
+        masked.attach(model, config, plan)
     kept = optimizers if isinstance(optimizer, list) else optimizers[0] if optimizers else None
     return Growth(model, kept, event["promise"], event, new, copies, alone)
 
@@ -308,10 +328,7 @@ def _grow_optimizer(
         owner = owners.get(_relative(name, p, maps, owners, dict(model.named_parameters())) or "")
         if owner is not None and p.requires_grad:
             members[owner].append(p)
-    groups = [{**g, "params": params} for g, params in zip(optimizer.param_groups, members, strict=True) if params]
-    arguments = inspect.signature(type(optimizer)).parameters
-    defaults = {k: v for k, v in optimizer.defaults.items() if k in arguments}
-    result = type(optimizer)(groups, **defaults)
+    result = same_kind(optimizer, members)
     if drop:
         return result
     olds = {name: p for p, name in names.items()}
@@ -322,7 +339,7 @@ def _grow_optimizer(
             continue
         if source is None or (layer is not None and layer.closed) or maps.plan.is_newborn(name):
             if getattr(optimizer, "counts_ages", False) and steps and _owned(p, result):
-                result.state[p] = _newborn(p, max(steps, key=float))
+                result.state[p] = newborn(p, max(steps, key=float))
             continue
         state = _read_state(source, olds, maps, optimizer)
         if state:
@@ -349,6 +366,13 @@ def _read_state(
     return result
 
 
+def same_kind(optimizer: torch.optim.Optimizer, members: list[list[Tensor]]) -> torch.optim.Optimizer:
+    """An optimizer of the same class and settings, without state; `members`: the parameters of each of its groups."""
+    groups = [{**g, "params": params} for g, params in zip(optimizer.param_groups, members, strict=True) if params]
+    arguments = inspect.signature(type(optimizer)).parameters
+    return type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items() if k in arguments})
+
+
 def _owned(p: Tensor, optimizer: torch.optim.Optimizer) -> bool:
     return any(p is each for group in optimizer.param_groups for each in group["params"])
 
@@ -366,7 +390,7 @@ def _relative(
     return next((each for each in like if each in owners), None)
 
 
-def _newborn(p: Tensor, step: Tensor) -> dict[str, Any]:
+def newborn(p: Tensor, step: Tensor) -> dict[str, Any]:
     birth = torch.full([1] * p.ndim, float(step), device=p.device)
     return {"step": step.clone(), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "birth": birth}
 

@@ -14,6 +14,8 @@ from .tensors import mean_square_factor
 
 def why_not_exact(config: PreTrainedConfig, plan: Plan) -> list[str]:
     """Everything by which the grown model could compute something else; empty if it computes the same."""
+    if plan.ramp_steps:
+        return []
     reasons = [plan.approximate] if plan.approximate else []
     if plan.next_layer:
         reasons.append("second copies take the weights of the layer above")
@@ -88,6 +90,8 @@ def settled(config: PreTrainedConfig, plan: Plan) -> Plan:
     kinds = config.__dict__.get("layer_types")
     if plan.layers is not None and isinstance(kinds, list) and kinds:
         plan.config.layer_types = [kinds[max(0, layer.source)] for layer in plan.layers]
+    if plan.ramp_steps:
+        return plan
     if table.unit_norm:
         shares = {axis: m.read**0.5 for axis, m in plan.maps.items() if axis in table.norms}
         roots = {axis: replace(plan.maps[axis], write=root, read=root) for axis, root in shares.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from ..models.axes import Table, field_of, nearest, size_of, table_of
 from ..models.tables import TABLES
-from . import depth, experts, tokens, width
+from . import depth, experts, lowrank, tokens, width
+from . import masked as masks
 from .exactness import settled, why_not_exact
 from .plan import Plan
 
@@ -28,11 +29,12 @@ class Operator:
     """
 
     name: str
-    function: Callable[..., Plan]
+    function: Callable[..., Any]  # (config, sizes) -> Plan; lowrank.py has its own
     axes: tuple[str, ...]
     promise: str
     source: str
     symmetric: bool = False
+    carried: bool = False  # by training, for a while (carried.py): nothing that can be done to a file
 
     @property
     def exact(self) -> bool:
@@ -55,17 +57,12 @@ class Operator:
 
     @property
     def architectures(self) -> list[str]:
-        return [name for name, table in TABLES.items() if self.fields(table)]
+        low_rank = "rank" in self.axes
+        return [name for name, table in TABLES.items() if self.fields(table) or (low_rank and not table.unit_norm)]
 
     def plan(self, config: PreTrainedConfig, sizes: dict[str, int], seed: int = 0, **options: Any) -> Plan:
         """What it makes of a configuration; ValueError where it would break its promise, with the reason."""
-        known = self.options
-        for key, value in options.items():
-            if key not in known:
-                has = f"{nearest(key, known)}; it has {', '.join(known) or 'none'}"
-                raise ValueError(f"{key}: {self.name} has no such option{has}")
-            if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
-                raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
+        self.check_options(options)
         if "seed" in inspect.signature(self.function).parameters:
             options["seed"] = seed
         planned = self.function(config, sizes, **options)
@@ -76,6 +73,15 @@ class Operator:
             hint = f"; {', '.join(instead)} can" if instead else "; no operator can do that exactly"
             raise ValueError(f"operator: {self.name} cannot grow this exactly: {'; '.join(reasons)}{hint}")
         return made
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        known = self.options
+        for key, value in options.items():
+            if key not in known:
+                has = f"{nearest(key, known)}; it has {', '.join(known) or 'none'}"
+                raise ValueError(f"{key}: {self.name} has no such option{has}")
+            if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
+                raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
 
     def _fits(self, config: PreTrainedConfig, sizes: dict[str, int]) -> bool:
         """Whether it grows these sizes exactly."""
@@ -115,6 +121,9 @@ _ALL = (
     Operator("midas", depth.midas, ("layers",), "approximate", "arXiv 2409.19044"),
     Operator("solar", depth.solar, ("layers",), "approximate", "arXiv 2312.15166"),
     Operator("jump", depth.jump, ("layers",), "approximate", "arXiv 2511.04981"),
+    Operator("masked", masks.masked, (*WIDTHS, "layers"), "exact", "arXiv 2305.02869, 2309.03852", carried=True),
+    Operator("rank", lowrank.rank, ("rank",), "exact", "factors of growing rank", carried=True),
+    Operator("relora", lowrank.relora, ("rank",), "exact", "arXiv 2307.05695", carried=True),
     Operator("upcycle", experts.upcycle, ("mixture",), "exact", "arXiv 2212.05055"),
     Operator("virtual_groups", experts.virtual_groups, ("mixture",), "exact if groups are whole", "arXiv 2410.07524"),
     Operator(
@@ -144,6 +153,16 @@ def operators_of(text: str) -> list[Operator]:
             allowed = f"{', '.join(OPERATORS)}, or several joined by +"
             raise ValueError(f"operator: {name!r} is not known{nearest(name, OPERATORS)}; allowed: {allowed}")
     return [OPERATORS[name] for name in text.split("+")]
+
+
+def require_done_at_once(text: str) -> None:
+    """ValueError if an operator of a mixture needs training steps, and so cannot grow a checkpoint on the disk."""
+    for operator in operators_of(text):
+        if operator.carried:
+            raise ValueError(
+                f"operator: {operator.name} needs training, which carries it; train with it as a [[growth]], from "
+                "model.checkpoint"
+            )
 
 
 def exact_for(config: PreTrainedConfig, sizes: dict[str, int]) -> list[str]:

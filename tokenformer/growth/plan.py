@@ -99,6 +99,7 @@ class Plan:
     drops_moments: bool = False
     resets_copies: bool = False  # second copies start with no moments, as fresh entries do
     frozen: bool = False  # old layers are not trained on
+    ramp_steps: int = 0  # over which a mask fades in what is new (masked.py), and makes the growth exact
     reads: Reading | None = None
     amend: Callable[[str, Tensor, torch.Generator], Tensor] = lambda name, weight, generator: weight
     newborn: tuple[str, ...] = ()

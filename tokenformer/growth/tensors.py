@@ -52,7 +52,8 @@ class TensorMaps:
         self.old_sizes = axis_sizes(config)
         self.maps = dict(plan.maps)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
-        self.rho = {axis: mean_square_factor(plan.maps[axis]) for axis in self.table.norms if axis in plan.maps}
+        normed = [axis for axis in self.table.norms if axis in plan.maps and not plan.ramp_steps]
+        self.rho = {axis: mean_square_factor(plan.maps[axis]) for axis in normed}
         self.prefix = self.table.layers
         # Where a norm has no gain to make up for rho, what reads it does.
         gainless = self.table.gainless

@@ -209,8 +209,11 @@ def resolve(table: dict[str, Any], where: Where) -> Recipe:
             f"data.batch_size = {recipe.data.batch_size} (from {where('train.accumulation_steps')})"
         )
     model = recipe.model
-    if model.checkpoint is not None and (model.fields or model.preset or model.architecture != "tokenformer"):
-        others = ", ".join([*model.fields, *(["preset"] if model.preset else [])]) or "architecture"
+    if model.rank_start != "random" and model.rank is None:
+        raise ValueError(f"model.rank_start: has no effect without model.rank (from {where('model.rank_start')})")
+    given = [name for name in ("preset", "rank") if getattr(model, name)]
+    if model.checkpoint is not None and (model.fields or given or model.architecture != "tokenformer"):
+        others = ", ".join([*model.fields, *given]) or "architecture"
         raise ValueError(f"model.checkpoint: brings the whole model, so {others} has no effect beside it")
     check_growth(recipe, where)
     names = [arm.name for arm in recipe.arms]
@@ -229,7 +232,7 @@ def check_growth(recipe: Recipe, where: Where) -> None:
         if not event.to:
             raise ValueError(f"{path}.to: names nothing that grows (from {where(path)})")
         for axis, size in event.to.items():
-            check_value(f"{path}.to.{axis}", size, int, {"low": 1}, where)
+            check_value(f"{path}.to.{axis}", size, int, {"low": 0 if axis == "rank" else 1}, where)
         if event.at_step and recipe.train.steps and event.at_step >= recipe.train.steps:
             raise ValueError(
                 f"{path}.at_step: {event.at_step} is not before the end, train.steps = {recipe.train.steps} "

@@ -35,6 +35,14 @@ class ModelSection:
         "a checkpoint to go on from, moments included; it brings all else of [model]", default=None, pattern=r".+"
     )
     preset: str | None = key("a published size to start from: 150m, 450m, 900m, 1.5b", default=None)
+    rank: int | None = key(
+        "every linear projection of the layers is a product of two matrices of this rank", default=None, low=1
+    )
+    rank_start: str = key(
+        "rank only: random, with the usual variance, or spectral, close to what the matrix would be",
+        default="random",
+        choices=("random", "spectral"),
+    )
     fields: dict[str, Any] = key(
         "every other key of [model]: the architecture's own configuration", factory=dict, rest=True
     )
