@@ -23,19 +23,23 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tokenformer.environment import environment
 from tokenformer.grow_checkpoint.shards import Size, write_shards
 
 BOUND = 1.3
+ABOUT = ("command", "commit", "dirty", "versions", "python", "cores", "memory_gb")  # of where it ran
 CONTROL = 5  # times as far as the grown model, the spoilt one must be
 LAYERS, HIDDEN, FFN, VOCABULARY = 20, 2048, 5632, 32000  # 1.01e9 parameters
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
+    ran = {key: value for key, value in environment().items() if key in ABOUT}
     with tempfile.TemporaryDirectory(dir=arguments.place) as place:
         old, new = Path(place) / "old", Path(place) / "new"
         config = write_random(old, arguments.scale)
@@ -51,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         numbers["peak_over_output"] = round(numbers["VmHWM"] / numbers["output_bytes"], 3)
         numbers |= compared(old, new, config)
         event = json.loads((new / "lineage.json").read_text(encoding="utf-8"))[-1]
+        numbers["environment"] = ran
         numbers["event"] = {key: value for key, value in event.items() if key != "ancestor"}
     print(json.dumps(numbers, indent=2))
     if arguments.out:
@@ -101,7 +106,7 @@ def write_random(folder: Path, scale: float) -> LlamaConfig:
     return config
 
 
-def sampled(command: list[str]) -> dict[str, float]:
+def sampled(command: list[str]) -> dict[str, Any]:
     """Run a command to its end; the largest samples of its memory in bytes, and its seconds."""
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..event import change_text
 from ..flops import forward_flops
-from ..growth.operators import exact_for
+from ..growth.operators import OPERATORS, exact_for
 from .plan import Prepared
 
 CONTEXT = 1024  # positions over which the FLOPs of a token are counted
@@ -36,7 +36,7 @@ def followers(before: PreTrainedConfig, after: PreTrainedConfig, to: Mapping[str
     """Numbers of the configuration that change besides the ones asked for."""
     old, new = before.to_dict(), after.to_dict()
     asked = {before.attribute_map.get(name, name) for name in to}
-    changed = [name for name, value in new.items() if name not in asked and isinstance(value, int | float)]
+    changed = [name for name, value in new.items() if name not in asked and type(value) in (int, float)]
     return [(name, old.get(name), new[name]) for name in changed if old.get(name) != new[name]]
 
 
@@ -54,7 +54,7 @@ def promise_lines(prepared: Prepared) -> list[str]:
     if event["promise"] == "exact":
         conditions = [f" ({promise})" for promise in prepared.promises if promise != "exact"]
         return [f"promise: exact{''.join(conditions)}"]
-    exact = exact_for(prepared.old.config, event["to"])
+    exact = [name for name in exact_for(prepared.old.config, event["to"]) if not OPERATORS[name].carried]
     instead = f"exact would be: {', '.join(exact)}" if exact else "no one operator does it exactly"
     return [f"promise: approximate, since {event['note']}", instead]
 
