@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from architectures import SAME, fields_of, logits_of, model_of, sizes_of  # noqa: E402
+from architectures import SAME, fields_of, logits_of, model_of, sizes_of, untrained  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
@@ -46,6 +46,7 @@ all widths at once, refused alone. `~0.4`: the logits move by that part of the l
 is for a whole multiple. `no`: refused. Small numbers are the reasons, below. Empty: no such thing to grow. TokenFormer
 is as published (LayerNorm, tied head), then with RMSNorm and gated feed-forward, with linear attention projections and
 RMSNorm, and with a softmax over its tokens.
+LiGO's numbers are those of its maps before they have learned anything.
 """
 
 
@@ -131,8 +132,7 @@ def cell(operator: str, name: str, field: str, notes: Notes) -> str:
 def change(operator: str, model: PreTrainedModel, to: dict[str, int]) -> tuple[float | None, str]:
     """How far the logits move, over the largest of them; or None and why the growth is refused."""
     try:
-        options = {"ramp_steps": 1} if "ramp_steps" in OPERATORS[operator].options else None
-        grown = grow(model, operator, to, options=options).model
+        grown = grow(model, operator, to, options=untrained(operator)).model
     except ValueError as error:
         return None, str(error)
     logits = old_logits(model)

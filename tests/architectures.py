@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokenformer.growth import OPERATORS
 from tokenformer.models import build_config, build_model
 from tokenformer.models.axes import size_of, table_of
 
@@ -89,6 +90,11 @@ def sizes_of(name: str, field: str) -> tuple[int, int]:
 
 def fields_of(name: str) -> list[str]:
     return [*table_of(model_of(name).config).grows, "num_hidden_layers"]
+
+
+def untrained(operator: str) -> dict[str, int]:
+    """Options by which an operator that needs training does without; tests/test_ligo.py and test_carried.py train."""
+    return {key: value for key, value in (("steps", 0), ("ramp_steps", 1)) if key in OPERATORS[operator].options}
 
 
 def layer_norm(name: str) -> bool:

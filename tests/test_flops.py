@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenformer.flops import count_parameters, forward_flops, parameters, training_flops
+from tokenformer.flops import ARCHITECTURES, count_parameters, forward_flops, parameters, training_flops
 from tokenformer.models import TokenFormerConfig, build_config, build_model
+from tokenformer.models.tables import TABLES
 
 ODD = {"vocab_size": 53, "hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
 TOKENS = {"qkv_tokens": 7, "proj_tokens": 31, "ffn_tokens": 65}
 GATED = {"feed_forward": "gated"}
 INNER = {"intermediate_size": 61}
+STATE_SPACE = {"vocab_size": 53, "hidden_size": 40, "num_hidden_layers": 3, "pad_token_id": 0}
+STATE_SPACE |= {"num_heads": 10, "head_dim": 8, "n_groups": 2, "state_size": 6, "conv_kernel": 3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tokenformer": ("tokenformer", ODD | TOKENS),
     "tokenformer-default-tokens": ("tokenformer", ODD),
@@ -50,17 +54,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ngpt-grouped": ("ngpt", ODD | INNER | {"num_key_value_heads": 2, "head_dim": 16}),
     "gpt2": ("gpt2", ODD | {"n_positions": 40, "n_inner": 67}),
     "gpt2-default-untied": ("gpt2", ODD | {"n_positions": 40, "tie_word_embeddings": False}),
+    "qwen2": ("qwen2", ODD | INNER | {"num_key_value_heads": 2}),
+    "qwen3": ("qwen3", ODD | INNER | {"num_key_value_heads": 2, "head_dim": 10}),
+    "qwen3-biased": ("qwen3", ODD | INNER | {"num_key_value_heads": 2, "attention_bias": True}),
+    "mamba2": ("mamba2", STATE_SPACE | {"chunk_size": 8}),
+    "mamba2-one-chunk": ("mamba2", STATE_SPACE | {"chunk_size": 64, "use_bias": True, "use_conv_bias": False}),
 }
 each_model = pytest.mark.parametrize("name", CASES)
 
 
 def _counter() -> FlopCounterMode:
-    """torch's counter, told of addmm_ (how the fast Pattention adds up its gradients), which it overlooks."""
+    """torch's counter, told of addmm_ (how the fast Pattention adds up its gradients), which it overlooks, and that the
+    gradients of a convolution by groups cost what it costs itself, each: it counts that of the taps as without groups.
+    """
 
     def addmm_in_place(total: Any, a: Any, b: Any, **_: Any) -> int:
         return 2 * int(a[0]) * int(a[1]) * int(b[1])
 
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_in_place})
+    def convolution_backward(gradient: Any, entries: Any, taps: Any, *_: Any, **__: Any) -> int:
+        return 2 * 2 * math.prod(gradient) * math.prod(taps[1:])
+
+    own = {torch.ops.aten.addmm_: addmm_in_place, torch.ops.aten.convolution_backward: convolution_backward}
+    return FlopCounterMode(display=False, custom_mapping=own)
 
 
 def _make(name: str) -> Any:
@@ -127,6 +142,18 @@ def test_presets_have_the_published_sizes(preset: str, total: int, inside_blocks
 def test_training_costs_three_times_forward() -> None:
     config = build_config("llama", None, CASES["llama"][1])
     assert training_flops(config, 11, 5) == 3 * 5 * forward_flops(config, 11)
+
+
+@pytest.mark.parametrize("change", ["state_size", "chunk_size", "conv_kernel", "num_heads"])
+def test_one_more_of_anything_is_seen_in_a_state_space_model(change: str) -> None:
+    fields = STATE_SPACE | {"n_groups": 1, "hidden_size": 44, "num_heads": 11, "chunk_size": 8}
+    larger = fields | {change: fields[change] + 1} | ({"hidden_size": 48} if change == "num_heads" else {})
+    small, large = (build_config("mamba2", None, each) for each in (fields, larger))
+    assert forward_flops(large, 24) != forward_flops(small, 24)
+
+
+def test_what_can_grow_has_a_formula() -> None:
+    assert set(TABLES) <= set(ARCHITECTURES)
 
 
 def test_unknown_architecture_and_length_are_refused_by_name() -> None:

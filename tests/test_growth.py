@@ -332,7 +332,7 @@ def test_zero_keys_refuses_softmax(ids):
         ("zero_keys", {"ffn": 29}, "to.ffn: 29 is smaller than the model's 30"),
         ("zero_keys", {"ffn": 30}, "is the size that the model already has"),
         ("zero_keys", {"ffn": 40, "ffn_tokens": 50}, "ffn_tokens is given twice, as 40 and as 50"),
-        ("zero_keys", {"tokens": 60}, "to.tokens: tokenformer has no such axis; allowed: qkv_tokens"),
+        ("zero_keys", {"tokens": 60}, "to.tokens: tokenformer has no such axis; nearest valid name: qkv_tokens"),
         ("zero_keys", {"hidden_size": 64}, "to.hidden_size: zero_keys does not grow it in tokenformer; zero"),
         ("tile", {"ffn": 50}, "to.ffn_tokens: 50 is not a multiple of the model's 30; for tile, nearest: 30 or 60"),
     ],

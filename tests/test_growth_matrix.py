@@ -19,6 +19,7 @@ from architectures import (
     model_of,
     sizes_of,
     train,
+    untrained,
     wide,
 )
 
@@ -54,6 +55,12 @@ REFUSALS = [
     ),
     ("zero_keys", lambda name, axis, whole: name == "tokenformer softmax", r"exp\(0\) = 1 takes weight"),
     ("tile", lambda name, axis, whole: not whole, "is not a multiple of the model's"),
+    (
+        "ligo",
+        lambda name, axis, whole: name == "tokenformer linear" and axis in ("qkv_tokens", "proj_tokens"),
+        "projections are linear",
+    ),
+    ("ligo", lambda name, axis, whole: axis.endswith("_tokens") and not whole, "is not a multiple of the model's"),
     (
         "upcycle virtual_groups virtual_groups_published",
         lambda name, axis, whole: name in BIASED,
@@ -110,10 +117,10 @@ def test_each_size_is_grown_as_promised_or_refused_with_its_reason(operator, nam
         reason = why_refused(operator, name, field, size)
         if reason:
             with pytest.raises(ValueError, match=reason) as error:
-                grow(model, operator, {field: size})
+                grow(model, operator, {field: size}, options=untrained(operator))
             assert_others_can(one_line(error), model, field, size)
             continue
-        growth = grow(model, operator, {field: size})
+        growth = grow(model, operator, {field: size}, options=untrained(operator))
         assert growth.promise == ("exact" if declared.exact else "approximate")
         change = (logits_of(growth.model) - before).abs().max().item()
         if declared.exact:
@@ -226,7 +233,7 @@ def test_everything_at_once_is_grown_exactly_with_gradients_pushed_forward(opera
 def test_every_kind_of_new_entry_is_alive_within_two_steps(operator, name):
     """Three where new layers are closed on top of what else is new."""
     to, model = everything(operator, name), start(operator, name)
-    growth = grow(model, operator, to, optimizer=AdamW(model.parameters(), lr=1e-3))
+    growth = grow(model, operator, to, optimizer=AdamW(model.parameters(), lr=1e-3), options=untrained(operator))
     ids, _ = batch()
     train(growth.model, growth.optimizer, 3 if "num_hidden_layers" in to else 2)
     # A key's bias adds the same to all scores of a query where positions do not turn it: its gradient is rounding, and

@@ -25,7 +25,7 @@ ARROW: dict[str, set[str]] = {
     "report": {"runs"},
     "evaluate": {"models", "data", "distributed"},
     "models": {"pattention"},
-    "growth": {"pattention", "models"},
+    "growth": {"pattention", "models", "flops"},
     "optim": {"pattention", "models", "growth"},
     "checkpoint": {"pattention", "models", "growth", "optim", "runs", "random_states"},
     "event": {"growth"},

@@ -21,12 +21,13 @@ def grow_measured(
     seed: int = 0,
     moments: str = "keep",
     options: dict[str, Any] | None = None,
+    batches: Any = None,
 ) -> Growth:
     """`growth.grow`, its event with three measurements more: max_logit_change and live_at_once, both on `input_ids`
     (B, T), and grow_seconds, of the growth alone; with experts also expert_load, before and after, on the same.
     """
     began = time.perf_counter()
-    growth = grow(model, operator, to, optimizer=optimizer, seed=seed, moments=moments, options=options)
+    growth = grow(model, operator, to, optimizer, seed, moments, options, batches)
     seconds = time.perf_counter() - began
     with LoadCounter(model) as before, LoadCounter(growth.model) as after:
         change = largest_logit_change(model, growth.model, input_ids)
@@ -44,6 +45,14 @@ def sizes_text(event: dict[str, Any]) -> str:
     """ffn_tokens 16 -> 32, 4,096 -> 5,120 parameters"""
     axes = [f"{axis} {old} -> {event['to'][axis]}" for axis, old in event["from"].items()]
     return f"{', '.join(axes)}, {event['parameters_before']:,} -> {event['parameters_after']:,} parameters"
+
+
+def learning_text(event: Mapping[str, Any]) -> str:
+    """What learning its maps took and gave; empty if the growth learned nothing."""
+    if not event.get("learning_losses"):
+        return ""
+    first, last = event["learning_losses"]
+    return f"its maps were learned: loss {first:.4f} -> {last:.4f}, {event['growth_flops']:.3g} FLOPs"
 
 
 def change_text(event: Mapping[str, Any]) -> str:

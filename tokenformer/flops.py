@@ -2,8 +2,9 @@
 
 A matrix of n entries costs 2n operations per token forward, and its two gradients as much again each.
 Attention among T tokens costs 4 T² H D a layer: the full square, as dense kernels and the usual accounting
-have it. Element-wise work is not counted, nor table look-ups (embedding, positions), nor what gradient
-checkpointing works a second time: the ruler is for what a model is, not for how it was run.
+have it. Mamba-2's chunked scan costs the matrix products of `_chunked_scan`. Element-wise work is not counted, nor
+table look-ups (embedding, positions), nor what gradient checkpointing works a second time: the ruler is for what a
+model is, not for how it was run.
 
 The closed formulas agree to the unit with torch's FlopCounterMode (tests/test_flops.py).
 
@@ -13,7 +14,7 @@ Legend: T positions, C hidden size, H heads, D head size, P parameter tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Sizes:
     tied: bool  # that matrix is the embedding's
     tables: int  # entries of the look-up tables: token embedding, learned positions
     idle: int = 0  # entries of one layer's matrices that a token passes by: the experts that it is not sent to
+    mixing: Callable[[int], int] = lambda length: 0  # operations of one layer among T positions, beside attention's
 
 
 def forward_flops(config: PreTrainedConfig, sequence_length: int) -> int:
@@ -45,7 +47,7 @@ def forward_flops(config: PreTrainedConfig, sequence_length: int) -> int:
     sizes = _sizes(config)
     per_token = 2 * (sizes.layers * sizes.matrices + sizes.head)
     attention = 4 * sequence_length**2 * sizes.attention_width * sizes.layers
-    return per_token * sequence_length + attention
+    return per_token * sequence_length + attention + sizes.layers * sizes.mixing(sequence_length)
 
 
 def training_flops(config: PreTrainedConfig, sequence_length: int, sequences: int) -> int:
@@ -128,10 +130,12 @@ def _tokenformer(config: PreTrainedConfig) -> Sizes:
 
 
 def _llama(config: PreTrainedConfig) -> Sizes:
+    """Llama, and with their own biases and norms Qwen2 and Qwen3."""
     width, inner = config.hidden_size, config.intermediate_size
-    wide, narrow = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention_biases = wide + 2 * narrow + width if config.attention_bias else 0
-    feed_forward_biases = 2 * inner + width if config.mlp_bias else 0
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    wide, narrow = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    attention_biases = wide + 2 * narrow + width if getattr(config, "attention_bias", False) else 0
+    feed_forward_biases = 2 * inner + width if getattr(config, "mlp_bias", False) else 0
     return Sizes(
         layers=config.num_hidden_layers,
         matrices=2 * width * (wide + narrow) + 3 * width * inner,
@@ -142,6 +146,17 @@ def _llama(config: PreTrainedConfig) -> Sizes:
         tied=config.tie_word_embeddings,
         tables=config.vocab_size * width,
     )
+
+
+def _qwen2(config: PreTrainedConfig) -> Sizes:
+    sizes = _llama(config)  # with biases of queries, keys and values, and none of the output
+    head_dim = sizes.attention_width // config.num_attention_heads
+    return replace(sizes, vectors=sizes.vectors + sizes.attention_width + 2 * config.num_key_value_heads * head_dim)
+
+
+def _qwen3(config: PreTrainedConfig) -> Sizes:
+    sizes = _llama(config)
+    return replace(sizes, vectors=sizes.vectors + 2 * config.head_dim)  # norms of queries and of keys
 
 
 def _mixtral(config: PreTrainedConfig) -> Sizes:
@@ -196,13 +211,49 @@ def _gpt2(config: PreTrainedConfig) -> Sizes:
     )
 
 
+def _mamba2(config: PreTrainedConfig) -> Sizes:
+    width, heads = config.hidden_size, config.num_heads
+    inner = heads * config.head_dim
+    channels = inner + 2 * config.n_groups * config.state_size  # x, B and C, which the convolution passes over
+    projection_biases = inner + channels + heads + width if config.use_bias else 0
+    convolution = channels * (config.conv_kernel + bool(config.use_conv_bias))
+    return Sizes(
+        layers=config.num_hidden_layers,
+        matrices=width * (inner + channels + heads) + inner * width,
+        vectors=width + inner + 3 * heads + convolution + projection_biases,  # two norms; A, D, bias of dt
+        attention_width=0,
+        final_vectors=width,
+        head=config.vocab_size * width,
+        tied=config.tie_word_embeddings,
+        tables=config.vocab_size * width,
+        mixing=lambda length: _chunked_scan(config, channels, length),
+    )
+
+
+def _chunked_scan(config: PreTrainedConfig, channels: int, length: int) -> int:
+    """One layer of Mamba-2 (arXiv 2405.21060) in chunks of Q = chunk_size, K = ceil(T / Q) of them, padding included.
+
+    With state size N: among a chunk's positions C Bᵀ, 2 K Q² N H, and its product with x, 2 K Q² D H; a chunk's own
+    state and the output of the state before it, 2 K Q N D H each; states passed on among the chunks and the first,
+    2 (K + 1)² N D H. The convolution of k taps comes to 2 k (T + k - 1) a channel, its padding included.
+    """
+    chunk, heads, width, state = config.chunk_size, config.num_heads, config.head_dim, config.state_size
+    chunks = -(-length // chunk)
+    inside = 2 * chunks * chunk**2 * (state + width) * heads
+    states = (4 * chunks * chunk + 2 * (chunks + 1) ** 2) * state * width * heads
+    return inside + states + 2 * config.conv_kernel * (length + config.conv_kernel - 1) * channels
+
+
 ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], Sizes]] = {
     "tokenformer": _tokenformer,
     "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
     "mistral": _mixtral,
     "mixtral": _mixtral,
     "ngpt": _ngpt,
     "gpt2": _gpt2,
+    "mamba2": _mamba2,
 }
 
 

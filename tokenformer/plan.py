@@ -42,6 +42,7 @@ class Event:
 
     name: str  # growth.0, or growth.0 (2 of 3)
     section: GrowthSection
+    flops: int = 0  # of the growth itself, where its maps are learned
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Training FLOPs of the whole run, its smaller sizes included; what led to its start comes on top."""
+        """FLOPs of the whole run, its smaller sizes and growths included; what led to its start comes on top."""
         return self.flops_at(self.steps)
 
     @property
@@ -69,12 +70,14 @@ class Plan:
     def growth_steps(self) -> list[int]:
         return [phase.first_step for phase in self.phases[1:]]
 
-    def flops_at(self, step: int) -> int:
-        """Training FLOPs of the first `step` steps."""
-        return sum(max(0, min(step, p.end_step) - p.first_step) * p.flops_per_step for p in self.phases)
+    def flops_at(self, step: int, grown: int | None = None) -> int:
+        """FLOPs of the first `step` steps and of the first `grown` growths; by default of those up to that boundary."""
+        done = sum(first <= step for first in self.growth_steps) if grown is None else grown
+        steps = sum(max(0, min(step, p.end_step) - p.first_step) * p.flops_per_step for p in self.phases)
+        return steps + sum(event.flops for event in self.events[:done])
 
     def progress(self, step: int) -> float:
-        """The share of the run's training FLOPs that its first `step` steps take."""
+        """The share of the run's FLOPs that its first `step` steps take, and the growths up to there."""
         return self.flops_at(step) / self.flops
 
 
@@ -99,11 +102,12 @@ def plan(
     events, configs = phase_configs(recipe, vocab_size, start)
     length, batch = recipe.data.sequence_length, recipe.data.batch_size
     costs = [training_flops(config, length, batch) + saved * length * batch for config, _, saved in configs]
+    growths = [event.flops for event in events]
     known = settled(events, grown_at)
     if recipe.train.flops is not None:
         budget = int(recipe.train.flops) - ancestors
         boundaries = growth_boundaries(events, costs, budget, known)
-        left = budget - spent(boundaries, costs)
+        left = budget - spent(boundaries, costs, growths)
         steps = (boundaries[-1] if boundaries else 0) + max(0, left) // costs[-1]
         if steps < 1:
             after = f" after the {ancestors:.3g} that model.checkpoint has cost" if ancestors else ""
@@ -115,12 +119,13 @@ def plan(
         assert recipe.train.steps is not None
         steps = recipe.train.steps
         boundaries = boundaries_of_steps(events, costs, steps, known)
-        budget = spent([*boundaries, steps], costs)
+        budget = spent([*boundaries, steps], costs, growths)
         said = f"train.steps = {steps}"
     for event, before, step in zip(events, [0, *boundaries], boundaries, strict=False):
         if not before < step < steps:
             between = f"after step {before} and before the end, {said}"
-            raise ValueError(f"{event.name} would come at step {step}; it must come {between}")
+            paid = f", and it costs {event.flops:.3g} FLOPs itself" if event.flops else ""
+            raise ValueError(f"{event.name} would come at step {step}; it must come {between}{paid}")
     require_ramps(events, boundaries, steps, start)
     require_room(events, costs, budget)
     edges = [0, *boundaries, steps]
@@ -160,18 +165,19 @@ def phase_configs(
 
     An operator that refuses does so here.
     """
-    config = model_config(recipe, vocab_size, start)
+    config, length, batch = model_config(recipe, vocab_size, start), recipe.data.sequence_length, recipe.data.batch_size
     ranks = first_ranks(recipe, config, start)
     events: list[Event] = []
     phases: list[tuple[Any, dict[str, int], int]] = [(config, {}, flops_of(config, ranks))]
     changes: list[Change]
+    flops: list[int]
     for i, section in enumerate(recipe.growth):
         try:
             if section.operator in ("rank", "relora"):
                 if section.stages > 1:
                     raise ValueError(f"stages: {section.stages}; {section.operator} has one, write the others out")
                 ranks = next_ranks(config, ranks, section.operator, section.to, section.options)
-                parts, changes = [section], []
+                parts, changes, flops = [section], [], [0]
                 phases.append((config, phases[-1][1] | section.to, flops_of(config, ranks)))
             elif ranks is not None:
                 raise ValueError(
@@ -181,12 +187,13 @@ def phase_configs(
             else:
                 target = target_sizes(config, section.to)
                 parts = expand(section, {axis: size_of(config, axis) for axis in target}, target)
-                changes = []
+                changes, flops = [], []
                 for k, part in enumerate(parts):
                     if len(parts) > 1:  # a part may have nothing to grow for some operator of a mixture
                         part = parts[k] = dataclasses.replace(part, operator=takers(config, part.operator, part.to))
                     steps = steps_of(config, part.operator, part.to, part.seed, part.options)
                     changes += [change for *_, change in steps]
+                    flops.append(sum(each.cost(before, change, length, batch) for each, before, change in steps))
                     config = changes[-1].config
                     phases.append((config, phases[-1][1] | part.to, 0))
         except ValueError as error:
@@ -207,8 +214,8 @@ def phase_configs(
                 f"growth.{i}.learning_rate = 'rewarm_new' has no effect with operator = {section.operator!r}, whose "
                 "rows are copies with the age of the old ones; rewarm_all has"
             )
-        for j, part in enumerate(parts, start=1):
-            events.append(Event(f"growth.{i}" + (f" ({j} of {len(parts)})" if len(parts) > 1 else ""), part))
+        for j, (part, cost) in enumerate(zip(parts, flops, strict=True), start=1):
+            events.append(Event(f"growth.{i}" + (f" ({j} of {len(parts)})" if len(parts) > 1 else ""), part, cost))
     return events, phases
 
 
@@ -269,14 +276,16 @@ def growth_boundaries(events: list[Event], costs: list[int], total_flops: int, k
         if event.section.at_step is not None:
             boundaries.append(event.section.at_step)
             continue
-        missing = share_of_flops(event.section) * total_flops - spent(boundaries, costs)
+        paid = spent(boundaries, costs, [each.flops for each in events])
+        missing = share_of_flops(event.section) * total_flops - paid
         boundaries.append((boundaries[-1] if boundaries else 0) + max(0, -(-missing // cost)))
     return boundaries
 
 
-def spent(boundaries: list[int], costs: list[int]) -> int:
-    """FLOPs from the start to the last boundary, each stretch at its own cost per step."""
-    return sum((b - a) * cost for a, b, cost in zip([0, *boundaries], boundaries, costs, strict=False))
+def spent(boundaries: list[int], costs: list[int], growths: list[int]) -> int:
+    """FLOPs from the start to the last boundary, a growth there included: each stretch at its own cost per step."""
+    steps = sum((b - a) * cost for a, b, cost in zip([0, *boundaries], boundaries, costs, strict=False))
+    return steps + sum(growths[: len(boundaries)])
 
 
 def boundaries_of_steps(events: list[Event], costs: list[int], steps: int, known: list[int]) -> list[int]:
@@ -291,9 +300,10 @@ def boundaries_of_steps(events: list[Event], costs: list[int], steps: int, known
     def place(assumed: int) -> tuple[list[int], int]:
         boundaries = growth_boundaries(events, costs, assumed, known)
         inside = [min(boundary, steps) for boundary in boundaries]
-        return boundaries, spent([*inside, steps], costs)
+        return boundaries, spent([*inside, steps], costs, growths)
 
-    low, high = 0, steps * max(costs)
+    growths = [event.flops for event in events]
+    low, high = 0, steps * max(costs) + sum(growths)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if place(middle)[1] >= middle else (low, middle - 1)
@@ -309,8 +319,9 @@ def require_room(events: list[Event], costs: list[int], budget: int) -> None:
     first = next((i for i, event in enumerate(events) if event.section.at_slope is not None), len(events))
     shares = [share_of_flops(event.section) for event in events[first:]] + [Fraction(1)]
     for i, (share, following) in enumerate(zip(shares, shares[1:], strict=False), start=first):
-        if (following - share) * budget < costs[i] + costs[i + 1]:
+        if (following - share) * budget < costs[i] + events[i].flops + costs[i + 1]:
+            needs = "two steps and what it costs itself" if events[i].flops else "two steps"
             raise ValueError(
-                f"{events[i].name} may come as late as {float(share):g} of the FLOPs, and less than two steps lie "
+                f"{events[i].name} may come as late as {float(share):g} of the FLOPs, and less than {needs} lie "
                 f"between that and {float(following):g}, where the next growth or the end is"
             )

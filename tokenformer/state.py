@@ -83,10 +83,10 @@ def set_rewarm(optimizer: AdamW, event: GrowthSection) -> None:
 
 
 def position(run: Run, state: State) -> dict[str, Any]:
-    """Steps of this run; training FLOPs, tokens and seconds so far, those of its ancestors included."""
+    """Steps of this run; training FLOPs, those of growth itself too, tokens and seconds so far, ancestors' included."""
     return {
         "step": state.step,
-        "flops": run.start.flops + state.plan.flops_at(state.step),
+        "flops": run.start.flops + state.plan.flops_at(state.step, state.grown),
         "tokens": run.start.tokens + state.step * state.plan.tokens_per_step,
         "seconds": round(state.seconds, 3),
     }

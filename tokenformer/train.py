@@ -25,7 +25,7 @@ from . import checkpoint, distributed, runs
 from .data import Batches, Corpus, eval_windows, load_tokenizer, prepare
 from .distributed import Ranks
 from .evaluate import evaluate, sample_text
-from .event import change_text, grow_measured, sizes_text
+from .event import change_text, grow_measured, learning_text, sizes_text
 from .flops import count_parameters
 from .growth import freeze_as_grown
 from .growth.carried import carried_of
@@ -324,7 +324,7 @@ def growth_due(run: Run, state: State) -> dict[str, Any]:
         slope = slope_at(state.loss_sums, step, planned.window, run.start.tokens, planned.tokens_per_step)
         if slope is not None and slope > section.at_slope:
             earliest = Fraction(str(section.at_earliest_fraction)) * planned.budget_flops
-            if planned.flops_at(step) >= earliest:
+            if planned.flops_at(step, state.grown) >= earliest:
                 return {"trigger": "at_slope", "slope": slope}
     if step < planned.growth_steps[state.grown]:
         return {}
@@ -347,6 +347,7 @@ def grow_now(run: Run, state: State) -> None:
         section.seed,
         section.moments,
         section.options,
+        past_batches(run, state.step),
     )
     assert isinstance(grown.optimizer, AdamW)
     state.model, state.optimizer = grown.model.train(), grown.optimizer
@@ -357,9 +358,12 @@ def grow_now(run: Run, state: State) -> None:
     state.loss_sums.clear()
     state.plan = plan_of(run, state.grown_at)
     why = {"growth": event.name, **due}
+    itself = {"growth_flops": event.flops} if event.flops else {}
     state.lineage.append({**grown.event, **position(run, state), "learning_rate": section.learning_rate, **why})
     told = f"grown at step {state.step}: {sizes_text(grown.event)}, {change_text(grown.event)}"
-    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS} | why, told)
+    record(run, state, "growth", {key: grown.event[key] for key in GROWTH_KEYS} | itself | why, told)
+    if learning_text(grown.event):
+        run.tell(learning_text(grown.event))
     if "slope" in due:
         to_go = f"; {state.plan.steps} steps in all, not {steps}" if state.plan.steps != steps else ""
         run.tell(f"the slope of the loss was {due['slope']:.4f}, above {section.at_slope}{to_go}")
@@ -375,6 +379,14 @@ def carry_on(run: Run, state: State) -> bool:
         carried.remove()
         run.tell(f"step {state.step}: the {carried.kind} growth is finished; the model is an ordinary one")
     return carried.finished
+
+
+def past_batches(run: Run, step: int) -> Iterator[list[Tensor]]:
+    """What a growth may learn on: the batches of the steps done, newest first and then again, in parts that fit. It is
+    text that the run has trained on, so that none is used up, and that a resumed run has as well."""
+    while True:
+        for past in reversed(range(step)):
+            yield list(run.batches[past].split(rows_at_once(run)))
 
 
 # --- the end ---

@@ -71,6 +71,11 @@ def prepare(
     stored = stored_tensors(files.weight_files(folder))
     operator = operator or takers(config, DEFAULT_OPERATORS, to)
     steps = steps_of(config, operator, to, seed, options)
+    if any(plan.learning is not None for _, _, plan in steps):
+        raise ValueError(
+            f"operator: {operator} learns its maps on text, and none is given: it grows a model in a run, by a "
+            "[[growth]], or by tokenformer.grow(..., batches=...)"
+        )
     maps = [TensorMaps(before, plan) for _, before, plan in steps]
     old, new = without_memory(config), without_memory(steps[-1][2].config)
     event = event_of(old, new, operator, to, steps, options or {})

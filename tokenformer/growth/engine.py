@@ -22,6 +22,7 @@ from . import masked
 from .carried import Carried, carried_of
 from .exactness import moments_are_exact, why_not_exact
 from .experts import PhaseIn
+from .ligo import Batches, learn
 from .operators import Operator, steps_of, target_sizes
 from .plan import Plan
 from .tensors import TensorMaps
@@ -61,6 +62,7 @@ def grow(
     seed: int = 0,
     moments: str = "keep",
     options: dict[str, Any] | None = None,
+    batches: Batches | None = None,
 ) -> Growth:
     """A larger model made from `model` by the operator of that name; nothing that is passed in is altered.
 
@@ -74,6 +76,8 @@ def grow(
     new ones, so that its steps are not those of the small model.
     options: the operators' own keywords.
     masked, rank, relora and phase_in_experts leave something on the model that training has to carry: Growth.carried.
+    batches: text for an operator that learns (ligo): token ids (B, T + 1), one batch a step. The event says what that
+    cost in growth_flops.
     Raises ValueError on an unknown operator, axis or option, a smaller or equal target, an operator that does not fit
     or cannot keep its promise, or an optimizer with a state that growth does not know.
     """
@@ -94,15 +98,18 @@ def grow(
         raise ValueError(f"operator: {operator}: masked comes last, since what it adds is not there at first")
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
+    learned: dict[str, Any] = {"growth_flops": 0}
     dropped = moments == "drop" or any(plan.drops_moments for _, _, plan in steps)
     for _, config, plan in steps:
         maps = TensorMaps(config, plan)
         grown = _grow_weights(model, maps, seed)
+        if plan.learning is not None:
+            learned |= learn(model, grown, maps, batches, seed)
         new, copies = (_carry(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
         optimizers = [_grow_optimizer(model, grown, maps, each, dropped) for each in optimizers]
         model = grown
     event = event_of(before, model, operator, to or {}, steps, options or {})
-    event |= {"seed": seed, "moments": "dropped" if dropped else "kept"}
+    event |= {"seed": seed, "moments": "dropped" if dropped else "kept", **learned}
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if len(trained) < len(list(model.parameters())):
         event["trained_parameters"] = trained

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from ..models.axes import Table, field_of, nearest, size_of, table_of
 from ..models.tables import TABLES
-from . import depth, experts, lowrank, tokens, width
+from . import depth, experts, ligo, lowrank, tokens, width
 from . import masked as masks
 from .exactness import settled, why_not_exact
 from .plan import Plan
@@ -25,7 +25,8 @@ class Operator:
     """A declaration: from it the command line's list, the plan of a growth, the table in docs/ and the tests are made.
 
     axes: what it grows, by the names of models/tables.py, and `layers`. promise: "exact", "exact if ..." (else it
-    refuses), or "approximate". symmetric: whether copies stay equal without dropout or noise.
+    refuses), or "approximate". symmetric: whether copies stay equal without dropout or noise. cost: FLOPs of the growth
+    itself, of a configuration and a plan, if it learns on batches of so many sequences of such a length.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Operator:
     source: str
     symmetric: bool = False
     carried: bool = False  # by training, for a while (carried.py): nothing that can be done to a file
+    cost: Callable[[PreTrainedConfig, Plan, int, int], int] = lambda config, plan, sequence_length, sequences: 0
 
     @property
     def exact(self) -> bool:
@@ -141,6 +143,7 @@ _ALL = (
     Operator(
         "phase_in_experts", experts.phase_in_experts, ("experts",), "exact", "after arXiv 2408.15664", carried=True
     ),
+    Operator("ligo", ligo.ligo, (*WIDTHS, *TOKENS, "layers"), "approximate", "arXiv 2303.00980", cost=ligo.cost),
 )
 OPERATORS = {operator.name: operator for operator in _ALL}
 

@@ -57,6 +57,15 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """Maps that are only where learned ones start (ligo.py): steps, learning rate, noise of the copies at first."""
+
+    steps: int
+    learning_rate: float
+    noise: float
+
+
+@dataclass(frozen=True)
 class Reading:
     """The old model read as one of another architecture that computes the same; what then grows is that one.
 
@@ -106,6 +115,7 @@ class Plan:
     leading_moments: bool = False  # moments are moved by factors that hold on average only
     bias: float = 0.0  # above 0: new experts start with minus that on their choice, and rise over ramp_steps
     trains_only: tuple[str, ...] = ()  # endings of the parameters that alone are to be trained at first
+    learning: Learning | None = None
 
     def grows_from(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The configuration that the maps are of."""

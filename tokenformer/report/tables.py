@@ -86,6 +86,7 @@ def growth_table(report: dict[str, Any]) -> str:
                     sizes,
                     flops_text(event["flops"]),
                     small_text(event["max_logit_change"]),
+                    flops_text(event.get("growth_flops", 0)),
                 ]
             )
     if not rows:
@@ -99,8 +100,11 @@ def growth_table(report: dict[str, Any]) -> str:
         "parameters",
         "at FLOPs",
         "largest change of a logit",
+        "FLOPs of the growth itself",
     ]
-    return "<h2>Growth</h2>" + table(head, rows, "", (1, 5, 6, 7))
+    if not any(event.get("growth_flops") for arm in report["arms"] for event in arm["growth"]):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    return "<h2>Growth</h2>" + table(head, rows, "", (1, 5, 6, 7, 8))
 
 
 def samples(report: dict[str, Any]) -> str:
