@@ -20,7 +20,7 @@ from tokenformer.data import ByteTokenizer
 from tokenformer.grow_checkpoint import measure, prepare, write
 from tokenformer.grow_checkpoint.shards import Size
 from tokenformer.growth import OPERATORS, duplicated_share, grow, largest_logit_change, live_share
-from tokenformer.growth.engine import FreshLayers
+from tokenformer.growth.weights import FreshLayers
 from tokenformer.models import build_config, build_model
 from tokenformer.optim import AdamW, parameter_groups
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from .. import checkpoint as files
 from ..growth import LoadCounter, duplicated_share, load_numbers
-from ..growth.engine import new_entries
 from ..growth.tensors import TensorMaps
 from ..growth.verify import live_shares
+from ..growth.weights import new_entries
 from ..models.axes import parameter_dims
 from .plan import Prepared
 

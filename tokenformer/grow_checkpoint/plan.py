@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from .. import checkpoint as files
 from .. import runs
 from ..growth import freeze_as_grown
-from ..growth.engine import event_of, is_trained
+from ..growth.engine import event_of
 from ..growth.operators import require_done_at_once, steps_of, takers
 from ..growth.tensors import TensorMaps
+from ..growth.weights import is_trained
 from ..models.tables import TABLES
 from .names import how_stored, parts_of
 from .shards import Size, Stored, stored_tensors

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checkpoint as files
 from .. import runs
 from ..growth import freeze_as_grown, grow
-from ..growth.engine import grown_reader
+from ..growth.weights import grown_reader
 from ..optim import AdamW, named_state, parameter_groups
 from .measure import NewEntries
 from .names import parts_of, whole_of

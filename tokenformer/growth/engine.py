@@ -1,34 +1,25 @@
-"""A growth done: the plans of its operators applied to a model and to its optimizer's state, one after another.
-
-If the new loss equals the old one and gradients push forward as g -> c g, the first moment moves as c m and the second
-as c² v (tensors.py). New entries start with no moments and their own step count: their birth.
-"""
+"""A growth done: the plans of its operators applied to a model and to its optimizer's state, one after another."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models import fit_experts
-from ..models.axes import parameter_dims, size_of
+from ..models.axes import size_of
 from . import masked
 from .carried import Carried, carried_of
 from .exactness import moments_are_exact, why_not_exact
 from .experts import PhaseIn
 from .ligo import Batches, learn
+from .moments import grow_optimizer
 from .operators import Operator, steps_of, target_sizes
 from .plan import Plan
 from .tensors import TensorMaps
-
-# What an optimizer may keep of a parameter's shape: state -> the power of the gradient that it is made of.
-GRADIENT_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+from .weights import carry_entries, grow_weights
 
 
 @dataclass(frozen=True)
@@ -102,11 +93,11 @@ def grow(
     dropped = moments == "drop" or any(plan.drops_moments for _, _, plan in steps)
     for _, config, plan in steps:
         maps = TensorMaps(config, plan)
-        grown = _grow_weights(model, maps, seed)
+        grown = grow_weights(model, maps, seed)
         if plan.learning is not None:
             learned |= learn(model, grown, maps, batches, seed)
-        new, copies = (_carry(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
-        optimizers = [_grow_optimizer(model, grown, maps, each, dropped) for each in optimizers]
+        new, copies = (carry_entries(masks, grown, maps, also) for masks, also in ((new, False), (copies, True)))
+        optimizers = [grow_optimizer(model, grown, maps, each, dropped) for each in optimizers]
         model = grown
     event = event_of(before, model, operator, to or {}, steps, options or {})
     event |= {"seed": seed, "moments": "dropped" if dropped else "kept", **learned}
@@ -159,282 +150,3 @@ def event_of(
         "parameters_after": sum(p.numel() for p in after.parameters()),
         **({"trains_only": alone} if alone else {}),
     }
-
-
-# --- weights ---
-
-
-def grown_tensors(
-    names: dict[str, int], read: Callable[[str], Tensor], maps: TensorMaps, seed: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the grown model, one at a time; `names`: new name -> number of dimensions; `read`: an old one.
-
-    Layers without a source have the architecture's own initialisation. ValueError on a parameter that no table names.
-    """
-    grown = grown_reader(read, maps, seed)
-    for name in names:
-        yield name, grown(name)
-
-
-def grown_reader(read: Callable[[str], Tensor], maps: TensorMaps, seed: int) -> Callable[[str], Tensor]:
-    """The same for any one parameter, so that plans that follow each other are readers of readers.
-
-    What is kept in half precision is worked out, and handed on, in float32: it is rounded once, where it is put.
-    """
-    fresh = FreshLayers(maps, seed)
-
-    def old(name: str) -> Tensor:
-        return widened(maps.read(name, read))
-
-    def grown(name: str) -> Tensor:
-        source, layer = maps.source_of(name)
-        if source is None:
-            tensor = fresh.parameter(name)
-        else:
-            above = _above(name, source, maps)
-            tensor = maps.weight(name, old(source), old(above) if above else None, seed)
-        return torch.zeros_like(tensor) if layer is not None and layer.closed and maps.closes(name) else tensor
-
-    return grown
-
-
-def widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def _above(name: str, source: str, maps: TensorMaps) -> str | None:
-    """The same parameter one layer up; the last layer takes its own."""
-    index = maps.layer_of(source)
-    if not maps.plan.next_layer or index is None or index + 1 >= maps.config.num_hidden_layers:
-        return None
-    return maps.with_layer(source, index + 1)
-
-
-class FreshLayers:
-    """Layers as the architecture itself starts them, made one at a time from a model without memory."""
-
-    def __init__(self, maps: TensorMaps, seed: int) -> None:
-        self.maps, self.seed = maps, seed
-        self.index: int | None = None
-        self.parameters: dict[str, Tensor] = {}
-        self.skeleton: Any = None
-
-    def parameter(self, name: str) -> Tensor:
-        index = self.maps.layer_of(name)
-        assert index is not None
-        if index != self.index:
-            self.index, self.parameters = index, self._layer(index)
-        return self.parameters[name]
-
-    def _layer(self, index: int) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 7919 + index)
-            if self.skeleton is None:
-                with torch.device("meta"):
-                    self.skeleton = AutoModelForCausalLM.from_config(self.maps.plan.config)
-            prefix = f"{self.maps.prefix}.{index}"
-            layer = copy.deepcopy(self.skeleton.get_submodule(prefix)).to_empty(device="cpu").float()
-            for module in layer.modules():
-                if hasattr(module, "init_mamba2_weights"):
-                    module.init_mamba2_weights()
-            self.skeleton.apply(lambda m: None)
-            for module in layer.modules():
-                self.skeleton._init_weights(module)
-            return {f"{prefix}.{name}": p.detach() for name, p in layer.named_parameters()}
-
-
-@torch.no_grad()
-def _grow_weights(model: PreTrainedModel, maps: TensorMaps, seed: int) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        same = maps.plan.reads is None
-        grown = type(model)(maps.plan.config) if same else AutoModelForCausalLM.from_config(maps.plan.config)
-    grown = fit_experts(grown.to(device=model.device, dtype=model.dtype).train(model.training))
-    _copy_buffers(model, grown, maps)
-    grown.generation_config = copy.deepcopy(model.generation_config)
-    if model.is_activation_checkpointing:
-        grown.activation_checkpointing_enable()
-    targets, sources = dict(grown.named_parameters()), dict(model.named_parameters())
-    for name in sources:
-        parameter_dims(model.config, name)  # an error here if no table names it
-    names = {name: p.ndim for name, p in targets.items()}
-    for name, tensor in grown_tensors(names, sources.__getitem__, maps, seed):
-        targets[name].copy_(tensor)
-        targets[name].requires_grad_(is_trained(name, maps, lambda source: sources[source].requires_grad))
-    if hasattr(grown, "after_step"):
-        grown.after_step()
-    return grown
-
-
-def is_trained(name: str, maps: TensorMaps, before: Callable[[str], bool]) -> bool:
-    """Whether a parameter of the grown model is trained on; `before`: whether an old one was."""
-    source, layer = maps.source_of(name)
-    old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
-    return not old_is_frozen and (source is None or all(before(old) for old in maps.old_names(source)))
-
-
-def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:
-    """Old buffers as they are, their dtype too: a model read in bfloat16 keeps its rotary frequencies in float32."""
-    sources = dict(model.named_modules())
-    for name, module in grown.named_modules():
-        source, _ = maps.source_of(f"{name}.")
-        old = sources.get((source or "").rstrip("."))
-        if old is None:
-            continue
-        for key, made in list(module._buffers.items()):
-            buffer = old._buffers.get(key)
-            if buffer is not None and made is not None and buffer.shape != made.shape:
-                full_name = f"{name}.{key}".lstrip(".")
-                raise ValueError(f"buffer {full_name!r} changes its shape with growth, and no table says how")
-            module._buffers[key] = None if buffer is None else buffer.clone()
-        if hasattr(old, "max_seq_len_cached"):  # the length that dynamic rotary frequencies were made for
-            module.max_seq_len_cached = old.max_seq_len_cached
-
-
-def _carry(masks: dict[str, Tensor], grown: nn.Module, maps: TensorMaps, copies: bool) -> dict[str, Tensor]:
-    """Where entries are new after this plan: those of the plans before it, moved along, and its own."""
-    found = {name: new_entries(name, p.ndim, maps, copies, masks.get) for name, p in grown.named_parameters()}
-    return {name: mask for name, mask in found.items() if mask is not None}
-
-
-def new_entries(
-    name: str, ndim: int, maps: TensorMaps, copies: bool, before: Callable[[str], Tensor | None]
-) -> Tensor | None:
-    """Where one parameter has new entries, broadcastable to it; None if nowhere. `before`: where an old one had."""
-    source, layer = maps.source_of(name)
-    if source is None or (layer is not None and layer.closed and maps.closes(name)):
-        return torch.ones([1] * ndim, dtype=torch.bool)
-    mask, olds = maps.fresh(name, ndim, copies), maps.old_names(source)
-    if copies and layer is not None and _is_repetition(name, maps):
-        mask = torch.ones_like(mask)
-    if maps.plan.is_newborn(name) and (copies or not olds):
-        mask = torch.ones_like(mask)
-    for earlier in map(before, olds):
-        if earlier is not None:  # what is joined of parts of which one has new entries counts as new
-            mask = mask | (maps.spread_over(name, earlier).bool() if olds == (source,) else torch.ones_like(mask))
-    return mask if bool(mask.any()) else None
-
-
-def _is_repetition(name: str, maps: TensorMaps) -> bool:
-    """Whether the parameter's layer comes from an old one that an earlier new layer came from already."""
-    index, layers = maps.layer_of(name), maps.plan.layers
-    return index is not None and layers is not None and layers[index].source in [each.source for each in layers[:index]]
-
-
-# --- the optimizer's state ---
-
-
-@torch.no_grad()
-def _grow_optimizer(
-    model: nn.Module, grown: nn.Module, maps: TensorMaps, optimizer: torch.optim.Optimizer, drop: bool
-) -> torch.optim.Optimizer:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for group in optimizer.param_groups:
-        unknown = [p for p in group["params"] if p not in names]
-        if unknown:
-            raise ValueError(f"optimizer: holds a tensor of shape {tuple(unknown[0].shape)} that the model does not")
-    owners = {names[p]: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    members: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
-    for name, p in grown.named_parameters():
-        owner = owners.get(_relative(name, p, maps, owners, dict(model.named_parameters())) or "")
-        if owner is not None and p.requires_grad:
-            members[owner].append(p)
-    result = same_kind(optimizer, members)
-    if drop:
-        return result
-    olds = {name: p for p, name in names.items()}
-    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
-    for name, p in grown.named_parameters():
-        source, layer = maps.source_of(name)
-        if not p.requires_grad:
-            continue
-        if source is None or (layer is not None and layer.closed) or maps.plan.is_newborn(name):
-            if getattr(optimizer, "counts_ages", False) and steps and _owned(p, result):
-                result.state[p] = newborn(p, max(steps, key=float))
-            continue
-        state = _read_state(source, olds, maps, optimizer)
-        if state:
-            result.state[p] = _grown_state(state, name, maps.read(source, olds.__getitem__), maps, optimizer)
-    return result
-
-
-def _read_state(
-    source: str, olds: dict[str, Tensor], maps: TensorMaps, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """The state of the old parameter `source`, joined of those that it is made of."""
-    names = maps.old_names(source)
-    states = {name: optimizer.state.get(olds[name]) or {} for name in names}
-    result = dict(states[names[0]]) if all(states.values()) else {}
-    if maps.plan.reads is None or not result:
-        return result
-    for key in {key for state in states.values() for key in state}:
-        if key in GRADIENT_POWERS or key == "birth":
-
-            def part(name: str, key: str = key) -> Tensor:
-                return states[name].get(key, torch.zeros((), device=olds[name].device)).expand(olds[name].shape)
-
-            result[key] = maps.read(source, part, exponent=-GRADIENT_POWERS.get(key, 0))
-    return result
-
-
-def same_kind(optimizer: torch.optim.Optimizer, members: list[list[Tensor]]) -> torch.optim.Optimizer:
-    """An optimizer of the same class and settings, without state; `members`: the parameters of each of its groups."""
-    groups = [{**g, "params": params} for g, params in zip(optimizer.param_groups, members, strict=True) if params]
-    arguments = inspect.signature(type(optimizer)).parameters
-    return type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items() if k in arguments})
-
-
-def _owned(p: Tensor, optimizer: torch.optim.Optimizer) -> bool:
-    return any(p is each for group in optimizer.param_groups for each in group["params"])
-
-
-def _relative(
-    name: str, p: Tensor, maps: TensorMaps, owners: dict[str, int], olds: dict[str, Tensor]
-) -> str | None:
-    """The old parameter whose group a new one joins: its source; for a layer without one, the same in another layer; in
-    a model without layers, any that has as many dimensions."""
-    source, _ = maps.source_of(name)
-    if source is not None and maps.old_names(source):
-        return maps.old_names(source)[0]
-    alike = [each for i in range(maps.config.num_hidden_layers) if (each := maps.with_layer(name, i)) in olds]
-    like = alike or [each for each in owners if (olds[each].ndim >= 2) == (p.ndim >= 2)]
-    return next((each for each in like if each in owners), None)
-
-
-def newborn(p: Tensor, step: Tensor) -> dict[str, Any]:
-    birth = torch.full([1] * p.ndim, float(step), device=p.device)
-    return {"step": step.clone(), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "birth": birth}
-
-
-def _grown_state(
-    state: dict[str, Any], name: str, old: Tensor, maps: TensorMaps, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """One parameter's state: what goes with the gradient by c, what goes with its square by c², scalars stay.
-
-    Raises ValueError on any other tensor: how it would have to move is not known.
-    """
-    if all(dim.trivial for dim in maps.dims(name, old.ndim)):
-        return copy.deepcopy(state)
-    new = maps.fresh(name, old.ndim, copies=maps.plan.resets_copies).to(old.device)
-    ages = getattr(optimizer, "counts_ages", False)
-    result: dict[str, Any] = {}
-    for key, value in state.items():
-        scalar = not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != old.shape)
-        if scalar or (ages and key == "birth"):
-            result[key] = copy.deepcopy(value)
-            continue
-        if key not in GRADIENT_POWERS or value.shape != old.shape:
-            raise ValueError(
-                f"optimizer: {type(optimizer).__name__} keeps a state {key!r} of shape {tuple(value.shape)}, and "
-                "growth does not know how it moves; moments = 'drop' starts it afresh"
-            )
-        power = GRADIENT_POWERS[key]
-        grown = maps.gradient(name, value, power)
-        result[key] = grown if ages or power == 1 else torch.where(new, value.mean(), grown)
-    if ages and (bool(new.any()) or "birth" in state):
-        birth = new * state["step"].to(old.device)
-        if "birth" in state:
-            birth = torch.maximum(birth, maps.spread_over(name, state["birth"]))
-        result["birth"] = birth
-    return result
-
-

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .carried import carried_of
-from .engine import GRADIENT_POWERS, Growth, newborn, same_kind
+from .engine import Growth
 from .lowrank import ALPHA, Factors, LowRank, Ranks, draw, layer_matrix, projections, ranks_of, settled_ranks
+from .moments import GRADIENT_POWERS, newborn, same_kind
 from .operators import OPERATORS
 from .tensors import generator_for, spread
 
