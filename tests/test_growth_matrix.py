@@ -352,6 +352,16 @@ def test_noise_parts_the_copies_of_a_symmetric_operator(operator):
     assert parted_after_training(operator, name, everything(operator, name), noise=0.1) > 1e-2
 
 
+@pytest.mark.parametrize("operator", ["net2wider", "hyperclone"])
+def test_under_noise_gradients_push_forward_to_the_leading_term_and_the_event_says_so(operator):
+    model, to = model_of("qwen3"), {"intermediate_size": 88}
+    small = gradients_of(model)
+    for noise, said in ((0.0, "exact"), (0.1, "leading term")):
+        growth = grow(model, operator, to, options={"noise": noise})
+        assert growth.event["moment_factors"] == said
+        assert (pushforward_error(model, growth, operator, to, small) <= 1e-8) == (said == "exact")
+
+
 @pytest.mark.parametrize(
     ("operator", "to"),
     [
