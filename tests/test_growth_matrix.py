@@ -210,7 +210,7 @@ def test_gradients_do_not_push_forward_by_other_factors():
 
 
 # Operators that refuse all of a model; staged wants heads doubled with the rest, which these two cannot have.
-NOTHING = [("zero_keys", "tokenformer softmax"), ("staged", "mamba2"), ("staged", "ngpt")]
+NOTHING = [("zero_keys", "tokenformer softmax"), *(("staged", name) for name in ("mamba2", "mamba2 tied", "ngpt"))]
 NOTHING += [(each, name) for each in OPERATORS if "mixture" in OPERATORS[each].axes for name in BIASED]
 GROWING = [
     (operator, name)

@@ -128,13 +128,17 @@ class TensorMaps:
             raise ValueError(f"axis {axis!r} does not grow in {self.config.model_type}: its table does not mark it")
         root = math.sqrt(self.rho.get(axis, 1.0))
         fold = root if in_layer and axis in self.folded else 1.0
-        tied = self.tied and mark in "@+"
+        written = m.write * m.scale
+        last = (torch.full_like(m.read, root), m.read * m.write / root)  # the last norm, unless its head is tied
+        last_bias = (m.write, m.read)
+        if self.tied:
+            last, last_bias = (root * m.read / written, written * m.write / root), (m.read / m.scale, written)
         weight, gradient = {
-            ">": (m.write * m.scale, m.read / m.scale),
+            ">": (written, m.read / m.scale),
             "<": (m.read * fold, m.write / fold),
             "=": (torch.full_like(m.read, root), m.read * m.write / root),
-            "@": (root * m.read / m.write, m.write**2 / root) if tied else (m.read * 0 + root, m.read * m.write / root),
-            "+": (m.read, m.write) if tied else (m.write, m.read),
+            "@": last,
+            "+": last_bias,
             "~": (torch.ones_like(m.read), m.read * m.write),
             "#": (torch.ones_like(m.read), m.read),
             "": (torch.ones_like(m.read), torch.ones_like(m.read)),

@@ -105,9 +105,10 @@ def staged(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0) -> Plan:
     Exact, and exactly symmetric: without dropout the halves stay equal for ever. `noise` breaks that: it sums to zero
     over the two copies that a reader takes, so the function stays.
     """
+    if table_of(config).unit_norm or "kv_heads" not in axis_sizes(config):
+        raise ValueError(f"operator: staged doubles every width at once, and {config.model_type}'s heads it cannot")
     new, grown = grown_axes(config, sizes)
-    heads = "kv_heads" if "kv_heads" in axis_sizes(config) else None
-    wanted = {axis for axis in ("hidden", "ffn", heads) if axis in axis_sizes(config)}
+    wanted = {axis for axis in ("hidden", "ffn", "kv_heads") if axis in axis_sizes(config)}
     halves = {axis for axis, (old, size) in grown.items() if size == 2 * old}
     if wanted != halves or halves != set(grown):
         fields = {axis: field for field, axis in table_of(config).grows.items()}
