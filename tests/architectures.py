@@ -37,6 +37,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "gpt2": ("gpt2", NO_DROPOUT | {"hidden_size": 48, "num_attention_heads": 6, "n_positions": 40}),
     "mixtral": ("mixtral", DECODER | {"num_local_experts": 4}),
     "mamba2": ("mamba2", MAMBA),
+    "mamba2 tied": ("mamba2", MAMBA | {"n_groups": 1, "use_conv_bias": False, "tie_word_embeddings": True}),
     "ngpt": ("ngpt", DECODER),
     "tokenformer": ("tokenformer", TOKENFORMER),
     "tokenformer rms": (

@@ -379,6 +379,24 @@ def test_several_optimizers_that_share_a_model_grow_together(ids):
     assert not torch.equal(key[:30], key[30:])  # the control: keys' copies get unequal shares
 
 
+def test_an_optimizer_that_knows_names_knows_those_of_the_grown_model(ids):
+    model, _ = trained(ids)
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    growth = grow(model, "llama_pro", {"num_hidden_layers": 4}, optimizer=optimizer)
+    names = [name for name, _ in growth.model.named_parameters()]
+    assert growth.optimizer.state_dict()["param_groups"][0]["param_names"] == names
+    assert optimizer.param_groups[0]["param_names"] != names
+
+
+def test_each_parameter_keeps_the_dtype_that_it_has(ids):
+    model, _ = trained(ids, torch.bfloat16)
+    model.model.norm.float()
+    grown = grow(model, "fpi", {"hidden_size": 64}).model
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    old = {name: p.dtype for name, p in model.named_parameters()}
+    assert {name: p.dtype for name, p in grown.named_parameters()} == old
+
+
 def test_llama_pro_with_freeze_trains_the_new_layers_alone(ids):
     model, optimizer = trained(ids)
     growth = grow(model, "llama_pro", {"num_hidden_layers": 4}, optimizer=optimizer, options={"freeze": True})

@@ -210,7 +210,7 @@ def test_gradients_do_not_push_forward_by_other_factors():
 
 
 # Operators that refuse all of a model; staged wants heads doubled with the rest, which these two cannot have.
-NOTHING = [("zero_keys", "tokenformer softmax"), ("staged", "mamba2"), ("staged", "ngpt")]
+NOTHING = [("zero_keys", "tokenformer softmax"), *(("staged", name) for name in ("mamba2", "mamba2 tied", "ngpt"))]
 NOTHING += [(each, name) for each in OPERATORS if "mixture" in OPERATORS[each].axes for name in BIASED]
 GROWING = [
     (operator, name)
@@ -350,6 +350,16 @@ def test_copies_of_a_symmetric_operator_stay_equal(operator, name):
 def test_noise_parts_the_copies_of_a_symmetric_operator(operator):
     name = "mixtral" if operator == "scale_experts" else "qwen3"
     assert parted_after_training(operator, name, everything(operator, name), noise=0.1) > 1e-2
+
+
+@pytest.mark.parametrize("operator", ["net2wider", "hyperclone"])
+def test_under_noise_gradients_push_forward_to_the_leading_term_and_the_event_says_so(operator):
+    model, to = model_of("qwen3"), {"intermediate_size": 88}
+    small = gradients_of(model)
+    for noise, said in ((0.0, "exact"), (0.1, "leading term")):
+        growth = grow(model, operator, to, options={"noise": noise})
+        assert growth.event["moment_factors"] == said
+        assert (pushforward_error(model, growth, operator, to, small) <= 1e-8) == (said == "exact")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def moments_are_exact(config: PreTrainedConfig, plan: Plan) -> bool:
     """Whether gradients push forward exactly by the plan's factors.
 
     Where a norm runs over copies with unequal shares, or over means, a part of the gradient comes through the norm,
-    which shares alike: then the leading term is carried.
+    which shares alike: then the leading term is carried. So it is under noise, by which the readers of copies differ.
     """
     normed = {axis for axis in plan.maps if axis in table_of(config).norms or axis.endswith("_tokens")}
     for axis in normed - ({"hidden"} if table_of(config).unit_norm else set()):
@@ -75,7 +75,7 @@ def moments_are_exact(config: PreTrainedConfig, plan: Plan) -> bool:
         kept = m.source >= 0
         if bool((m.source == AVERAGE).any()) or not torch.allclose(m.read[kept], m.read[kept][:1]):
             return False
-    return not plan.leading_moments and not why_not_exact(config, plan)
+    return not (plan.leading_moments or plan.noise) and not why_not_exact(config, plan)
 
 
 def settled(config: PreTrainedConfig, plan: Plan) -> Plan:

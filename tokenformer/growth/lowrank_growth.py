@@ -125,13 +125,13 @@ def _moved(
     olds = dict(before.named_parameters())
     group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     owners = {name: group_of[p] for name, p in olds.items() if p in group_of}
-    members: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+    members: list[list[tuple[str, Tensor]]] = [[] for _ in optimizer.param_groups]
     for name, p in after.named_parameters():
         layer = name.rpartition(".")[0]
         relatives = [name, *(f"{layer}.{part}" for part in ("weight", "A", "B") if name in new)]
         owner = next((owners[each] for each in relatives if each in owners), None)
         if owner is not None and p.requires_grad:
-            members[owner].append(p)
+            members[owner].append((name, p))
     result = same_kind(optimizer, members)
     if drop:
         return result

@@ -29,11 +29,11 @@ def grow_optimizer(
         if unknown:
             raise ValueError(f"optimizer: holds a tensor of shape {tuple(unknown[0].shape)} that the model does not")
     owners = {names[p]: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    members: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+    members: list[list[tuple[str, Tensor]]] = [[] for _ in optimizer.param_groups]
     for name, p in grown.named_parameters():
         owner = owners.get(_relative(name, p, maps, owners, dict(model.named_parameters())) or "")
         if owner is not None and p.requires_grad:
-            members[owner].append(p)
+            members[owner].append((name, p))
     result = same_kind(optimizer, members)
     if drop:
         return result
@@ -72,9 +72,13 @@ def _read_state(
     return result
 
 
-def same_kind(optimizer: torch.optim.Optimizer, members: list[list[Tensor]]) -> torch.optim.Optimizer:
-    """An optimizer of the same class and settings, without state; `members`: the parameters of each of its groups."""
-    groups = [{**g, "params": params} for g, params in zip(optimizer.param_groups, members, strict=True) if params]
+def same_kind(optimizer: torch.optim.Optimizer, members: list[list[tuple[str, Tensor]]]) -> torch.optim.Optimizer:
+    """An optimizer of the same class and settings, without state; `members`: the parameters of each of its groups, by
+    name, which a group that knows names takes along."""
+    groups = []
+    for group, named in zip(optimizer.param_groups, members, strict=True):
+        if named:
+            groups.append({**group, "params": named if "param_names" in group else [p for _, p in named]})
     arguments = inspect.signature(type(optimizer)).parameters
     return type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items() if k in arguments})
 

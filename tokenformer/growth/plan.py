@@ -87,9 +87,9 @@ class Plan:
 
     stds: (parameter, axis) -> standard deviation of its fresh entries along the axis; None: that of its old entries.
     blocks: copies read their own copy only (staged training's block-diagonal matrices).
-    next_layer: second copies take their entries from the layer above (bert2BERT's AKI).
+    next_layer: second copies are made as in the layer above (bert2BERT's AKI); what reads them stays its layer's own.
     noise: standard deviation, over that of the weights, of noise that sums to zero over the copies that are read.
-    shrink, perturb: old entries times the one, all entries plus noise of the other (shrink-perturb-pad).
+    shrink, perturb: old entries times the one, all plus noise of the other times their spread (shrink, pad, perturb).
     amend: (name, weight, generator) -> the weight as it is to be, after all else.
     newborn: endings of parameters that start without moments, whatever their weights come from.
     """

@@ -28,13 +28,14 @@ KEEP = -1
 @dataclass(frozen=True)
 class DimMap:
     """One dimension of one tensor. All (new,): source, factors of weights and of gradients, how fresh entries start
-    (KEEP where the entry is old), the copy that the slot is, and, for noise, the source group that readers sum over."""
+    (KEEP where the entry is old), the copy that the slot is, and whether it is a second copy that is made, not read."""
 
     source: Tensor
     weight: Tensor
     gradient: Tensor
     start: Tensor
     copy_number: Tensor
+    makes_copy: Tensor
     reads_copies: bool
     crosses: bool  # counts as a side of a block-diagonal matrix
 
@@ -127,13 +128,17 @@ class TensorMaps:
             raise ValueError(f"axis {axis!r} does not grow in {self.config.model_type}: its table does not mark it")
         root = math.sqrt(self.rho.get(axis, 1.0))
         fold = root if in_layer and axis in self.folded else 1.0
-        tied = self.tied and mark in "@+"
+        written = m.write * m.scale
+        last = (torch.full_like(m.read, root), m.read * m.write / root)  # the last norm, unless its head is tied
+        last_bias = (m.write, m.read)
+        if self.tied:
+            last, last_bias = (root * m.read / written, written * m.write / root), (m.read / m.scale, written)
         weight, gradient = {
-            ">": (m.write * m.scale, m.read / m.scale),
+            ">": (written, m.read / m.scale),
             "<": (m.read * fold, m.write / fold),
             "=": (torch.full_like(m.read, root), m.read * m.write / root),
-            "@": (root * m.read / m.write, m.write**2 / root) if tied else (m.read * 0 + root, m.read * m.write / root),
-            "+": (m.read, m.write) if tied else (m.write, m.read),
+            "@": last,
+            "+": last_bias,
             "~": (torch.ones_like(m.read), m.read * m.write),
             "#": (torch.ones_like(m.read), m.read),
             "": (torch.ones_like(m.read), torch.ones_like(m.read)),
@@ -145,8 +150,9 @@ class TensorMaps:
         if mark in "<>":
             start = start.masked_fill(m.source == AVERAGE, KEEP if mark == ">" else ZERO)
         copies = m.copy_number
-        reads_copies = mark == "<" and bool((copies > 0).any())
-        return DimMap(m.source, weight, gradient, start, copies, reads_copies, mark in "<>" and axis in self.plan.maps)
+        second, crosses = copies > 0, mark in "<>" and axis in self.plan.maps
+        makes, reads = second & (mark != "<"), mark == "<" and bool(second.any())
+        return DimMap(m.source, weight, gradient, start, copies, makes, reads, crosses)
 
     def _concatenated(self, parts: list[tuple[DimMap, int]]) -> DimMap:
         sources, offset = [], 0
@@ -160,6 +166,7 @@ class TensorMaps:
             torch.cat([part.gradient for part in first]),
             torch.cat([part.start for part in first]),
             torch.cat([part.copy_number for part in first]),
+            torch.cat([part.makes_copy for part in first]),
             any(part.reads_copies for part in first),
             any(part.crosses for part in first),
         )
@@ -172,7 +179,7 @@ class TensorMaps:
         generator = generator_for(name, seed)
         new = gather(old, dims, "weight")
         if self.plan.next_layer and above is not None:
-            second = _any([d.copy_number > 0 for d in dims], new.shape)
+            second = _any([d.makes_copy for d in dims], new.shape)
             new = torch.where(second, gather(above, dims, "weight"), new)
         off = self._off_diagonal(dims)
         if off is not None:  # each copy reads the whole of its own, and nothing of the others
@@ -184,7 +191,7 @@ class TensorMaps:
         if self.plan.noise:
             new = _with_zero_sum_noise(new, dims, self.plan.noise, generator)
         if self.plan.perturb and new.ndim > 1:
-            std = self.plan.perturb * spread(old, self.config)
+            std = self.plan.perturb * spread(old, self.config) * self._fan_in_root(name, old, new)
             new = new + (torch.randn(new.shape, generator=generator) * std).to(new)
         return self.plan.amend(name, new, generator)
 
@@ -239,6 +246,8 @@ class TensorMaps:
         new.masked_fill_((start != KEEP).to(new.device), 0)
         if bool((start == RANDOM).any()):
             drawn = torch.randn(new.shape, generator=generator).mul_(self._std(name, old, dims))
+            for i, d in enumerate(dims):  # as large as old entries come to be in its place
+                drawn.mul_(along(d.weight, i, old.ndim).to(drawn))
             torch.where((start == RANDOM).to(new.device), drawn.to(new), new, out=new)
         if bool((start == PICK).any()):
             flat = old.detach().flatten().float().cpu()
@@ -247,6 +256,14 @@ class TensorMaps:
         if mean is not None:
             new.masked_fill_((start == MEAN).to(new.device), mean.to(new))
         return new
+
+    def _fan_in_root(self, name: str, old: Tensor, new: Tensor) -> float:
+        """root(n / n'), n being the number of entries that a row of the tensor sums over; 1 where it sums over none."""
+        share = 1.0
+        for i, dim in enumerate(parameter_dims(self.config, name)):
+            if all(mark == "<" for part in dim for _, mark in part):
+                share *= old.shape[i] / new.shape[i]
+        return math.sqrt(share)
 
     def _std(self, name: str, old: Tensor, dims: list[DimMap]) -> float:
         for axis in self.plan.maps:
@@ -258,11 +275,11 @@ class TensorMaps:
 
 
 def mean_square_factor(axis: AxisMap) -> float:
-    """rho: the mean square over the new slots by that over the old, when every old slot counts alike; else of all."""
+    """rho: the mean square over the new slots by that over the old, when every old slot counts alike; fresh ones that
+    are written at random are as large as those."""
     kept = axis.source >= 0
-    old = int(axis.source.max()) + 1
-    counted = torch.zeros(old, dtype=torch.float64).index_add_(0, axis.source[kept], axis.write[kept] ** 2)
-    return float(counted.mean()) * old / len(axis.source)
+    loud = int((axis.source == FRESH).sum()) if axis.fresh_write == "random" else 0
+    return (float((axis.write[kept] ** 2).sum()) + loud) / len(axis.source)
 
 
 def spread(old: Tensor, config: PreTrainedConfig) -> float:
@@ -313,6 +330,7 @@ def _product(outer: DimMap, inner: DimMap, size: int) -> DimMap:
         pair(outer.gradient, inner.gradient, torch.mul),
         pair(outer.start, inner.start, _first_start),
         pair(outer.copy_number, inner.copy_number, torch.maximum),
+        pair(outer.makes_copy, inner.makes_copy, torch.logical_or),
         outer.reads_copies or inner.reads_copies,
         outer.crosses or inner.crosses,
     )

@@ -108,6 +108,9 @@ def grow_weights(model: PreTrainedModel, maps: TensorMaps, seed: int) -> PreTrai
         parameter_dims(model.config, name)  # an error here if no table names it
     names = {name: p.ndim for name, p in targets.items()}
     for name, tensor in grown_tensors(names, sources.__getitem__, maps, seed):
+        source, _ = maps.source_of(name)
+        for old in maps.old_names(source)[:1] if source else ():  # norms may be kept wider than the rest
+            targets[name].data = targets[name].data.to(sources[old].dtype)
         targets[name].copy_(tensor)
         targets[name].requires_grad_(is_trained(name, maps, lambda source: sources[source].requires_grad))
     if hasattr(grown, "after_step"):

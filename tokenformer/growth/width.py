@@ -65,8 +65,8 @@ def fpi(config: PreTrainedConfig, sizes: Sizes) -> Plan:
 
 
 def aki(config: PreTrainedConfig, sizes: Sizes) -> Plan:
-    """bert2BERT's advanced knowledge initialisation (arXiv 2110.07143): as FPI, but second copies take their weights
-    from the layer above, so that copies differ from the start. Changes the function."""
+    """bert2BERT's advanced knowledge initialisation (arXiv 2110.07143): as FPI, but second copies are made by the
+    weights of the layer above, so that copies differ from the start; what reads them is FPI's. Changes the function."""
     return replace(fpi(config, sizes), next_layer=True)
 
 
@@ -105,9 +105,10 @@ def staged(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0) -> Plan:
     Exact, and exactly symmetric: without dropout the halves stay equal for ever. `noise` breaks that: it sums to zero
     over the two copies that a reader takes, so the function stays.
     """
+    if table_of(config).unit_norm or "kv_heads" not in axis_sizes(config):
+        raise ValueError(f"operator: staged doubles every width at once, and {config.model_type}'s heads it cannot")
     new, grown = grown_axes(config, sizes)
-    heads = "kv_heads" if "kv_heads" in axis_sizes(config) else None
-    wanted = {axis for axis in ("hidden", "ffn", heads) if axis in axis_sizes(config)}
+    wanted = {axis for axis in ("hidden", "ffn", "kv_heads") if axis in axis_sizes(config)}
     halves = {axis for axis, (old, size) in grown.items() if size == 2 * old}
     if wanted != halves or halves != set(grown):
         fields = {axis: field for field, axis in table_of(config).grows.items()}
@@ -139,7 +140,7 @@ def sparkling(config: PreTrainedConfig, sizes: Sizes, source: str = "copy") -> P
 
 def shrink_pad_perturb(config: PreTrainedConfig, sizes: Sizes, shrink: float = 0.5, perturb: float = 0.5) -> Plan:
     """Shrink, pad, perturb (arXiv 2605.13405): old matrices times `shrink`, zeros around them, noise of `perturb` times
-    their spread over all. The arm that preserves nothing."""
+    their spread over all, less by the root of the growth of what is summed over. The arm that preserves nothing."""
     new, grown = grown_axes(config, sizes)
     maps = {axis: padded(old, size, closed="both") for axis, (old, size) in grown.items()}
     return Plan(new, maps, shrink=shrink, perturb=perturb, drops_moments=True)
