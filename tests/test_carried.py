@@ -266,7 +266,7 @@ def test_old_entries_keep_their_moments_and_new_ones_have_their_own_count_throug
     [
         ("masked", "llama", WIDER, {}, "ramp_steps: 0; masked needs the number of training steps"),
         ("masked+lemon", "llama", WIDER | {"intermediate_size": 40}, {"ramp_steps": 2}, "nothing to grow"),
-        ("masked+zero_keys", "tokenformer", WIDER | {"ffn_tokens": 30}, {"ramp_steps": 2}, "carries comes last"),
+        ("masked+zero_keys", "tokenformer", WIDER | {"ffn_tokens": 30}, {"ramp_steps": 2}, "masked comes last"),
         ("rank", "llama", {"rank": 4}, {}, "the model has none"),
         ("relora", "llama", {"rank": 0}, {}, "the model has none"),
         ("relora", "llama", WIDER, {}, "relora grows rank alone"),

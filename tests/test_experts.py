@@ -18,6 +18,7 @@ from tokenformer.event import grow_measured
 from tokenformer.growth import (
     LoadCounter,
     PhaseIn,
+    TrainsOnly,
     duplicated_share,
     expert_load,
     grow,
@@ -331,31 +332,26 @@ def test_gradients_push_forward_to_scaled_experts_as_moments_do() -> None:
 @pytest.mark.parametrize("router", ["keep", "redraw", "retrain"])
 def test_a_router_is_kept_redrawn_or_to_be_trained_alone(router: str) -> None:
     model = mixtral()
-    steps = {"router_steps": 2} if router == "retrain" else {}
-    growth = grown(model, "duplicate_experts", 8, noise=0.0, router=router, **steps)
+    growth = grown(model, "duplicate_experts", 8, noise=0.0, router=router)
     old, new = (m.model.layers[0].mlp.gate.weight for m in (model, growth.model))
     assert torch.equal(new[:4], old) == torch.equal(new[4:], old) == (router != "redraw")
-    assert (growth.carried is not None) == (router == "retrain")
+    alone = [f"model.layers.{i}.mlp.gate.weight" for i in range(2)] if router == "retrain" else []
+    assert list(growth.trains_only) == alone
 
 
 def test_a_router_to_be_trained_alone_is_and_then_all_is() -> None:
     model = mixtral()
-    growth = grown(model, "duplicate_experts", 8, optimizer_of(model), router="retrain", router_steps=2)
-    parameters, routers = dict(growth.model.named_parameters()), {f"model.layers.{i}.mlp.gate.weight" for i in (0, 1)}
+    growth = grown(model, "duplicate_experts", 8, optimizer_of(model), router="retrain")
+    assert growth.event["trains_only"] == [".mlp.gate.weight"]
+    alone, parameters = TrainsOnly(growth.trains_only, 2), dict(growth.model.named_parameters())
+    alone.attach(growth.model)
     for age in range(3):
         before = {name: p.clone() for name, p in parameters.items()}
-        growth.model(input_ids=IDS, labels=IDS).loss.backward()
-        if growth.carried is not None:
-            growth.carried.drop_gradients()
-        growth.optimizer.step()
-        growth.optimizer.zero_grad()
+        alone.before_step(age)
+        stepped(growth.model, growth.optimizer, 1)
         moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
-        assert moved == (routers if age < 2 else set(parameters))
-        if growth.carried is not None:
-            growth.carried.advance()
-            if growth.carried.finished:
-                growth.carried.remove()
-    assert growth.carried is None
+        assert moved == (set(growth.trains_only) if age < 2 else set(parameters))
+    assert alone.finished
 
 
 @pytest.mark.parametrize(
@@ -507,25 +503,16 @@ def test_a_growth_records_the_load_before_and_after() -> None:
 # --- in a run ---
 
 
-@pytest.mark.parametrize(
-    "operator, options",
-    [
-        ("phase_in_experts", {"ramp_steps": 5}),
-        ("duplicate_experts", {"router": "retrain", "router_steps": 5, "noise": 0.5}),
-    ],
-)
-def test_a_run_carries_experts_along_and_a_resumed_one_ends_alike(
-    operator: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_phases_experts_in_and_a_resumed_one_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENFORMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys.modules["tokenformer.evaluate"], "SAMPLE_BYTES", 4)
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
-    growth = {"operator": operator, "to": {"num_local_experts": 4}, "options": options}
+    growth = {"operator": "phase_in_experts", "to": {"num_local_experts": 4}, "options": {"ramp_steps": 5}}
     recipe = tiny(tmp_path, train={"log_every": 1}, growth=[{"at_step": 6, **growth}])
     recipe.model.architecture, recipe.model.fields = "mixtral", sizes
     result = train(recipe, tmp_path / "run", say=None)
-    assert result["growth"][0]["max_logit_change"] < 1e-5  # for one choice a copy is as good as its original
+    assert result["growth"][0]["max_logit_change"] < 1e-5
     amid, last = runs.checkpoints(tmp_path / "run")
     assert (amid / "carried.json").exists() and not (last / "carried.json").exists()
     whole, said = weights(tmp_path / "run"), losses(tmp_path / "run")

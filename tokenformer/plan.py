@@ -198,6 +198,11 @@ def phase_configs(
                     phases.append((config, phases[-1][1] | part.to, 0))
         except ValueError as error:
             raise ValueError(f"growth.{i}.{error}") from None
+        if any(change.trains_only for change in changes):
+            raise ValueError(
+                f"growth.{i}.options.router = 'retrain' is for a loop that trains the router alone at first, and a run "
+                "trains all; keep does, or redraw"
+            )
         afresh = section.moments == "drop" or any(change.drops_moments for change in changes)
         if afresh and section.learning_rate == "rewarm_new":
             raise ValueError(
@@ -233,7 +238,7 @@ def flops_of(config: Any, ranks: Ranks | None) -> int:
 
 
 def ramp_steps(event: Event) -> int:
-    return event.section.options.get("ramp_steps", 0) or event.section.options.get("router_steps", 0)
+    return event.section.options.get("ramp_steps", 0)
 
 
 def require_ramps(events: list[Event], boundaries: list[int], steps: int, start: Start) -> None:

@@ -72,8 +72,6 @@ def prepare(
     stored = stored_tensors(files.weight_files(folder))
     operator = operator or takers(config, DEFAULT_OPERATORS, to)
     steps = steps_of(config, operator, to, seed, options)
-    if any(plan.alone_steps for _, _, plan in steps):
-        raise ValueError("router: 'retrain' is done by training, in a [[growth]] of a run; keep does without")
     if any(plan.learning is not None for _, _, plan in steps):
         raise ValueError(
             f"operator: {operator} learns its maps on text, and none is given: it grows a model in a run, by a "

@@ -13,7 +13,7 @@ from ..models.axes import size_of
 from . import masked
 from .carried import Carried, carried_of
 from .exactness import moments_are_exact, why_not_exact
-from .experts import PhaseIn, TrainsOnly
+from .experts import PhaseIn
 from .ligo import Batches, learn
 from .moments import grow_optimizer
 from .operators import Operator, steps_of, target_sizes
@@ -28,6 +28,7 @@ class Growth:
 
     new: for each parameter that has them, where its new entries are, second copies not counted; copies: those too.
     Both are masks that broadcast to the parameter.
+    trains_only: parameters that the operator wants trained alone at first, by whoever trains; empty: all.
     """
 
     model: PreTrainedModel
@@ -36,6 +37,7 @@ class Growth:
     event: dict[str, Any]
     new: dict[str, Tensor] = field(repr=False)
     copies: dict[str, Tensor] = field(repr=False)
+    trains_only: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def carried(self) -> Carried | None:
@@ -83,8 +85,8 @@ def grow(
     if optimizer is not None:
         optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     steps = steps_of(model.config, operator, to or {}, seed, options)
-    if any(plan.ramp_steps or plan.alone_steps for _, _, plan in steps[:-1]):
-        raise ValueError(f"operator: {operator}: what training carries comes last")
+    if any(plan.ramp_steps for _, _, plan in steps[:-1]):
+        raise ValueError(f"operator: {operator}: masked comes last, since what it adds is not there at first")
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     learned: dict[str, Any] = {"growth_flops": 0}
@@ -102,15 +104,15 @@ def grow(
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if len(trained) < len(list(model.parameters())):
         event["trained_parameters"] = trained
+    endings = tuple(event.get("trains_only", ()))
+    alone = tuple(name for name, _ in model.named_parameters() if endings and name.endswith(endings))
     _, config, plan = steps[-1]
-    if plan.trains_only:
-        TrainsOnly(model, [n for n, _ in model.named_parameters() if n.endswith(plan.trains_only)], plan.alone_steps)
-    elif plan.bias:
+    if plan.bias:
         PhaseIn(model, config.num_local_experts, plan.ramp_steps, plan.bias)
     elif plan.ramp_steps:
         masked.attach(model, config, plan)
     kept = optimizers if isinstance(optimizer, list) else optimizers[0] if optimizers else None
-    return Growth(model, kept, event["promise"], event, new, copies)
+    return Growth(model, kept, event["promise"], event, new, copies, alone)
 
 
 def freeze_as_grown(model: nn.Module, lineage: list[dict[str, Any]]) -> None:
@@ -133,6 +135,7 @@ def event_of(
     sizes = target_sizes(before.config, to)
     exact = all(each.exact for each, _, _ in steps)
     notes = [f"{each.name}: {why}" for each, config, plan in steps for why in why_not_exact(config, plan)]
+    alone = [ending for _, _, plan in steps for ending in plan.trains_only]
     scales = [key for key in ("qkv_scale", "proj_scale", "ffn_scale") if key.replace("_scale", "_tokens") in sizes]
     return {
         "operator": operator,
@@ -145,4 +148,5 @@ def event_of(
         "scales": {key: getattr(after.config, key) for key in scales},
         "parameters_before": sum(p.numel() for p in before.parameters()),
         "parameters_after": sum(p.numel() for p in after.parameters()),
+        **({"trains_only": alone} if alone else {}),
     }

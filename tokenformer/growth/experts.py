@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MixtralConfig, PreTrainedConfig
 
@@ -89,16 +89,13 @@ def virtual_groups_published(
     return replace(plan, reads=reads, approximate="the scaling stands before silu too, and silu(c x) is not c silu(x)")
 
 
-def duplicate_experts(
-    config: PreTrainedConfig, sizes: Sizes, noise: float = 0.01, router: str = "keep", router_steps: int = 0
-) -> Plan:
+def duplicate_experts(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.01, router: str = "keep") -> Plan:
     """Expert upcycling (arXiv 2604.19835): experts and their router rows copied in turn, the copies' rows with noise
     (relative to their spread), top_k as it was. Changes the function: copies take each other's places.
 
-    `router`: "keep", "redraw", or "retrain": kept, and trained alone for the first `router_steps` steps.
+    `router`: "keep", "redraw", or "retrain": kept, and to be trained alone at first.
     """
     _require("router", router, "keep", "redraw", "retrain")
-    alone = _trained_alone(router, router_steps)
     old, new = config.num_local_experts, sizes["num_local_experts"]
     source = torch.arange(new) % old
     why = f"copies of an expert compete for the {config.num_experts_per_tok} places with what stood there"
@@ -108,21 +105,17 @@ def duplicate_experts(
         approximate=why,
         amend=_redrawn(torch.arange(new), config) if router == "redraw" else _with_noisy_copies(old, noise, config),
         newborn=(ROUTER,) if router == "redraw" else (),
-        trains_only=alone,
-        alone_steps=router_steps,
+        trains_only=(ROUTER,) if router == "retrain" else (),
     )
 
 
-def scale_experts(
-    config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0, router: str = "keep", router_steps: int = 0
-) -> Plan:
+def scale_experts(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0, router: str = "keep") -> Plan:
     """Whole multiples of the experts, and top_k as many times as large: copies share the gate of their expert. Exact.
 
     Copies are chosen together and stay equal; `noise` on down_proj, which sums to zero over them, breaks that and not
     the function (gradients then push forward but for its leading term). `router`: "keep", or "retrain" as above.
     """
     _require("router", router, "keep", "retrain", redraw="other rows choose other experts; duplicate_experts allows it")
-    alone = _trained_alone(router, router_steps)
     old, new = config.num_local_experts, sizes["num_local_experts"]
     if new % old:
         near = f"{new // old * old} or {(new // old + 1) * old}"
@@ -141,17 +134,8 @@ def scale_experts(
         {"experts": copied(source)},
         amend=amend,
         leading_moments=bool(noise),
-        trains_only=alone,
-        alone_steps=router_steps,
+        trains_only=(ROUTER,) if router == "retrain" else (),
     )
-
-
-def _trained_alone(router: str, router_steps: int) -> tuple[str, ...]:
-    if router == "retrain" and router_steps < 1:
-        raise ValueError(f"router_steps: {router_steps} is not above 0; router = 'retrain' needs a number of steps")
-    if router != "retrain" and router_steps:
-        raise ValueError(f"router_steps: {router_steps} has no effect with router = {router!r}; retrain has it")
-    return (ROUTER,) if router == "retrain" else ()
 
 
 def phase_in_experts(
@@ -302,48 +286,25 @@ def _require(key: str, value: str, *allowed: str, **refused: str) -> None:
 
 
 class TrainsOnly:
-    """Some parameters trained alone for `ramp_steps` steps after a growth, hung on the model: router = "retrain".
+    """Some parameters trained alone for the first `steps` steps after a growth: router = "retrain"."""
 
-    The others' gradients are dropped before each update, so that no optimizer touches them, their decay and their
-    momentum included.
-    """
+    def __init__(self, names: Sequence[str], steps: int) -> None:
+        self.names, self.steps = frozenset(names), steps
+        self.finished = False
+        self.others: list[nn.Parameter] = []
 
-    kind = "trains_only"
+    def attach(self, model: nn.Module) -> None:
+        self.others = [p for name, p in model.named_parameters() if name not in self.names and p.requires_grad]
 
-    def __init__(self, model: Any, names: Sequence[str], ramp_steps: int, steps: int = 0) -> None:
-        """steps: how many are done."""
-        self.model, self.names, self.ramp_steps, self.steps = model, frozenset(names), ramp_steps, steps
-        self.others = [p for name, p in model.named_parameters() if name not in self.names]
-        model.carried = self
-
-    def drop_gradients(self) -> None:
-        """Called after the backward pass and before the update."""
+    def before_step(self, age: int, load: Sequence[Tensor] | None = None) -> None:
+        """In step `age`, counted from the growth, all others have a gradient only if that is not below `steps`."""
+        self.finished = age >= self.steps
         for p in self.others:
-            p.grad = None
+            p.requires_grad_(self.finished)
 
-    @property
-    def finished(self) -> bool:
-        return self.steps >= self.ramp_steps
-
-    def advance(self) -> None:
-        self.steps += 1
-
-    def remove(self) -> None:
-        del self.model.carried
-
-    def ordinary(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def describe(self) -> dict[str, Any]:
-        numbers = {"ramp_steps": self.ramp_steps, "steps": self.steps}
-        return {"kind": self.kind, "names": sorted(self.names), **numbers}
-
-    @classmethod
-    def restored(cls, model: Any, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        cls(model, *(description[key] for key in ("names", "ramp_steps", "steps")))
+    def detach(self, model: nn.Module) -> None:
+        for p in self.others:
+            p.requires_grad_(True)
 
 
 class PhaseIn:

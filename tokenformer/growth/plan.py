@@ -114,8 +114,7 @@ class Plan:
     newborn: tuple[str, ...] = ()
     leading_moments: bool = False  # moments are moved by factors that hold on average only
     bias: float = 0.0  # above 0: new experts start with minus that on their choice, and rise over ramp_steps
-    trains_only: tuple[str, ...] = ()  # endings of the parameters that alone are trained
-    alone_steps: int = 0  # for so many steps
+    trains_only: tuple[str, ...] = ()  # endings of the parameters that alone are to be trained at first
     learning: Learning | None = None
 
     def grows_from(self, config: PreTrainedConfig) -> PreTrainedConfig:
