@@ -85,8 +85,9 @@ def grow(
     if optimizer is not None:
         optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     steps = steps_of(model.config, operator, to or {}, seed, options)
-    if any(plan.ramp_steps for _, _, plan in steps[:-1]):
-        raise ValueError(f"operator: {operator}: masked comes last, since what it adds is not there at first")
+    for each, _, plan in steps[:-1]:
+        if plan.ramp_steps:
+            raise ValueError(f"operator: {operator}: {each.name} comes last, since what it adds is not there at first")
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     learned: dict[str, Any] = {"growth_flops": 0}
