@@ -283,6 +283,17 @@ def test_tensor_by_tensor_is_what_growth_in_memory_is_bit_for_bit(name, operator
     assert any(not torch.equal(tensor, expected[key]) for key, tensor in stored(tmp_path / "other").items())
 
 
+def test_what_training_carries_is_not_done_to_a_file(tmp_path, capsys):
+    save(random_model("mixtral", torch.float32), tmp_path / "old")
+    options = ["--option", "router=retrain", "--option", "router_steps=5"]
+    for operator, more, message in (
+        ("masked", ["--option", "ramp_steps=5"], "operator: masked needs training, which carries it"),
+        ("duplicate_experts", options, "router: 'retrain' needs training, which carries it"),
+    ):
+        assert grow_line(tmp_path / "old", tmp_path / "new", operator, {"num_local_experts": 8}, *more) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 def test_shards_in_and_out_hold_what_one_file_does(tmp_path):
     model = random_model("llama", torch.float32)
     save(model, tmp_path / "one")
