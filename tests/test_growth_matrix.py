@@ -27,6 +27,7 @@ from architectures import (
 from tokenformer.growth import OPERATORS, duplicated_share, grow, live_share
 from tokenformer.growth.operators import steps_of
 from tokenformer.growth.tensors import TensorMaps
+from tokenformer.models import build_model
 from tokenformer.models.axes import axis_sizes, parameter_dims, size_of, table_of
 from tokenformer.optim import AdamW
 
@@ -138,6 +139,19 @@ def test_each_size_is_grown_as_promised_or_refused_with_its_reason(operator, nam
             gradients = gradients or gradients_of(model)
             error = pushforward_error(model, growth, operator, {field: size}, gradients)
             assert error <= 1e-8, (field, size, error)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_without_a_source_starts_as_in_a_model_made_anew(name):
+    """By mean and spread: GPT-2's and Mamba-2's last projections are smaller the more layers there are."""
+    grown = grow(model_of(name, layers=1), "jump", {"num_hidden_layers": 4}).model
+    anew, compared = build_model(grown.config, seed=1), 0
+    for (key, p), (_, other) in zip(grown.named_parameters(), anew.named_parameters(), strict=True):
+        if ".3." in key and p.numel() > 99:
+            compared += 1
+            assert p.std().item() == pytest.approx(other.std().item(), rel=0.25), key
+            assert (p.mean() - other.mean()).abs() <= 0.3 * other.std() + 1e-6, key
+    assert compared
 
 
 def change_after(model, grown):
