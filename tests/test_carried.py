@@ -585,7 +585,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_amid_a_growth(shared: Path, who
 def test_a_mask_that_would_outlast_its_time_is_refused(shared: Path) -> None:
     table = recipe_to_dict(recipe_of(shared, "masked"))
     table["growth"][0]["options"]["ramp_steps"] = 10
-    with pytest.raises(ValueError, match=r"growth\.0: its mask would rise until step 13; the end comes at step 12"):
+    with pytest.raises(ValueError, match=r"growth\.0: training would carry it until step 13; the end comes at step 12"):
         plan(recipe_from_dict(table, "the test"))
     table["growth"][0]["options"]["ramp_steps"] = 9
     plan(recipe_from_dict(table, "the test"))

@@ -330,27 +330,31 @@ def test_gradients_push_forward_to_scaled_experts_as_moments_do() -> None:
 
 
 @pytest.mark.parametrize("router", ["keep", "redraw", "retrain"])
-def test_a_router_is_kept_redrawn_or_to_be_trained_alone(router: str) -> None:
+def test_a_router_is_kept_or_redrawn(router: str) -> None:
     model = mixtral()
-    growth = grown(model, "duplicate_experts", 8, noise=0.0, router=router)
+    growth = grown(model, "duplicate_experts", 8, noise=0.0, router=router, router_steps=int(router == "retrain"))
     old, new = (m.model.layers[0].mlp.gate.weight for m in (model, growth.model))
     assert torch.equal(new[:4], old) == torch.equal(new[4:], old) == (router != "redraw")
-    alone = [f"model.layers.{i}.mlp.gate.weight" for i in range(2)] if router == "retrain" else []
-    assert list(growth.trains_only) == alone
+    assert (growth.carried is not None) == (router == "retrain")
 
 
 def test_a_router_to_be_trained_alone_is_and_then_all_is() -> None:
     model = mixtral()
-    growth = grown(model, "duplicate_experts", 8, optimizer_of(model), router="retrain")
+    growth = grown(model, "duplicate_experts", 8, optimizer_of(model), router="retrain", router_steps=2)
     assert growth.event["trains_only"] == [".mlp.gate.weight"]
-    alone, parameters = TrainsOnly(growth.trains_only, 2), dict(growth.model.named_parameters())
-    alone.attach(growth.model)
+    parameters, alone = dict(growth.model.named_parameters()), growth.carried
+    routers = {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
     for age in range(3):
         before = {name: p.clone() for name, p in parameters.items()}
-        alone.before_step(age)
-        stepped(growth.model, growth.optimizer, 1)
+        growth.model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        if age < 2:
+            alone.before_update()
+        growth.optimizer.step()
+        growth.optimizer.zero_grad()
         moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
-        assert moved == (set(growth.trains_only) if age < 2 else set(parameters))
+        assert moved == (routers if age < 2 else set(parameters))
+        if age < 2:
+            alone.advance()
     assert alone.finished
 
 
@@ -391,6 +395,8 @@ def test_a_mixture_runs_whatever_its_width(dtype: torch.dtype, inner: int, eager
         ("mixtral", "upcycle", 8, {}, "upcycle does not grow it in mixtral"),
         ("mixtral", "scale_experts", 10, {}, "to.num_local_experts: 10 is not a multiple of 4.*nearest: 8 or 12"),
         ("mixtral", "scale_experts", 8, {"router": "redraw"}, "router: 'redraw' .* other rows choose other experts"),
+        ("mixtral", "duplicate_experts", 8, {"router": "retrain"}, "router_steps: 0; .* needs the number of training"),
+        ("mixtral", "scale_experts", 8, {"router_steps": 3}, "router_steps: 3; router = 'keep' needs none"),
         ("mixtral", "phase_in_experts", 8, {}, "ramp_steps: 0 is not above 0; phase_in_experts needs"),
         ("qwen2", "upcycle", 8, {}, "to.num_local_experts: a Mixtral has no biases on queries"),
         ("qwen3", "upcycle", 8, {}, "to.num_local_experts: a Mixtral has no norms of queries"),
@@ -503,16 +509,29 @@ def test_a_growth_records_the_load_before_and_after() -> None:
 # --- in a run ---
 
 
-def test_a_run_phases_experts_in_and_a_resumed_one_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+RETRAIN = {"router": "retrain", "router_steps": 5}
+
+
+@pytest.mark.parametrize("operator", ["phase_in_experts", "duplicate_experts"])
+def test_a_run_carries_new_experts_and_a_resumed_one_ends_alike(
+    operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TOKENFORMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys.modules["tokenformer.evaluate"], "SAMPLE_BYTES", 4)
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
-    growth = {"operator": "phase_in_experts", "to": {"num_local_experts": 4}, "options": {"ramp_steps": 5}}
+    options = {"ramp_steps": 5} if operator == "phase_in_experts" else RETRAIN
+    if options is RETRAIN:  # a router has a gradient if more than one expert is chosen
+        sizes |= {"num_local_experts": 3, "num_experts_per_tok": 2}
+    kept = TrainsOnly.before_update
+    held_back = []
+    monkeypatch.setattr(TrainsOnly, "before_update", lambda self: held_back.append(kept(self)))
+    growth = {"operator": operator, "to": {"num_local_experts": 4}, "options": options}
     recipe = tiny(tmp_path, train={"log_every": 1}, growth=[{"at_step": 6, **growth}])
     recipe.model.architecture, recipe.model.fields = "mixtral", sizes
     result = train(recipe, tmp_path / "run", say=None)
-    assert result["growth"][0]["max_logit_change"] < 1e-5
+    assert (result["growth"][0]["max_logit_change"] < 1e-5) == (operator == "phase_in_experts")
+    assert len(held_back) == (5 if options is RETRAIN else 0)
     amid, last = runs.checkpoints(tmp_path / "run")
     assert (amid / "carried.json").exists() and not (last / "carried.json").exists()
     whole, said = weights(tmp_path / "run"), losses(tmp_path / "run")

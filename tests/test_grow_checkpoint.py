@@ -136,7 +136,7 @@ WIDTHS = {"hidden_size": 96, "intermediate_size": 88}
 HEADS = {"num_key_value_heads": 4}
 DEPTH = {"num_hidden_layers": 4}
 GROUPS = {"num_attention_heads": 12}
-# Every exact operator of width and depth, with all that it grows; sizes that divide nothing where it takes any.
+# Every exact operator, with all that it grows; sizes that divide nothing where it takes any.
 GROWTHS = {
     "zero": [{"hidden_size": 72, "intermediate_size": 61, "num_hidden_layers": 3} | HEADS, {"num_attention_heads": 8}],
     "net2wider": [WIDTHS | {"intermediate_size": 61} | HEADS, GROUPS],
@@ -147,6 +147,10 @@ GROWTHS = {
     "identity_blocks": [{"num_hidden_layers": 5}],
     "llama_pro": [DEPTH],
     "hyperclone+llama_pro": [WIDTHS | DEPTH],
+}
+EXPERTS = {
+    "llama_tied": [(operator, {"num_local_experts": 4}) for operator in ("upcycle", "virtual_groups")],
+    "mixtral": [("scale_experts", {"num_local_experts": 8})],
 }
 SHORT = {"hidden_size": "n_embd", "intermediate_size": "n_inner"}  # GPT-2's; its heads follow the width
 
@@ -160,6 +164,13 @@ def growths(name):
                     to.pop("n_embd", None)  # no zeros under LayerNorm
             if to:
                 yield operator, to
+    yield from EXPERTS.get(name, [])
+
+
+def test_no_exact_operator_that_can_grow_a_file_is_left_out():
+    done = {part for name in MODELS for operator, _ in growths(name) for part in operator.split("+")}
+    others = {"zero_keys", "tile"}  # parameter tokens
+    assert done == {name for name, each in OPERATORS.items() if each.exact and not each.carried} - others
 
 
 def random_model(name, dtype=torch.float64):
@@ -270,6 +281,17 @@ def test_tensor_by_tensor_is_what_growth_in_memory_is_bit_for_bit(name, operator
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     save(grow(model, "lemon" if name == "gpt2" else operator, to, seed=4).model, tmp_path / "other")  # the control
     assert any(not torch.equal(tensor, expected[key]) for key, tensor in stored(tmp_path / "other").items())
+
+
+def test_what_training_carries_is_not_done_to_a_file(tmp_path, capsys):
+    save(random_model("mixtral", torch.float32), tmp_path / "old")
+    options = ["--option", "router=retrain", "--option", "router_steps=5"]
+    for operator, more, message in (
+        ("masked", ["--option", "ramp_steps=5"], "operator: masked needs training, which carries it"),
+        ("duplicate_experts", options, "router: 'retrain' needs training, which carries it"),
+    ):
+        assert grow_line(tmp_path / "old", tmp_path / "new", operator, {"num_local_experts": 8}, *more) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_shards_in_and_out_hold_what_one_file_does(tmp_path):

@@ -6,6 +6,7 @@ comparison is in float64, on a batch whose second text is padded on its left.
 
 import copy
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from architectures import (
 from tokenformer.growth import OPERATORS, duplicated_share, grow, live_share
 from tokenformer.growth.operators import steps_of
 from tokenformer.growth.tensors import TensorMaps
+from tokenformer.models import build_model
 from tokenformer.models.axes import axis_sizes, parameter_dims, size_of, table_of
 from tokenformer.optim import AdamW
 
@@ -84,6 +86,12 @@ def start(operator, name):
     return model_of(name, layers=1) if operator == "jump" else model_of(name)
 
 
+@cache
+def generated_before(model):
+    """By one of the tiny models, which nobody alters: with a cache, two tokens."""
+    return generated(model, cached=True, tokens=2)
+
+
 def everything(operator, name):
     """All that the operator grows in the model at once, in whole multiples."""
     model = start(operator, name)
@@ -131,6 +139,19 @@ def test_each_size_is_grown_as_promised_or_refused_with_its_reason(operator, nam
             gradients = gradients or gradients_of(model)
             error = pushforward_error(model, growth, operator, {field: size}, gradients)
             assert error <= 1e-8, (field, size, error)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_without_a_source_starts_as_in_a_model_made_anew(name):
+    """By mean and spread: GPT-2's and Mamba-2's last projections are smaller the more layers there are."""
+    grown = grow(model_of(name, layers=1), "jump", {"num_hidden_layers": 4}).model
+    anew, compared = build_model(grown.config, seed=1), 0
+    for (key, p), (_, other) in zip(grown.named_parameters(), anew.named_parameters(), strict=True):
+        if ".3." in key and p.numel() > 99:
+            compared += 1
+            assert p.std().item() == pytest.approx(other.std().item(), rel=0.25), key
+            assert (p.mean() - other.mean()).abs() <= 0.3 * other.std() + 1e-6, key
+    assert compared
 
 
 def change_after(model, grown):
@@ -221,10 +242,12 @@ GROWING = [
 
 
 @pytest.mark.parametrize(("operator", "name"), [pair for pair in GROWING if OPERATORS[pair[0]].exact])
-def test_everything_at_once_is_grown_exactly_with_gradients_pushed_forward(operator, name):
+def test_everything_at_once_is_grown_exactly_with_a_cache_and_with_gradients_pushed_forward(operator, name):
     to, model = everything(operator, name), start(operator, name)
     growth = grow(model, operator, to)
     assert change_after(model, growth.model) <= EXACT
+    (old, logits), (new, others) = generated_before(model), generated(growth.model, cached=True, tokens=2)
+    assert torch.equal(old, new) and (logits - others).abs().max() <= EXACT
     if growth.event["moment_factors"] == "exact":
         assert pushforward_error(model, growth, operator, to, gradients_of(model)) <= 1e-8
 
@@ -242,6 +265,39 @@ def test_every_kind_of_new_entry_is_alive_within_two_steps(operator, name):
     assert shares and set(shares.values()) == {1.0}, {kind: share for kind, share in shares.items() if share < 1}
 
 
+MISTAKES = [
+    ("qwen3", "zero", {"intermediate_size": 61.0}, {}, "to.intermediate_size: 61.0 is no size; allowed: a whole"),
+    ("qwen3", "zero", {"num_attention_heads": 7}, {}, "to: qwen3 does not allow these sizes: .*7 is not a multiple"),
+    ("gpt2", "fpi", {"n_embd": 100}, {}, "to.n_embd: 100 does not fit, since n_head = n_embd / head_dim: 100 is not a"),
+    ("mamba2", "zero", {"num_heads": 10}, {}, "to.num_heads: 10 does not fit, since expand = "),
+    ("mamba2", "lemon", {"num_heads": 16}, {}, "to.num_heads: lemon does not grow it in mamba2; zero can"),
+    ("mamba2", "staged", {"hidden_size": 64}, {}, "mamba2's heads it cannot"),
+    ("ngpt", "staged", {"hidden_size": 96, "intermediate_size": 88}, {}, "ngpt's heads it cannot"),
+    ("qwen3", "net2wider", {"hidden_size": 96}, {"noise": float("nan")}, "noise: nan is not allowed; net2wider takes"),
+    ("qwen3", "relora+zero", {"rank": 4, "hidden_size": 96}, {}, "operator: relora grows factors, and nothing beside"),
+    (
+        "mixtral",
+        "phase_in_experts+zero",
+        {"num_local_experts": 6, "hidden_size": 96},
+        {"ramp_steps": 2},
+        "phase_in_experts comes last",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "operator", "to", "options", "message"), MISTAKES)
+def test_a_mistake_is_told_in_one_line_that_is_true(name, operator, to, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        grow(model_of(name), operator, to, options=options)
+    one_line(error)
+
+
+def test_layers_that_are_named_and_do_not_change_stay():
+    model = model_of("llama")
+    grown = grow(model, "zero+llama_pro", {"hidden_size": 108, "num_hidden_layers": 2}).model
+    assert grown.config.num_hidden_layers == 2 and change_after(model, grown) <= EXACT
+
+
 # --- padding, caches, other floats ---
 
 PAIRS = [
@@ -256,10 +312,10 @@ PAIRS = [
 PAIR_IDS = [f"{operator} {name}" for operator, name, _ in PAIRS]
 
 
-def generated(model, cached):
-    """Eight tokens after the padded batch, greedily, and their logits (8, 2, vocabulary)."""
+def generated(model, cached, tokens=8):
+    """So many tokens after the padded batch, greedily, and their logits (tokens, 2, vocabulary)."""
     ids, mask = batch()
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "use_cache": cached}
+    settings = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "use_cache": cached}
     with wide():
         made = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **settings)
     return made.sequences, torch.stack(made.logits)

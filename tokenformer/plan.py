@@ -198,11 +198,6 @@ def phase_configs(
                     phases.append((config, phases[-1][1] | part.to, 0))
         except ValueError as error:
             raise ValueError(f"growth.{i}.{error}") from None
-        if any(change.trains_only for change in changes):
-            raise ValueError(
-                f"growth.{i}.options.router = 'retrain' is for a loop that trains the router alone at first, and a run "
-                "trains all; keep does, or redraw"
-            )
         afresh = section.moments == "drop" or any(change.drops_moments for change in changes)
         if afresh and section.learning_rate == "rewarm_new":
             raise ValueError(
@@ -238,18 +233,19 @@ def flops_of(config: Any, ranks: Ranks | None) -> int:
 
 
 def ramp_steps(event: Event) -> int:
-    return event.section.options.get("ramp_steps", 0)
+    """The training steps that carry a growth: a mask, a bias, a router that is trained alone."""
+    return max(event.section.options.get(key, 0) for key in ("ramp_steps", "router_steps"))
 
 
 def require_ramps(events: list[Event], boundaries: list[int], steps: int, start: Start) -> None:
-    """ValueError unless the mask of a growth, or of the checkpoint, is all up before the next growth and the end."""
+    """ValueError unless training has done with carrying a growth, or the checkpoint's, before the next and the end."""
     carried = start.carried if start.carried and "ramp_steps" in start.carried else {"ramp_steps": 0, "steps": 0}
     names = ["model.checkpoint", *(event.name for event in events)]
     ramps = [carried["ramp_steps"] - carried["steps"], *map(ramp_steps, events)]
     for name, begin, ramp, end in zip(names, [0, *boundaries], ramps, [*boundaries, steps], strict=True):
         if begin + ramp > end:
             what = "the next growth" if end < steps else "the end"
-            raise ValueError(f"{name}: its mask would rise until step {begin + ramp}; {what} comes at step {end}")
+            raise ValueError(f"{name}: training would carry it until step {begin + ramp}; {what} comes at step {end}")
 
 
 def rewarm_steps(event: Event) -> int:

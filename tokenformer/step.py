@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from . import distributed
 from .distributed import Ranks
 from .evaluate import autocast, cross_entropy
-from .growth import LoadCounter, load_numbers
+from .growth import LoadCounter, TrainsOnly, load_numbers
+from .growth.carried import carried_of
 from .optim import learning_rate
 from .plan import Plan
 from .recipe import Recipe
@@ -50,6 +51,9 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     load = LoadCounter(state.model) if logs and not section.compile else None
     with load or contextlib.nullcontext():
         own_loss = backward(run, state.step, wrapped)
+    carried = carried_of(state.model)
+    if isinstance(carried, TrainsOnly):
+        carried.before_update()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), section.clip_norm or math.inf).item()
     # One exchange says to every rank the mean loss and whether any rank was told to stop, so all act alike.
     total, signals = distributed.sums([own_loss, float(stop[0]) if stop else 0.0], run.ranks, run.device)

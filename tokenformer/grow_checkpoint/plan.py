@@ -77,6 +77,8 @@ def prepare(
             f"operator: {operator} learns its maps on text, and none is given: it grows a model in a run, by a "
             "[[growth]], or by tokenformer.grow(..., batches=...)"
         )
+    if any(plan.trains_only for _, _, plan in steps):
+        raise ValueError("router: 'retrain' needs training, which carries it; train with it as a [[growth]]")
     maps = [TensorMaps(before, plan) for _, before, plan in steps]
     old, new = without_memory(config), without_memory(steps[-1][2].config)
     event = event_of(old, new, operator, to, steps, options or {})

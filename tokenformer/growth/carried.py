@@ -44,12 +44,12 @@ def carried_of(model: nn.Module) -> Carried | None:
 
 def restore(model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Attach to an ordinary model, just loaded, what was carried when it was saved. ValueError if they do not fit."""
-    from .experts import PhaseIn
+    from .experts import PhaseIn, TrainsOnly
     from .lowrank import LowRank
     from .masked import Masked
 
     kinds = {"masked": Masked.restored, "rank": LowRank.restored, "relora": LowRank.restored}
-    kinds["phase_in"] = PhaseIn.restored
+    kinds |= {"phase_in": PhaseIn.restored, "trains_only": TrainsOnly.restored}
     kind = description.get("kind")
     if kind not in kinds:
         raise ValueError(f"kind {kind!r} is not known; allowed: {', '.join(kinds)}")

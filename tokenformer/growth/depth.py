@@ -27,7 +27,7 @@ def llama_pro(config: PreTrainedConfig, sizes: Sizes, freeze: bool = False) -> P
     """
     layers = closed_copies(config, sizes["num_hidden_layers"])
     old, added = config.num_hidden_layers, sizes["num_hidden_layers"] - config.num_hidden_layers
-    if old % added:
+    if added and old % added:
         divisors = ", ".join(str(old + n) for n in range(1, old + 1) if old % n == 0)
         raise ValueError(f"to.num_hidden_layers: {old} layers do not fall into {added} groups; allowed: {divisors}")
     return Plan(resize(config, sizes), layers=layers, frozen=freeze)

@@ -13,7 +13,7 @@ from ..models.axes import size_of
 from . import masked
 from .carried import Carried, carried_of
 from .exactness import moments_are_exact, why_not_exact
-from .experts import PhaseIn
+from .experts import PhaseIn, TrainsOnly
 from .ligo import Batches, learn
 from .moments import grow_optimizer
 from .operators import Operator, steps_of, target_sizes
@@ -28,7 +28,6 @@ class Growth:
 
     new: for each parameter that has them, where its new entries are, second copies not counted; copies: those too.
     Both are masks that broadcast to the parameter.
-    trains_only: parameters that the operator wants trained alone at first, by whoever trains; empty: all.
     """
 
     model: PreTrainedModel
@@ -37,7 +36,6 @@ class Growth:
     event: dict[str, Any]
     new: dict[str, Tensor] = field(repr=False)
     copies: dict[str, Tensor] = field(repr=False)
-    trains_only: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def carried(self) -> Carried | None:
@@ -66,7 +64,8 @@ def grow(
     the first steps do not overshoot. Muon's momentum moves as a gradient does; what it makes of it mixes old rows with
     new ones, so that its steps are not those of the small model.
     options: the operators' own keywords.
-    masked, rank, relora and phase_in_experts leave something on the model that training carries: Growth.carried.
+    masked, rank, relora, phase_in_experts and router = "retrain" leave something on the model that training carries:
+    Growth.carried.
     batches: text for an operator that learns (ligo): token ids (B, T + 1), one batch a step. The event says what that
     cost in growth_flops.
     Raises ValueError on an unknown operator, axis or option, a smaller or equal target, an operator that does not fit
@@ -85,8 +84,9 @@ def grow(
     if optimizer is not None:
         optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     steps = steps_of(model.config, operator, to or {}, seed, options)
-    if any(plan.ramp_steps for _, _, plan in steps[:-1]):
-        raise ValueError(f"operator: {operator}: masked comes last, since what it adds is not there at first")
+    for each, _, plan in steps[:-1]:
+        if plan.ramp_steps or plan.trains_only:
+            raise ValueError(f"operator: {operator}: {each.name} comes last, since what it adds is not there at first")
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     learned: dict[str, Any] = {"growth_flops": 0}
@@ -104,15 +104,16 @@ def grow(
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if len(trained) < len(list(model.parameters())):
         event["trained_parameters"] = trained
-    endings = tuple(event.get("trains_only", ()))
-    alone = tuple(name for name, _ in model.named_parameters() if endings and name.endswith(endings))
     _, config, plan = steps[-1]
     if plan.bias:
         PhaseIn(model, config.num_local_experts, plan.ramp_steps, plan.bias)
     elif plan.ramp_steps:
         masked.attach(model, config, plan)
+    elif plan.trains_only:
+        alone = [name for name, _ in model.named_parameters() if name.endswith(plan.trains_only)]
+        TrainsOnly(model, alone, plan.alone_steps)
     kept = optimizers if isinstance(optimizer, list) else optimizers[0] if optimizers else None
-    return Growth(model, kept, event["promise"], event, new, copies, alone)
+    return Growth(model, kept, event["promise"], event, new, copies)
 
 
 def freeze_as_grown(model: nn.Module, lineage: list[dict[str, Any]]) -> None:

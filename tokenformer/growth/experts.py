@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import MixtralConfig, PreTrainedConfig
 
@@ -89,13 +89,16 @@ def virtual_groups_published(
     return replace(plan, reads=reads, approximate="the scaling stands before silu too, and silu(c x) is not c silu(x)")
 
 
-def duplicate_experts(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.01, router: str = "keep") -> Plan:
+def duplicate_experts(
+    config: PreTrainedConfig, sizes: Sizes, noise: float = 0.01, router: str = "keep", router_steps: int = 0
+) -> Plan:
     """Expert upcycling (arXiv 2604.19835): experts and their router rows copied in turn, the copies' rows with noise
     (relative to their spread), top_k as it was. Changes the function: copies take each other's places.
 
-    `router`: "keep", "redraw", or "retrain": kept, and to be trained alone at first.
+    `router`: "keep", "redraw", or "retrain": kept, and trained alone for the first `router_steps` training steps.
     """
     _require("router", router, "keep", "redraw", "retrain")
+    _require_steps(router, router_steps)
     old, new = config.num_local_experts, sizes["num_local_experts"]
     source = torch.arange(new) % old
     why = f"copies of an expert compete for the {config.num_experts_per_tok} places with what stood there"
@@ -106,16 +109,20 @@ def duplicate_experts(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0
         amend=_redrawn(torch.arange(new), config) if router == "redraw" else _with_noisy_copies(old, noise, config),
         newborn=(ROUTER,) if router == "redraw" else (),
         trains_only=(ROUTER,) if router == "retrain" else (),
+        alone_steps=router_steps,
     )
 
 
-def scale_experts(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0, router: str = "keep") -> Plan:
+def scale_experts(
+    config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0, router: str = "keep", router_steps: int = 0
+) -> Plan:
     """Whole multiples of the experts, and top_k as many times as large: copies share the gate of their expert. Exact.
 
     Copies are chosen together and stay equal; `noise` on down_proj, which sums to zero over them, breaks that and not
     the function (gradients then push forward but for its leading term). `router`: "keep", or "retrain" as above.
     """
     _require("router", router, "keep", "retrain", redraw="other rows choose other experts; duplicate_experts allows it")
+    _require_steps(router, router_steps)
     old, new = config.num_local_experts, sizes["num_local_experts"]
     if new % old:
         near = f"{new // old * old} or {(new // old + 1) * old}"
@@ -135,6 +142,7 @@ def scale_experts(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0, ro
         amend=amend,
         leading_moments=bool(noise),
         trains_only=(ROUTER,) if router == "retrain" else (),
+        alone_steps=router_steps,
     )
 
 
@@ -282,29 +290,57 @@ def _require(key: str, value: str, *allowed: str, **refused: str) -> None:
         raise ValueError(f"{key}: {value!r} is not possible; allowed: {', '.join(allowed)}{why}")
 
 
+def _require_steps(router: str, router_steps: int) -> None:
+    if (router == "retrain") != (router_steps > 0):
+        why = "the number of training steps, at least 1" if router == "retrain" else "none, unless router = 'retrain'"
+        raise ValueError(f"router_steps: {router_steps}; router = {router!r} needs {why}")
+
+
 # --- carried by training ---
 
 
 class TrainsOnly:
-    """Some parameters trained alone for the first `steps` steps after a growth: router = "retrain"."""
+    """Some parameters, by name, trained alone for the first steps after a growth: router = "retrain".
 
-    def __init__(self, names: Sequence[str], steps: int) -> None:
-        self.names, self.steps = frozenset(names), steps
-        self.finished = False
-        self.others: list[nn.Parameter] = []
+    All others have gradients too, which are dropped before an optimizer sees them (`before_update`), so that neither
+    the optimizer nor what wraps the model has to be made anew. The weights are an ordinary model's all along.
+    """
 
-    def attach(self, model: nn.Module) -> None:
-        self.others = [p for name, p in model.named_parameters() if name not in self.names and p.requires_grad]
+    kind = "trains_only"
 
-    def before_step(self, age: int, load: Sequence[Tensor] | None = None) -> None:
-        """In step `age`, counted from the growth, all others have a gradient only if that is not below `steps`."""
-        self.finished = age >= self.steps
-        for p in self.others:
-            p.requires_grad_(self.finished)
+    def __init__(self, model: Any, names: Sequence[str], ramp_steps: int, steps: int = 0) -> None:
+        """steps: how many of the `ramp_steps` are done."""
+        self.model, self.names, self.ramp_steps, self.steps = model, frozenset(names), ramp_steps, steps
+        model.carried = self
 
-    def detach(self, model: nn.Module) -> None:
-        for p in self.others:
-            p.requires_grad_(True)
+    @property
+    def finished(self) -> bool:
+        return self.steps >= self.ramp_steps
+
+    def before_update(self) -> None:
+        for name, p in self.model.named_parameters():
+            if name not in self.names:
+                p.grad = None
+
+    def advance(self) -> None:
+        self.steps += 1
+
+    def remove(self) -> None:
+        del self.model.carried
+
+    def ordinary(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        numbers = {"names": sorted(self.names), "ramp_steps": self.ramp_steps, "steps": self.steps}
+        return {"kind": self.kind, **numbers, "model.safetensors": "what the model computes"}
+
+    @classmethod
+    def restored(cls, model: Any, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        cls(model, *(description[key] for key in ("names", "ramp_steps", "steps")))
 
 
 class PhaseIn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,8 @@ class Operator:
                 raise ValueError(f"{key}: {self.name} has no such option{has}")
             if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
                 raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key}: {value} is not allowed; {self.name} takes a finite number there")
 
     def _fits(self, config: PreTrainedConfig, sizes: dict[str, int]) -> bool:
         """Whether it grows these sizes exactly."""
@@ -180,7 +183,9 @@ def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]
     for name, size in to.items():
         field = field_of(config, name)
         old = size_of(config, field)
-        if not isinstance(size, int) or size < old:
+        if type(size) is not int:
+            raise ValueError(f"to.{name}: {size!r} is no size; allowed: a whole number from {old}, the model's, on")
+        if size < old:
             raise ValueError(f"to.{name}: {size} is smaller than the model's {old}; growth only adds")
         if field in sizes:
             raise ValueError(f"to.{name}: {field} is given twice, as {sizes[field]} and as {size}")
@@ -213,14 +218,18 @@ def steps_of(
     each option to those that have it.
     Raises ValueError where no operator grows a field, an operator has nothing to do, or one refuses.
     """
-    mixture, sizes, options = operators_of(operator), target_sizes(config, to), options or {}
+    mixture, options = operators_of(operator), options or {}
+    for each in mixture:
+        if len(mixture) > 1 and "rank" in each.axes:
+            raise ValueError(f"operator: {each.name} grows factors, and nothing beside; give it an event of its own")
+    sizes = target_sizes(config, to)
     shares: list[dict[str, int]] = [{} for _ in mixture]
     for field, size in sizes.items():
         table = table_of(config)
         taker = taker_of(mixture, field, table)
         if taker is None:
             can = [o.name for o in OPERATORS.values() if field in o.fields(table)]
-            raise ValueError(f"to.{field}: {operator} does not grow it in {config.model_type}; {', '.join(can)} do")
+            raise ValueError(f"to.{field}: {operator} does not grow it in {config.model_type}; {', '.join(can)} can")
         shares[mixture.index(taker)][field] = size
     for key in options:
         if not any(key in each.options for each in mixture):

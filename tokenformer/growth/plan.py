@@ -115,6 +115,7 @@ class Plan:
     leading_moments: bool = False  # moments are moved by factors that hold on average only
     bias: float = 0.0  # above 0: new experts start with minus that on their choice, and rise over ramp_steps
     trains_only: tuple[str, ...] = ()  # endings of the parameters that alone are to be trained at first
+    alone_steps: int = 0  # for how many training steps
     learning: Learning | None = None
 
     def grows_from(self, config: PreTrainedConfig) -> PreTrainedConfig:

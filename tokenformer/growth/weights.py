@@ -85,11 +85,8 @@ class FreshLayers:
                     self.skeleton = AutoModelForCausalLM.from_config(self.maps.plan.config)
             prefix = f"{self.maps.prefix}.{index}"
             layer = copy.deepcopy(self.skeleton.get_submodule(prefix)).to_empty(device="cpu").float()
-            for module in layer.modules():
-                if hasattr(module, "init_mamba2_weights"):
-                    module.init_mamba2_weights()
-            for module in layer.modules():
-                self.skeleton._init_weights(module)
+            with torch.no_grad():
+                layer.apply(self.skeleton._init_weights)  # parts first, as what holds them may give them other values
             return {f"{prefix}.{name}": p.detach() for name, p in layer.named_parameters()}
 
 

@@ -152,7 +152,10 @@ def resize(config: PreTrainedConfig, sizes: Mapping[str, Any], changes: Mapping[
         setattr(new, field, value)
     for field, (grown, expression) in table.follows.items():
         if grown in sizes and field not in sizes:
-            setattr(new, field, evaluate(expression, new, before))
+            try:
+                setattr(new, field, evaluate(expression, new, before))
+            except ValueError as error:
+                raise ValueError(f"to.{grown}: {sizes[grown]} does not fit, since {field} = {error}") from None
     for field, value in (changes or {}).items():
         setattr(new, field, value)
     if isinstance(new.__dict__.get("layer_types"), list):  # which kind each new layer is follows from its source
@@ -163,4 +166,8 @@ def resize(config: PreTrainedConfig, sizes: Mapping[str, Any], changes: Mapping[
     except Exception as error:  # the validators' errors share no narrower class
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"to: {config.model_type} does not allow these sizes: {reason}") from error
+    try:
+        axis_sizes(new)
+    except ValueError as error:
+        raise ValueError(f"to: {config.model_type} does not allow these sizes: {error}") from None
     return new
