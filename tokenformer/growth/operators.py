@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,8 @@ class Operator:
                 raise ValueError(f"{key}: {self.name} has no such option{has}")
             if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
                 raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key}: {value} is no finite number")
 
     def _fits(self, config: PreTrainedConfig, sizes: dict[str, int]) -> bool:
         """Whether it grows these sizes exactly."""
@@ -186,7 +189,8 @@ def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]
             raise ValueError(f"to.{name}: {field} is given twice, as {sizes[field]} and as {size}")
         sizes[field] = size
     if all(size == size_of(config, field) for field, size in sizes.items()):
-        raise ValueError(f"to: {to} is the size that the model already has")
+        asked = ", ".join(f"{field} = {size}" for field, size in sizes.items())
+        raise ValueError(f"to: {asked} is the size that the model already has")
     return sizes
 
 
@@ -230,7 +234,8 @@ def steps_of(
     steps = []
     for each, share in zip(mixture, shares, strict=True):
         if not share:
-            raise ValueError(f"operator: {each.name} has nothing to grow; to: {', '.join(sizes)}")
+            others = "+".join(other.name for other, theirs in zip(mixture, shares, strict=True) if theirs)
+            raise ValueError(f"operator: {each.name} has nothing to grow; {others} takes {', '.join(sizes)}")
         mine = {key: value for key, value in options.items() if key in each.options}
         made = each.plan(config, share, seed, **mine)
         steps.append((each, made.grows_from(config), made))
