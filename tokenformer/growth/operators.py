@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ class Operator:
                 has = f"{nearest(key, known)}; it has {', '.join(known) or 'none'}"
                 raise ValueError(f"{key}: {self.name} has no such option{has}")
             if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
-                raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
+                has = json.dumps(known[key])
+                raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {has} there")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key}: {value} is no finite number")
 
@@ -158,6 +160,11 @@ def operators_of(text: str) -> list[Operator]:
             allowed = f"{', '.join(OPERATORS)}, or several joined by +"
             raise ValueError(f"operator: {name!r} is not known{nearest(name, OPERATORS)}; allowed: {allowed}")
     return [OPERATORS[name] for name in text.split("+")]
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """An operator's options with their defaults; none if there is no such operator."""
+    return OPERATORS[name].options if name in OPERATORS else {}
 
 
 def require_done_at_once(text: str) -> None:
