@@ -2,6 +2,7 @@
 
     python benchmarks/kill_resume.py                    # ten kills, a few minutes on two cores
     python benchmarks/kill_resume.py --kills 50 --seed 1
+    python benchmarks/kill_resume.py --recipe mine.toml train.steps=200    # another run: it should take some seconds
 
 Each trial starts the command line's own `tokenformer train`, sends SIGKILL at a moment drawn evenly from the time
 that the whole run takes, resumes it to the end, and compares weights, optimizer state and random states bit for bit,
@@ -19,26 +20,26 @@ import tempfile
 import time
 from pathlib import Path
 
-RECIPE = "tiny"
-CHANGES = ["train.steps=300", "growth.0.at_step=150", "train.checkpoint_every=20", "train.evaluate_every=50"]
-CHANGES += ["train.threads=1", "train.device=cpu"]
+TINY = ["train.steps=300", "growth.0.at_step=150", "train.checkpoint_every=20", "train.evaluate_every=50"]
+ALWAYS = ["train.threads=1", "train.device=cpu"]
 
 
 def main() -> int:
     arguments = parse()
     draw = random.Random(arguments.seed)
+    recipe = [arguments.recipe or "tiny", *ALWAYS, *([] if arguments.recipe else TINY), *arguments.overrides]
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place) / "whole"
-        finish(whole)
+        finish(whole, recipe)
         control = Path(place) / "control"
-        finish(control, "train.seed=1")
+        finish(control, [*recipe, "train.seed=1"])
         seconds = span(whole)
         print(f"not killed: {outcome(whole)}, {seconds:.1f} s from its first file to its result")
         bad = 0
         for trial in range(arguments.kills):
             run = Path(place) / f"killed-{trial}"
-            moment, step = kill(run, draw, seconds)
-            finish(run)
+            moment, step = kill(run, recipe, draw, seconds)
+            finish(run, recipe)
             same = contents(run) == contents(whole)
             bad += not same
             verdict = "same bits" if same else "DIFFERENT"
@@ -57,40 +58,32 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--kills", type=int, default=10, help="trials (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    parser.add_argument("--recipe", metavar="RECIPE", help="a recipe file or a shipped one (tiny, made longer)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes of the recipe")
     return parser.parse_args()
 
 
-def start(run: Path, *changes: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "tokenformer",
-        "train",
-        RECIPE,
-        "--out",
-        str(run),
-        "--resume",
-        *CHANGES,
-        *changes,
-    ]
+def start(run: Path, recipe: list[str]) -> subprocess.Popen:
+    """`tokenformer train` of a recipe and its overrides."""
+    command = [sys.executable, "-m", "tokenformer", "train", *recipe, "--out", str(run), "--resume"]
     path = os.pathsep.join(
         filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
     )
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
 
 
-def finish(run: Path, *changes: str) -> None:
-    if start(run, *changes).wait() != 0:
+def finish(run: Path, recipe: list[str]) -> None:
+    if start(run, recipe).wait() != 0:
         raise SystemExit(f"{run.name} did not finish")
 
 
-def kill(run: Path, draw: random.Random, seconds: float) -> tuple[float, str]:
+def kill(run: Path, recipe: list[str], draw: random.Random, seconds: float) -> tuple[float, str]:
     """Start a run and kill it; the moment, counted from its first file, and the newest checkpoint it then had.
 
     A run that had its result by then was not killed at work, and is made again.
     """
     while True:
-        process, moment = start(run), draw.random() * seconds
+        process, moment = start(run, recipe), draw.random() * seconds
         while not (run / "recipe.json").exists():
             if process.poll() is not None:
                 raise SystemExit(f"{run.name} ended before it began")

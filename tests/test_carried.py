@@ -6,18 +6,17 @@ otherwise (`wide`).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import wide
 from test_train import largest_difference, on_two_ranks, run_in_child, stopped_by_signal
 from tiny_runs import losses, same, tiny, weights
 from torch import Tensor, nn
@@ -64,18 +63,6 @@ CASES += [("qwen3", {"num_key_value_heads": 3}), ("tokenformer rms", {"num_key_v
 CASES += [("mixtral", {"hidden_size": 36, "intermediate_size": 33, "num_key_value_heads": 4, "num_hidden_layers": 3})]
 each_case = pytest.mark.parametrize(("name", "to"), CASES)
 IDS = torch.randint(31, (2, 13), generator=torch.Generator().manual_seed(0))
-
-
-@contextlib.contextmanager
-def wide() -> Iterator[None]:
-    """float64 wherever transformers asks for float32."""
-    kept = (torch.float32, torch.float, torch.Tensor.float)
-    torch.float32 = torch.float = torch.float64
-    torch.Tensor.float = torch.Tensor.double
-    try:
-        yield
-    finally:
-        torch.float32, torch.float, torch.Tensor.float = kept
 
 
 def model_of(name: str) -> Any:

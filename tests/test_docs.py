@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import architectures
@@ -47,6 +48,19 @@ def test_the_architecture_of_the_page_passes_the_generated_tests(registries, cap
         matrix.test_each_size_is_grown_as_promised_or_refused_with_its_reason(operator, "gpt_neox")
         if "gpt_neox" in OPERATORS[operator].architectures:
             matrix.test_every_kind_of_new_entry_is_alive_within_two_steps(operator, "gpt_neox")
+
+
+def test_what_a_table_cannot_say_is_as_the_page_says(registries, monkeypatch):
+    """Gemma by Qwen2's table: all but the width, and the control, the width."""
+    sizes = {"hidden_size": 48, "intermediate_size": 44, "num_attention_heads": 6, "num_key_value_heads": 2}
+    monkeypatch.setitem(architectures.MODELS, "gemma", ("gemma", sizes | {"head_dim": 8}))
+    others = {field: axis for field, axis in TABLES["qwen2"].grows.items() if field != "hidden_size"}
+    monkeypatch.setitem(TABLES, "gemma", replace(TABLES["qwen2"], grows=others))
+    for operator in ("zero", "lemon", "llama_pro"):
+        matrix.test_each_size_is_grown_as_promised_or_refused_with_its_reason(operator, "gemma")
+    monkeypatch.setitem(TABLES, "gemma", TABLES["qwen2"])
+    with pytest.raises(AssertionError, match="hidden_size"):
+        matrix.test_each_size_is_grown_as_promised_or_refused_with_its_reason("zero", "gemma")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from architectures import wide
 from tiny_runs import losses, same, tiny, weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -44,18 +44,6 @@ SIZES = {
 }
 DENSE = {"llama": {}, "llama-tied": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 5}}
 IDS = torch.randint(1, 61, (4, 23), generator=torch.Generator().manual_seed(0))
-
-
-@contextlib.contextmanager
-def wide() -> Iterator[None]:
-    """Norms, rotary tables and routers in float64 too, which transformers works in float32."""
-    kept = torch.float32, torch.float, torch.Tensor.float
-    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
-    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.float32, torch.float, torch.Tensor.float = kept  # type: ignore[misc, method-assign]
 
 
 def made(architecture: str, **fields: Any) -> Any:

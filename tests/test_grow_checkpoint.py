@@ -81,7 +81,7 @@ def cut_moments(folder):
         (None, ["--to", "ffn=29"], "to.ffn: 29 is smaller than the model's 30"),
         (None, ["--to", "ffn=50", "--operator", "tile"], "50 is not a multiple of the model's 30"),
         (None, ["--to", "fn=50"], "to.fn: tokenformer has no such axis"),
-        (None, ["--to", "ffn=a"], "write AXIS=SIZE"),
+        (None, ["--to", "ffn=a"], "write FIELD=SIZE"),
         (None, ["--to", "ffn=999999999999"], "not enough memory"),
         (spoil_weights, ["--to", "ffn=45"], "model.layers.0.mlp.key holds NaN"),
         (cut_short, ["--to", "ffn=45"], "truncated or not a safetensors file"),
@@ -427,6 +427,11 @@ def other_architecture(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def another_layer(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+
+
 def quantised(folder):
     tensors = load_file(folder / checkpoint.WEIGHTS)
     tensors["model.norm.weight"] = torch.ones(48, dtype=torch.int8)
@@ -445,6 +450,10 @@ def quantised(folder):
         (None, ["--operator", "net2wider", "--option", "noise=much"], "noise: 'much' is of the wrong type"),
         (None, ["--operator", "net2wider", "--option", "noise"], "--option noise: write NAME=VALUE"),
         (None, ["--to", "head_dim=16"], "rotary positions turn the whole of a head"),
+        (None, ["--operator", "net2wider", "--option", "noise=NaN"], "noise: nan is no finite number"),
+        (None, ["--operator", "lemon+zero"], "operator: zero has nothing to grow; lemon takes hidden_size"),
+        (None, ["--to", "hidden_size=48"], "to: hidden_size = 48 is the size that the model already has"),
+        (another_layer, [], "model.layers.2.input_layernorm.weight is in none of its files"),
         (None, ["--shard-gigabytes", "0"], "--shard-gigabytes 0.0: must be more than 0"),
     ],
 )
@@ -476,6 +485,9 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(tmp_path, capsys):
     assert main(["grow", str(tmp_path / "old"), "--dry-run", "--operator", "stack", "--to", "num_hidden_layers=4"]) == 0
     said = capsys.readouterr().out
     assert "approximate, since" in said and "layers are repeated" in said and "identity_blocks, llama_pro" in said
+    sparkling = ["--dry-run", str(tmp_path / "new"), "--operator", "sparkling", "--to", "hidden_size=96"]
+    assert main(["grow", str(tmp_path / "old"), *sparkling]) == 0  # OUT may stand anywhere
+    assert "approximate, though these sizes change nothing" in capsys.readouterr().out
     assert main(["grow", str(tmp_path / "old"), *to]) == 2
     assert "OUT: name the checkpoint to make" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -157,6 +157,11 @@ def test_a_fraction_that_falls_on_a_boundary_is_that_boundary(recipe: Any) -> No
         ({"train": {"steps": None, "flops": 10.0}, "growth": []}, "train.flops = 10 is less than one step"),
         ({"train": {"steps": None, "flops": 4e6}}, r"growth.0 would come at step 6; it must come after step 0 and"),
         ({"growth": [{"at_step": 6, "to": {"fnn": 32}}]}, "growth.0.to.fnn"),
+        ({"growth": [{"at_step": 6, "to": {"hidden_size": 32}, "operator": "masked"}]}, "growth.0.options.ramp_steps"),
+        (
+            {"growth": [{"at_step": 6, "to": {"ffn": 32}, "options": {"share": 1}}]},
+            "growth.0.options.share: zero_keys has no such option",
+        ),
         ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 8}}]}, "growth.0.to.ffn_tokens: 8 is smaller"),
         ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 24}, "operator": "tile"}]}, "24 is not a multiple"),
         ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 32}}], "model": {"theta": "softmax"}}, "softmax"),

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import corpus as tiny_corpus
 from tiny_runs import ended, losses, same, start_child, tiny, weights
+from transformers.utils import logging as transformers_logging
 
 from tokenformer import checkpoint, runs
 from tokenformer.data import Batches
@@ -710,7 +711,9 @@ def test_another_architecture_trains_in_the_same_loop(shared: Path, tmp_path: Pa
     recipe.model.architecture = "llama"
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     recipe.model.fields = sizes
-    result = train(recipe, tmp_path / "run", say=None)
+    levels = set()
+    result = train(recipe, tmp_path / "run", say=lambda line: levels.add(transformers_logging.get_verbosity()))
+    assert levels == {transformers_logging.ERROR}  # what it warns of, such as its own defaults' end mark, is not ours
     assert result["status"] == "finished"
     assert type(checkpoint.load_checkpoint(tmp_path / "run")[0]).__name__ == "LlamaForCausalLM"
 

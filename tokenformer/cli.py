@@ -118,9 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a mistake or a full disk or memory, 130 for an interrupt."""
     words = sys.argv[1:] if argv is None else argv
     arguments, rest = parser().parse_known_args(words)
-    # argparse takes no positional arguments on both sides of an option, and people write overrides anywhere.
+    # argparse takes no positional arguments on both sides of an option, and people write overrides and OUT anywhere.
     if hasattr(arguments, "overrides") and not any(text.startswith("-") for text in rest):
         arguments.overrides += rest
+    elif arguments.verb == "grow" and arguments.out is None and len(rest) == 1 and not rest[0].startswith("-"):
+        arguments.out = rest[0]
     elif rest:
         Parser(prog=f"tokenformer {arguments.verb}").error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -17,7 +17,7 @@ from typing import Any
 from .flops import low_rank_training_flops, training_flops
 from .growth.lowrank import Ranks, matrices, settled_ranks
 from .growth.lowrank_growth import next_ranks
-from .growth.operators import steps_of, takers, target_sizes
+from .growth.operators import options_of, steps_of, takers, target_sizes
 from .growth.plan import Plan as Change
 from .models import build_config
 from .models.axes import size_of
@@ -197,7 +197,9 @@ def phase_configs(
                     config = changes[-1].config
                     phases.append((config, phases[-1][1] | part.to, 0))
         except ValueError as error:
-            raise ValueError(f"growth.{i}.{error}") from None
+            options = {*section.options, *(key for each in section.operator.split("+") for key in options_of(each))}
+            inside = "options." if str(error).partition(":")[0] in options else ""
+            raise ValueError(f"growth.{i}.{inside}{error}") from None
         afresh = section.moments == "drop" or any(change.drops_moments for change in changes)
         if afresh and section.learning_rate == "rewarm_new":
             raise ValueError(

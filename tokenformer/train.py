@@ -67,6 +67,7 @@ class Stopped(Exception):
         self.exit_code = 128 + signal_number
 
 
+@checkpoint.quiet()
 def train(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say = print) -> dict[str, Any]:
     """Train what the recipe says into the run folder (see runs.py), and return what its result.json says.
 

@@ -66,13 +66,13 @@ def sizes(texts: Sequence[str]) -> dict[str, int]:
     """["ffn=512,qkv=64", "proj=64"] -> {"ffn": 512, "qkv": 64, "proj": 64}"""
     to: dict[str, int] = {}
     for part in ",".join(texts).split(","):
-        axis, equals, number = (word.strip() for word in part.partition("="))
-        if not equals or not axis or not number.isdecimal() or not 1 <= int(number) <= LARGEST_SIZE:
+        field, equals, number = (word.strip() for word in part.partition("="))
+        if not equals or not field or not number.isdecimal() or not 1 <= int(number) <= LARGEST_SIZE:
             allowed = f"a whole number from 1 to {LARGEST_SIZE:,}"
-            raise ValueError(f"--to {part}: write AXIS=SIZE with {allowed}, such as ffn=512")
-        if axis in to:
-            raise ValueError(f"--to {part}: {axis} is given twice")
-        to[axis] = int(number)
+            raise ValueError(f"--to {part}: write FIELD=SIZE with {allowed}, such as ffn=512")
+        if field in to:
+            raise ValueError(f"--to {part}: {field} is given twice")
+        to[field] = int(number)
     return to
 
 

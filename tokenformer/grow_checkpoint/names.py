@@ -17,7 +17,7 @@ from .shards import Stored, read_tensor
 def how_stored(old: PreTrainedModel, stored: Mapping[str, Stored]) -> tuple[bool, str]:
     """Whether the files hold some parameters in parts, and why tensors cannot be grown one by one, if they cannot.
 
-    Raises ValueError on a parameter that no table names, and on a wrong shape.
+    Raises ValueError on a parameter that no table names or no file holds, and on a wrong shape.
     """
     if hasattr(old, "after_step"):
         return False, "its matrices are brought back to unit length as wholes"
@@ -26,6 +26,8 @@ def how_stored(old: PreTrainedModel, stored: Mapping[str, Stored]) -> tuple[bool
     in_parts = {part: t for name, p in whole.items() for part, t in parts_of(old, name, p).items()}
     for wanted in (whole, in_parts):
         strange = sorted(set(stored) ^ set(wanted))
+        if strange and set(stored) < set(wanted):
+            raise ValueError(f"{next(iter(stored.values())).file.parent}: {strange[0]} is in none of its files")
         if not any(name in wanted or name not in aliases for name in strange):
             break
     else:

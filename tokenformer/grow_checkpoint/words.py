@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from ..event import change_text
 from ..flops import forward_flops
 from ..growth.operators import OPERATORS, exact_for
+from ..models.axes import table_of
 from .plan import Prepared
 
 CONTEXT = 1024  # positions over which the FLOPs of a token are counted
@@ -18,9 +19,12 @@ CONTEXT = 1024  # positions over which the FLOPs of a token are counted
 def plan_lines(prepared: Prepared) -> list[str]:
     """The plan in words: sizes, cost, promise and what it hangs on, moments, what will be written."""
     event, before, after = prepared.event, prepared.old.config, prepared.new.config
-    lines = [f"grow {before.model_type} by {prepared.operator}"]
+    into = "" if after.model_type == before.model_type else f", into a {after.model_type}"
+    lines = [f"grow {before.model_type} by {prepared.operator}{into}"]
     lines += [f"  {name} {old:,} -> {event['to'][name]:,}" for name, old in event["from"].items()]
-    lines += [f"  {name} {old} -> {new}, which follows" for name, old, new in followers(before, after, event["to"])]
+    for name, old, new in followers(before, after, event["to"]):
+        change = "comes with it" if old is None else "follows"
+        lines.append(f"  {name} {'' if old is None else f'{number(old)} -> '}{number(new)}, which {change}")
     lines.append(f"  parameters {event['parameters_before']:,} -> {event['parameters_after']:,}")
     lines.append(f"  forward FLOPs per token: {flops_text(before, after)}")
     lines += [f"  {line}" for line in promise_lines(prepared)]
@@ -33,11 +37,16 @@ def plan_lines(prepared: Prepared) -> list[str]:
 
 
 def followers(before: PreTrainedConfig, after: PreTrainedConfig, to: Mapping[str, int]) -> list[tuple[str, Any, Any]]:
-    """Numbers of the configuration that change besides the ones asked for."""
+    """Numbers of the configuration that change besides the ones asked for; old is None where it had none."""
     old, new = before.to_dict(), after.to_dict()
     asked = {before.attribute_map.get(name, name) for name in to}
     changed = [name for name, value in new.items() if name not in asked and type(value) in (int, float)]
-    return [(name, old.get(name), new[name]) for name in changed if old.get(name) != new[name]]
+    pinned = [name for name in table_of(before).pins if old.get(name) is None]  # written out at the size that it had
+    return [(name, old.get(name), new[name]) for name in changed if old.get(name) != new[name] and name not in pinned]
+
+
+def number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
 def flops_text(before: PreTrainedConfig, after: PreTrainedConfig) -> str:
@@ -52,21 +61,24 @@ def promise_lines(prepared: Prepared) -> list[str]:
     """What is promised and what that hangs on; where it is not the same function, why, and which operators keep it."""
     event = prepared.event
     if event["promise"] == "exact":
-        conditions = [f" ({promise})" for promise in prepared.promises if promise != "exact"]
-        return [f"promise: exact{''.join(conditions)}"]
+        ties = any("no logits tie" in promise for promise in prepared.promises)  # the one condition that no plan shows
+        return ["promise: exact if no logits tie" if ties else "promise: exact"]
     exact = [name for name in exact_for(prepared.old.config, event["to"]) if not OPERATORS[name].carried]
     instead = f"exact would be: {', '.join(exact)}" if exact else "no one operator does it exactly"
-    return [f"promise: approximate, since {event['note']}", instead]
+    why = f"since {event['note']}" if event["note"] else "though these sizes change nothing"
+    return [f"promise: approximate, {why}", instead]
 
 
 def measured_lines(event: Mapping[str, Any]) -> list[str]:
     if "max_logit_change" not in event:
         return ["not measured: --measure full or logits reads the whole of both models"]
-    text = f"measured: {change_text(event)}, of {event['largest_logit']:.1e} at most"
-    lines = [text]
+    lines = [f"measured on random tokens: {change_text(event)}; the largest was {event['largest_logit']:.1e}"]
     if "live_at_once" in event:
-        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in event["live_at_once"].items())
-        lines.append(f"measured: new entries that get gradient at once: {shares}")
+        kinds: dict[str, list[str]] = {}
+        for kind, share in event["live_at_once"].items():
+            kinds.setdefault(f"{share:.0%}", []).append(kind)
+        shares = "; ".join(f"{share} in {', '.join(names)}" for share, names in kinds.items())
+        lines.append(f"measured: new entries that get gradient in the first step: {shares}")
         lines.append(f"measured: rows with new entries that equal another: {event['duplicated_rows']:.0%}")
     else:
         lines.append("not measured: gradients and copies; --measure full does")

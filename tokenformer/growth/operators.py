@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,9 +85,10 @@ class Operator:
                 has = f"{nearest(key, known)}; it has {', '.join(known) or 'none'}"
                 raise ValueError(f"{key}: {self.name} has no such option{has}")
             if not isinstance(value, type(known[key])) and not (isinstance(known[key], float) and type(value) is int):
-                raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {known[key]!r} there")
+                has = json.dumps(known[key])
+                raise ValueError(f"{key}: {value!r} is of the wrong type; {self.name} has {has} there")
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{key}: {value} is not allowed; {self.name} takes a finite number there")
+                raise ValueError(f"{key}: {value} is no finite number")
 
     def _fits(self, config: PreTrainedConfig, sizes: dict[str, int]) -> bool:
         """Whether it grows these sizes exactly."""
@@ -160,6 +162,11 @@ def operators_of(text: str) -> list[Operator]:
     return [OPERATORS[name] for name in text.split("+")]
 
 
+def options_of(name: str) -> dict[str, Any]:
+    """An operator's options with their defaults; none if there is no such operator."""
+    return OPERATORS[name].options if name in OPERATORS else {}
+
+
 def require_done_at_once(text: str) -> None:
     """ValueError if an operator of a mixture needs training steps, and so cannot grow a checkpoint on the disk."""
     for operator in operators_of(text):
@@ -191,7 +198,8 @@ def target_sizes(config: PreTrainedConfig, to: dict[str, int]) -> dict[str, int]
             raise ValueError(f"to.{name}: {field} is given twice, as {sizes[field]} and as {size}")
         sizes[field] = size
     if all(size == size_of(config, field) for field, size in sizes.items()):
-        raise ValueError(f"to: {to} is the size that the model already has")
+        asked = ", ".join(f"{field} = {size}" for field, size in sizes.items())
+        raise ValueError(f"to: {asked} is the size that the model already has")
     return sizes
 
 
@@ -239,7 +247,8 @@ def steps_of(
     steps = []
     for each, share in zip(mixture, shares, strict=True):
         if not share:
-            raise ValueError(f"operator: {each.name} has nothing to grow; to: {', '.join(sizes)}")
+            others = "+".join(other.name for other, theirs in zip(mixture, shares, strict=True) if theirs)
+            raise ValueError(f"operator: {each.name} has nothing to grow; {others} takes {', '.join(sizes)}")
         mine = {key: value for key, value in options.items() if key in each.options}
         made = each.plan(config, share, seed, **mine)
         steps.append((each, made.grows_from(config), made))

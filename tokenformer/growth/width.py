@@ -112,8 +112,11 @@ def staged(config: PreTrainedConfig, sizes: Sizes, noise: float = 0.0) -> Plan:
     halves = {axis for axis, (old, size) in grown.items() if size == 2 * old}
     if wanted != halves or halves != set(grown):
         fields = {axis: field for field, axis in table_of(config).grows.items()}
-        need = ", ".join(f"{fields[axis]}={2 * axis_sizes(config)[axis]}" for axis in sorted(wanted) if axis in fields)
-        raise ValueError(f"to: staged doubles every width at once: {need}")
+        need = {fields[axis]: 2 * axis_sizes(config)[axis] for axis in sorted(wanted) if axis in fields}
+        if need == sizes:
+            kind = config.model_type
+            raise ValueError(f"to: staged doubles every width at once, and those of {kind} do not all double")
+        raise ValueError(f"to: staged doubles every width at once: {', '.join(f'{f}={n}' for f, n in need.items())}")
     maps = {axis: copied(torch.arange(size) % old) for axis, (old, size) in grown.items()}
     return Plan(new, maps, blocks=True, noise=noise)
 

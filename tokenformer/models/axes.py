@@ -102,7 +102,8 @@ def evaluate(expression: str, config: PreTrainedConfig, extra: Mapping[str, int]
         result = values[0]
         for operator, value in zip(words[1::2], values[1:], strict=True):
             if operator == "/" and result % value:
-                raise ValueError(f"{' '.join(words)}: {result} is not a multiple of {value}")
+                does = f"{result} is not a multiple of {value}"
+                raise ValueError(f"{config.model_type} needs {' '.join(words)} to be a whole number, and {does}")
             result = result * value if operator == "*" else result // value
         return result
     raise ValueError(f"{expression}: {config.model_type}'s configuration has no such field")
