@@ -60,7 +60,7 @@ class Notes:
     def mark(self, error: str) -> str:
         reason = re.sub(r"^(to|operator)[.\w]*: ", "", error)
         reason = re.sub(
-            r"^\w+ cannot grow this exactly: |; [\w, ]+ can$|; no operator can do that exactly$", "", reason
+            r"^\w+ cannot grow this exactly: |; [\w, ]+ can$|; no other operator can$", "", reason
         )
         reason = re.sub(r"^(\w+): (.*); \w+: \2$", r"\1: \2", reason)  # of several axes the first
         reason = re.sub(r"^\d+ is not a multiple of (the model's )?\d+", "the size is no whole multiple", reason)

@@ -210,16 +210,19 @@ def test_depths_that_do_not_come_out_are_refused(operator, to, message):
 
 def test_layers_that_depend_on_their_number_cannot_be_moved():
     """By force, the control, the function does change: a layer that moves up divides its scores by more."""
-    model = copy.deepcopy(model_of("gpt2"))
-    for module in model.modules():
-        if hasattr(module, "scale_attn_by_inverse_layer_idx"):
-            module.scale_attn_by_inverse_layer_idx = True
-    model.config.scale_attn_by_inverse_layer_idx = True
-    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx makes a layer depend on its number"):
-        grow(model, "identity_blocks", {"num_hidden_layers": 3})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tokenformer.growth.operators.why_not_exact", lambda config, plan: [])
-        assert change_after(model, grow(model, "identity_blocks", {"num_hidden_layers": 3}).model) > 1e-4
+    config = copy.deepcopy(model_of("gpt2").config)
+    config.scale_attn_by_inverse_layer_idx = True
+    model = type(model_of("gpt2"))(config).double().eval()
+    model.load_state_dict(model_of("gpt2").state_dict())
+    to = {"num_hidden_layers": 4}
+    for operator, options in (("identity_blocks", {}), ("llama_pro", {}), ("masked", {"ramp_steps": 2})):
+        with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx makes a layer depend on its number"):
+            grow(model, operator, to, options=options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tokenformer.growth.operators.why_not_exact", lambda config, plan: [])
+            assert change_after(model, grow(model, operator, to, options=options).model) > 1e-4
+        if "where" in OPERATORS[operator].options:  # where none has to move
+            assert change_after(model, grow(model, operator, to, options=options | {"where": "end"}).model) <= EXACT
 
 
 def test_gradients_do_not_push_forward_by_other_factors():

@@ -14,8 +14,9 @@ from .tensors import mean_square_factor
 
 def why_not_exact(config: PreTrainedConfig, plan: Plan) -> list[str]:
     """Everything by which the grown model could compute something else; empty if it computes the same."""
+    numbered = _number_reasons(config, plan.layers or ())
     if plan.ramp_steps:
-        return []
+        return numbered
     reasons = [plan.approximate] if plan.approximate else []
     if plan.next_layer:
         reasons.append("second copies take the weights of the layer above")
@@ -24,7 +25,7 @@ def why_not_exact(config: PreTrainedConfig, plan: Plan) -> list[str]:
     for axis, m in plan.maps.items():
         reasons += [f"{axis}: {reason}" for reason in _axis_reasons(config, axis, m)]
     if plan.layers is not None:
-        reasons += _layer_reasons(config, plan.layers)
+        reasons += numbered + _layer_reasons(config, plan.layers)
     return reasons
 
 
@@ -54,13 +55,19 @@ def _axis_reasons(config: PreTrainedConfig, axis: str, m: AxisMap) -> list[str]:
     return reasons
 
 
+def _number_reasons(config: PreTrainedConfig, layers: tuple[Layer, ...]) -> list[str]:
+    """Fields by which an old layer computes something else where it has another number."""
+    numbers = [i for i, layer in enumerate(layers) if layer.source >= 0 and not layer.closed]
+    if numbers == list(range(len(numbers))):
+        return []
+    fields = [field for field in table_of(config).by_layer if getattr(config, field)]
+    return [f"{field} makes a layer depend on its number, so that new ones can only be at the end" for field in fields]
+
+
 def _layer_reasons(config: PreTrainedConfig, layers: tuple[Layer, ...]) -> list[str]:
-    reasons = [
-        f"{field} makes a layer depend on its number" for field in table_of(config).by_layer if getattr(config, field)
-    ]
     if [layer.source for layer in layers if not layer.closed] != list(range(config.num_hidden_layers)):
-        reasons.append("layers are repeated or new, and add to the residual stream at once")
-    return reasons
+        return ["layers are repeated or new, and add to the residual stream at once"]
+    return []
 
 
 def moments_are_exact(config: PreTrainedConfig, plan: Plan) -> bool:

@@ -74,7 +74,7 @@ class Operator:
         reasons = why_not_exact(planned.grows_from(config), made)
         if self.exact and reasons:
             instead = [name for name in exact_for(config, sizes) if name != self.name]
-            hint = f"; {', '.join(instead)} can" if instead else "; no operator can do that exactly"
+            hint = f"; {', '.join(instead)} can" if instead else "; no other operator can"
             raise ValueError(f"operator: {self.name} cannot grow this exactly: {'; '.join(reasons)}{hint}")
         return made
 

@@ -98,7 +98,6 @@ class Plan:
     maps: Mapping[str, AxisMap] = field(default_factory=dict)
     layers: tuple[Layer, ...] | None = None
     stds: Callable[[str, str], float | None] = lambda name, axis: None
-    note: str = ""
     blocks: bool = False
     next_layer: bool = False
     noise: float = 0.0

@@ -245,7 +245,7 @@ class TensorMaps:
         mean = new[(start == KEEP).to(new.device)].float().mean() if bool((start == MEAN).any()) else None
         new.masked_fill_((start != KEEP).to(new.device), 0)
         if bool((start == RANDOM).any()):
-            drawn = torch.randn(new.shape, generator=generator).mul_(self._std(name, old, dims))
+            drawn = torch.randn(new.shape, generator=generator).mul_(self._std(name, old))
             for i, d in enumerate(dims):  # as large as old entries come to be in its place
                 drawn.mul_(along(d.weight, i, old.ndim).to(drawn))
             torch.where((start == RANDOM).to(new.device), drawn.to(new), new, out=new)
@@ -265,7 +265,7 @@ class TensorMaps:
                 share *= old.shape[i] / new.shape[i]
         return math.sqrt(share)
 
-    def _std(self, name: str, old: Tensor, dims: list[DimMap]) -> float:
+    def _std(self, name: str, old: Tensor) -> float:
         for axis in self.plan.maps:
             if any(axis == each for dim in parameter_dims(self.config, name) for part in dim for each, _ in part):
                 std = self.plan.stds(name, axis)
