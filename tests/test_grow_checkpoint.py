@@ -515,6 +515,10 @@ def test_options_and_a_frozen_growth_reach_the_checkpoint(tmp_path):
     expected = grow(model, "llama_pro", to, options={"freeze": True})
     assert event["trained_parameters"] == expected.event["trained_parameters"]
     assert event["options"] == {"freeze": True} and event["max_logit_change"] < 1e-5 and "live_at_once" not in event
+    for old, alive in (("old", True), ("new", False)):  # what is frozen gets no gradient, and is not said to
+        assert grow_line(tmp_path / old, tmp_path / f"wider {old}", "zero", {"hidden_size": 96}) == 0
+        event = json.loads((tmp_path / f"wider {old}" / checkpoint.LINEAGE).read_text())[-1]
+        assert ("embed_tokens" in event["live_at_once"]) == alive and event["live_at_once"]["down_proj"] == 1
 
 
 # --- failures in the middle ---

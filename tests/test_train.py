@@ -535,7 +535,10 @@ def test_every_growth_of_a_run_is_in_its_report(unbroken: Path, tmp_path: Path) 
     drawn = [chart.count('<line class="growth s') for chart in page.split("<svg")[1:]]
     assert {count for count in drawn if count} == {6} and drawn.count(6) >= 4
     table = page.split("<h2>Growth</h2>")[1].split("</table>")[0]
-    assert all(re.search(rf">{step}</td>", table) for step, _ in grown_at(unbroken))
+    assert all(re.search(rf">{step}<", table) for step, _ in grown_at(unbroken))
+    slopes = [line["slope"] for line in lines(unbroken, "growth") if "slope" in line]
+    assert slopes == [event["slope"] for event in arm["growth"] if event["trigger"] == "at_slope"] and slopes
+    assert all(f"slope {slope:.4f}" in table for slope in slopes)
     assert "It grew 6 times" in " ".join(runs.read_json(paths["json"])["answer"])
 
 

@@ -71,8 +71,9 @@ def measured(prepared: Prepared, new: Path, measure: str) -> dict[str, Any]:
     if load_after:
         result["expert_load"] = {"before": load_before, "after": load_after}
     if measure == "full":
-        for p in model.parameters():
-            p.requires_grad_(True)
+        trained = prepared.event.get("trained_parameters")
+        for name, p in model.named_parameters():
+            p.requires_grad_(trained is None or name in trained)
         masks = NewEntries(prepared, copies=True)
         result["live_at_once"] = live_shares(model, masks, ids)
         result["duplicated_rows"] = duplicated_share(model, masks)

@@ -153,7 +153,7 @@ def read_run(folder: Path, name: str | None = None, description: str = "") -> di
         "epochs": result.get("epochs"),
         "seconds": ended("seconds"),
         "growth": [
-            {k: line[k] for k in (*AXIS_KEYS, *GROWTH_KEYS, "growth_flops") if k in line}
+            {k: line[k] for k in (*AXIS_KEYS, *GROWTH_KEYS, "growth_flops", "trigger", "slope") if k in line}
             for line in lines
             if line["kind"] == "growth"
         ],

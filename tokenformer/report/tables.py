@@ -76,10 +76,11 @@ def growth_table(report: dict[str, Any]) -> str:
                 f"{e(k)} {e(event['from'].get(k, '?'))} → {e(v)}" for k, v in event["to"].items()
             )
             sizes = f"{count_text(event['parameters_before'])} → {count_text(event['parameters_after'])}"
+            waited = f"<br>slope {event['slope']:.4f}" if "slope" in event else ""
             rows.append(
                 [
                     name_of(report, arm),
-                    f"{event['step']:,}",
+                    f"{event['step']:,}{waited}",
                     e(event["operator"]),
                     e(event["promise"]),
                     axes,
