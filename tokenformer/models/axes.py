@@ -156,7 +156,7 @@ def resize(config: PreTrainedConfig, sizes: Mapping[str, Any], changes: Mapping[
             try:
                 setattr(new, field, evaluate(expression, new, before))
             except ValueError as error:
-                raise ValueError(f"to.{grown}: {sizes[grown]} does not fit, since {field} = {error}") from None
+                raise ValueError(f"to.{grown}: {sizes[grown]} does not fit, since {error}") from None
     for field, value in (changes or {}).items():
         setattr(new, field, value)
     if isinstance(new.__dict__.get("layer_types"), list):  # which kind each new layer is follows from its source
