@@ -540,6 +540,26 @@ IN_A_ROW = {
         "zero": lambda c: {"num_key_value_heads": 2 * c.num_key_value_heads, "head_dim": c.head_dim + 4},
         "lemon": lambda c: {"hidden_size": c.hidden_size * 3 // 2},
     },
+    "gpt2": {
+        "lemon": lambda c: {"n_embd": c.n_embd + 24},
+        "hyperclone": lambda c: {"n_inner": 2 * size_of(c, "n_inner")},
+        "identity_blocks": lambda c: {"num_hidden_layers": c.num_hidden_layers + 1},
+    },
+    "mixtral": {
+        "zero": lambda c: {"hidden_size": c.hidden_size * 3 // 2},
+        "scale_experts": lambda c: {"num_local_experts": 2 * c.num_local_experts},
+        "fpi": lambda c: {"intermediate_size": c.intermediate_size + 17},
+    },
+    "mamba2 tied": {
+        "zero": lambda c: {"num_heads": 2 * c.num_heads, "state_size": c.state_size + 3},
+        "lemon": lambda c: {"hidden_size": 2 * c.hidden_size},
+        "llama_pro": lambda c: {"num_hidden_layers": 2 * c.num_hidden_layers},
+    },
+    "ngpt": {
+        "zero": lambda c: {"intermediate_size": c.intermediate_size + 17},
+        "net2wider": lambda c: {"hidden_size": c.hidden_size * 3 // 2},
+        "llama_pro": lambda c: {"num_hidden_layers": 2 * c.num_hidden_layers},
+    },
 }
 ROWS = [(name, one, two) for name, each in IN_A_ROW.items() for one in each for two in each]
 
