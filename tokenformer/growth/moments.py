@@ -23,7 +23,8 @@ GRADIENT_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp
 def grow_optimizer(
     model: nn.Module, grown: nn.Module, maps: TensorMaps, optimizer: torch.optim.Optimizer, drop: bool
 ) -> torch.optim.Optimizer:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    olds: dict[str, Tensor] = dict(model.named_parameters())
+    names: dict[Tensor, str] = {parameter: name for name, parameter in olds.items()}
     for group in optimizer.param_groups:
         unknown = [p for p in group["params"] if p not in names]
         if unknown:
@@ -31,20 +32,20 @@ def grow_optimizer(
     owners = {names[p]: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     members: list[list[tuple[str, Tensor]]] = [[] for _ in optimizer.param_groups]
     for name, p in grown.named_parameters():
-        owner = owners.get(_relative(name, p, maps, owners, dict(model.named_parameters())) or "")
+        owner = owners.get(_relative(name, p, maps, owners, olds) or "")
         if owner is not None and p.requires_grad:
             members[owner].append((name, p))
     result = same_kind(optimizer, members)
     if drop:
         return result
-    olds = {name: p for p, name in names.items()}
+    owned = {name for named in members for name, _ in named}
     steps = [state["step"] for state in optimizer.state.values() if "step" in state]
     for name, p in grown.named_parameters():
         source, layer = maps.source_of(name)
         if not p.requires_grad:
             continue
         if source is None or (layer is not None and layer.closed) or maps.plan.is_newborn(name):
-            if getattr(optimizer, "counts_ages", False) and steps and _owned(p, result):
+            if getattr(optimizer, "counts_ages", False) and steps and name in owned:
                 result.state[p] = newborn(p, max(steps, key=float))
             continue
         state = _read_state(source, olds, maps, optimizer)
@@ -81,10 +82,6 @@ def same_kind(optimizer: torch.optim.Optimizer, members: list[list[tuple[str, Te
             groups.append({**group, "params": named if "param_names" in group else [p for _, p in named]})
     arguments = inspect.signature(type(optimizer)).parameters
     return type(optimizer)(groups, **{k: v for k, v in optimizer.defaults.items() if k in arguments})
-
-
-def _owned(p: Tensor, optimizer: torch.optim.Optimizer) -> bool:
-    return any(p is each for group in optimizer.param_groups for each in group["params"])
 
 
 def _relative(
