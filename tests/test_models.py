@@ -120,7 +120,7 @@ def test_residual_initialisation_starts_what_enters_the_stream_as_wide_as_the_em
 
 def test_the_modern_preset_is_its_choices_spelled_out():
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    choices = {"theta": "relu2", "attention_projections": "linear", "norm": "rmsnorm", "initialization": "residual"}
+    choices = {"theta": "gelu", "attention_projections": "linear", "norm": "rmsnorm", "initialization": "residual"}
     choices |= {"feed_forward": "pattention", "initializer_range": 0.05, "rope_parameters": FULL_ROTARY}
     preset = build_config("tokenformer", "modern", sizes | {"ffn_tokens": 33})
     assert preset.to_dict() == build_config("tokenformer", None, sizes | {"ffn_tokens": 33} | choices).to_dict()

@@ -41,7 +41,7 @@ PRESETS = {"150m": (12, 768, 12), "450m": (24, 1024, 16), "900m": (32, 1280, 16)
 # The preset "modern": choices, no sizes. Its parameter tokens are the feed-forward's; attention projects linearly, and
 # rotary positions turn whole heads. Embedding and linear projections start at 0.4 / sqrt(hidden_size). From the trials
 # in LOG.md.
-MODERN = {"theta": "relu2", "attention_projections": "linear", "norm": "rmsnorm", "initialization": "residual"}
+MODERN = {"theta": "gelu", "attention_projections": "linear", "norm": "rmsnorm", "initialization": "residual"}
 
 # E[theta(s)²] for scores s ~ N(0, 1) of many rows under the scale of a new layer.
 SECOND_MOMENTS = {"l2_norm_gelu": 0.4252, "gelu_l2_norm": 1.0, "softmax": math.e}
