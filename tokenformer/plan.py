@@ -8,7 +8,9 @@ A growth that waits for a slope of the loss is planned for the latest share that
 it is planned anew, once, when it has happened: a plan is a function of the recipe and the growth steps known so far.
 """
 
+import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -79,6 +81,11 @@ class Plan:
     def progress(self, step: int) -> float:
         """The share of the run's FLOPs that its first `step` steps take, and the growths up to there."""
         return self.flops_at(step) / self.flops
+
+    def step_at(self, share: float) -> int:
+        """The first boundary at or past that share of the run's FLOPs."""
+        wanted = math.ceil(Fraction(str(share)) * self.flops)
+        return bisect.bisect_left(range(self.steps), wanted, key=lambda step: self.flops_at(step))
 
 
 def plan(

@@ -158,12 +158,17 @@ def save_state(run: Run, state: State) -> Path:
             checkpoint.save_checkpoint(
                 folder, state.model, run.corpus.tokenizer, state.optimizer, trainer, state.lineage, states
             )
-            runs.prune_checkpoints(run.folder, run.recipe.train.keep_checkpoints)
+            runs.prune_checkpoints(run.folder, run.recipe.train.keep_checkpoints, kept_steps(run, state))
         except (ValueError, OSError) as error:
             raise ValueError(f"{error}; {last_good(run)}") from error
 
     distributed.together(write, run.ranks)
     return folder
+
+
+def kept_steps(run: Run, state: State) -> set[int]:
+    """The steps whose checkpoints stay: those of train.keep_at."""
+    return {state.plan.step_at(share) for share in run.recipe.train.keep_at}
 
 
 def load_state(run: Run, folder: Path) -> tuple[State, int]:
