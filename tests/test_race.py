@@ -13,8 +13,7 @@ import pytest
 from tiny_runs import ended, start_child, tiny
 
 from tokenformer import environment, runs
-from tokenformer.race import processes
-from tokenformer.race import run_race
+from tokenformer.race import processes, run_race
 from tokenformer.race.jobs import Job
 from tokenformer.race.processes import run_jobs, with_threads
 from tokenformer.recipe import Recipe, arm_recipe, recipe_from_dict, recipe_to_dict

@@ -53,15 +53,17 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
             if arm.recipe.model.checkpoint:
                 raise ValueError(f"arm {arm.name}: starts from model.checkpoint, so its controls cannot be made; "
                                  "write them as arms and set race.controls = false")
-            add(arms, "scratch", arm, target_of(arm, vocab_size), "the grown size from the first step")
-            add(arms, "small", arm, ungrown(arm.recipe), "the size before growth, trained longer")
+            target, small = target_of(arm, vocab_size), ungrown(arm.recipe)
+            add(arms, "scratch", arm, target, "the grown size from the first step", vocab_size)
+            add(arms, "small", arm, small, "the size before growth, trained longer", vocab_size)
         dropping = next((arm for arm in growing if all(event.moments == "keep" for event in arm.recipe.growth)), None)
         if dropping:
-            add(arms, "dropped", dropping, dropped(dropping.recipe), "growth with the optimizer's state thrown away")
+            words = "growth with the optimizer's state thrown away"
+            add(arms, "dropped", dropping, dropped(dropping.recipe), words, vocab_size)
         base = next((arm for arm in arms if arm.role == "small"), arms[0])
         for number, fields in enumerate(race.sizes, start=1):
             sized = changed_model(base.recipe, fields)
-            add(arms, f"size-{number}", base, sized, "another size from scratch", role="size")
+            add(arms, f"size-{number}", base, sized, "another size from scratch", vocab_size, "size")
     elif race.sizes:
         raise ValueError("race.sizes: has no effect with race.controls = false")
     scratch = next((arm.name for arm in arms if arm.role == "scratch"), arms[0].name)
@@ -80,10 +82,12 @@ def arm_named(arms: list[Arm], name: str, key: str) -> Arm:
     raise ValueError(f"{key}: {name!r} is no arm; there are {', '.join(arm.name for arm in arms)}")
 
 
-def add(arms: list[Arm], name: str, of: Arm, recipe: Recipe, description: str, role: str = "") -> None:
+def add(
+    arms: list[Arm], name: str, of: Arm, recipe: Recipe, description: str, vocab_size: int, role: str = ""
+) -> None:
     """Append a control; an arm that is trained just so already takes its role instead."""
     for i, arm in enumerate(arms):
-        if same_run(arm.recipe, recipe):
+        if same_run(arm.recipe, recipe, vocab_size):
             if arm.role == "arm":
                 arms[i] = replace(arm, role=role or name, of=of.name)
             return
@@ -97,9 +101,13 @@ def free_name(arms: list[Arm], name: str, of: str) -> str:
     return name if name not in taken else next(n for n in (f"{name}-{of}", f"{name}-of-{of}") if n not in taken)
 
 
-def same_run(a: Recipe, b: Recipe) -> bool:
-    def trained(recipe: Recipe) -> dict[str, Any]:
-        return {k: v for k, v in recipe_to_dict(recipe).items() if k in ("model", "data", "train", "growth")}
+def same_run(a: Recipe, b: Recipe, vocab_size: int) -> bool:
+    """Whether both train the same model in the same way, however their fields are written."""
+
+    def trained(recipe: Recipe) -> list[Any]:
+        table = recipe_to_dict(recipe)
+        config = ends(recipe, vocab_size)[0].to_dict()
+        return [config, recipe.model.rank, *(table[key] for key in ("data", "train", "growth"))]
 
     return trained(a) == trained(b)
 
@@ -130,19 +138,20 @@ def changed_model(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
 def target_of(arm: Arm, vocab_size: int) -> Recipe:
     """The run whose model has the sizes of the arm's last growth from its first step."""
     recipe = arm.recipe
-    first, last, sizes = ends(recipe, vocab_size)
+    first, last, changed = ends(recipe, vocab_size)
     before, after = first.to_dict(), last.to_dict()
     model = dataclasses.asdict(recipe.model)
     if first.model_type == last.model_type:
-        changed = {key: value for key, value in after.items() if key not in NOT_SIZES and before.get(key) != value}
-        fields = recipe.model.fields | changed
+        # Sizes are whole numbers, or lists of one entry per layer; an epsilon that growth has moved is no size.
+        sizes_of = {key: value for key, value in after.items() if isinstance(value, int | list)}
+        fields = recipe.model.fields | {key: value for key, value in sizes_of.items() if before.get(key) != value}
     else:  # dense to mixture: another architecture, whose fields are all said
         fields = {key: value for key, value in last.to_diff_dict().items() if key not in NOT_SIZES}
     model |= {"architecture": last.model_type, "fields": fields}
     target = replace(recipe, model=type(recipe.model)(**model), growth=[])
-    if sizes.get("rank") is None:
+    if changed.get("rank") is None:
         return target
-    ranked = replace(target, model=replace(target.model, rank=sizes["rank"] or None))
+    ranked = replace(target, model=replace(target.model, rank=changed["rank"] or None))
     try:  # a rank that is whole is none
         plan(ranked, vocab_size, Start())
     except ValueError:
