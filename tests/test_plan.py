@@ -190,6 +190,11 @@ def test_a_fraction_that_falls_on_a_boundary_is_that_boundary(recipe: Any) -> No
             "growth.0 may come as late as 0.6 of the FLOPs, and less than two steps lie between that and 0.7",
         ),
         ({"growth": [SLOPE | {"at_latest_fraction": 0.9}]}, "growth.0 may come as late as 0.9 .* two steps .* and 1,"),
+        ({"train": {"warmup_steps": 13}}, "train.warmup_steps = 13 is more than what the run has left: steps 0 to 12"),
+        (
+            {"growth": [{"at_step": 6, "to": {"ffn": 32}, "learning_rate": "rewarm_all", "rewarm_steps": 7}]},
+            "growth.0.rewarm_steps = 7 is more than what the run has left: steps 6 to 12",
+        ),
         ({"model": {"vocab_size": 100}}, "model.vocab_size = 100 is less than the tokenizer's 256"),
         ({"model": {"max_position_embeddings": 8}}, "data.sequence_length = 16 is more than"),
         ({"model": {"hiden_size": 8}}, "hidden_size"),
@@ -213,7 +218,7 @@ def test_what_cannot_be_done_is_refused_in_one_line_before_training(recipe: Any,
 
 def test_operators_that_add_rows_or_warm_up_all_are_planned(recipe: Any) -> None:
     for operator, policy in (("zero_keys", "rewarm_new"), ("tile", "rewarm_all"), ("tile", "keep")):
-        growth = [{"at_step": 6, "to": {"ffn": 32}, "operator": operator, "learning_rate": policy}]
+        growth = [{"at_step": 6, "to": {"ffn": 32}, "operator": operator, "learning_rate": policy, "rewarm_steps": 6}]
         assert plan(recipe(growth=growth)).growth_steps == [6]
 
 

@@ -134,6 +134,8 @@ def plan(
             paid = f", and it costs {event.flops:.3g} FLOPs itself" if event.flops else ""
             raise ValueError(f"{event.name} would come at step {step}; it must come {between}{paid}")
     require_ramps(events, boundaries, steps, start)
+    require_warm_up(recipe, events, boundaries, steps)
+    require_balance(recipe, events, [config for config, _, _ in configs], start)
     require_room(events, costs, budget)
     edges = [0, *boundaries, steps]
     stretches = zip(edges, edges[1:], configs, costs, strict=False)
@@ -255,6 +257,62 @@ def require_ramps(events: list[Event], boundaries: list[int], steps: int, start:
         if begin + ramp > end:
             what = "the next growth" if end < steps else "the end"
             raise ValueError(f"{name}: training would carry it until step {begin + ramp}; {what} comes at step {end}")
+
+
+def require_warm_up(recipe: Recipe, events: list[Event], boundaries: list[int], steps: int) -> None:
+    """ValueError where a warm-up is longer than what is left of the run."""
+    warm = [("train.warmup_steps", recipe.train.warmup_steps)]
+    for event in events:
+        rewarms = event.section.learning_rate != "keep"
+        warm.append((f"{event.name}.rewarm_steps", event.section.rewarm_steps if rewarms else 0))
+    for (key, count), begin in zip(warm, [0, *boundaries], strict=True):
+        if count > steps - begin:
+            raise ValueError(f"{key} = {count} is more than what the run has left: steps {begin} to {steps}")
+
+
+def require_balance(recipe: Recipe, events: list[Event], configs: list[Any], start: Start) -> None:
+    """ValueError where train.expert_balance, or what goes with it, would have no effect or meet another growth."""
+    way, mixtures = recipe.train.expert_balance, [config for config in configs if chooses_experts(config)]
+    carried = start.carried["kind"] if start.carried else None
+    if carried == "loss_free" and way != "loss_free":
+        raise ValueError(
+            f"train.expert_balance = {way!r}: a bias keeps the experts of model.checkpoint in balance, and "
+            "'loss_free' goes on with it"
+        )
+    for key in ("router_aux_loss_coef", "output_router_logits"):
+        if way != "auxiliary" and key in recipe.model.fields:
+            raise ValueError(
+                f"model.{key} = {recipe.model.fields[key]} has no effect with train.expert_balance = {way!r}; the loss "
+                "over it is that of 'auxiliary'"
+            )
+    if way == "none":
+        return
+    if not mixtures:
+        raise ValueError(f"train.expert_balance = {way!r} has no effect: the model never has experts to choose from")
+    if way == "auxiliary":
+        for config in mixtures:
+            if config.router_aux_loss_coef <= 0:
+                raise ValueError(
+                    f"model.router_aux_loss_coef = {config.router_aux_loss_coef}: must be above 0 with "
+                    "train.expert_balance = 'auxiliary'"
+                )
+        return
+    others = [("model.rank", recipe.model.rank is not None), ("model.checkpoint", carried not in (None, "loss_free"))]
+    others = [(name, there and chooses_experts(configs[0])) for name, there in others]
+    for event, before in zip(events, configs, strict=False):
+        carries = ramp_steps(event) or event.section.operator in ("rank", "relora")
+        others.append((event.name, bool(carries) and chooses_experts(before)))
+    for name, meets in others:
+        if meets:
+            raise ValueError(
+                f"train.expert_balance = 'loss_free' is carried by training, as {name} is, and a model carries one "
+                "thing at a time"
+            )
+
+
+def chooses_experts(config: Any) -> bool:
+    """Whether each token goes to some of several experts."""
+    return (getattr(config, "num_local_experts", 0) or 0) > (getattr(config, "num_experts_per_tok", 0) or 0)
 
 
 def rewarm_steps(event: Event) -> int:

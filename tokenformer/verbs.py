@@ -175,7 +175,7 @@ def evaluate(arguments: Any) -> None:
         raise ValueError(f"--sequence-length {arguments.sequence_length}: must be 1 or more")
     if arguments.out:
         require_writable(Path(arguments.out))
-    from .checkpoint import find_checkpoint, load_checkpoint
+    from .checkpoint import find_checkpoint, load_checkpoint, restore_carried
     from .data import eval_windows, load_tokenizer, prepare, text_windows
     from .distributed import Ranks, choose_device
     from .runs import write_json
@@ -183,6 +183,7 @@ def evaluate(arguments: Any) -> None:
     folder = find_checkpoint(arguments.checkpoint)
     device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
+    restore_carried(folder, model.to(device))
     section = run_section(folder) or stream_section(folder)
     section.source = arguments.source or section.source
     longest = positions(model)
@@ -281,7 +282,7 @@ def generate(arguments: Any) -> None:
     require_seed(arguments.seed)
     import torch
 
-    from .checkpoint import find_checkpoint, load_checkpoint
+    from .checkpoint import find_checkpoint, load_checkpoint, restore_carried
     from .data import load_tokenizer
     from .distributed import Ranks, choose_device
     from .report.units import printable
@@ -289,6 +290,7 @@ def generate(arguments: Any) -> None:
     folder = find_checkpoint(arguments.checkpoint)
     device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
+    restore_carried(folder, model.to(device))
     tokenizer = load_tokenizer(str(folder))
     end = tokenizer.eos_token_id
     ids = torch.tensor([tokenizer.encode(arguments.prompt) or [end]], device=device)

@@ -95,6 +95,11 @@ class TrainSection:
     accumulation_steps: int = key("a step's batch is passed in so many parts", default=1, low=1)
     dtype: str = key("float32, or bfloat16 autocast", default="float32", choices=("float32", "bfloat16"))
     compile: bool = key("torch.compile the model", default=False)
+    expert_balance: str = key(
+        "mixtures only: auxiliary, a loss times model.router_aux_loss_coef, or loss_free, a bias on the choice",
+        default="none",
+        choices=("none", "auxiliary", "loss_free"),
+    )
     gradient_checkpointing: bool = key("recompute activations: less memory, more time", default=False)
     evaluate_every: int = key("steps between evaluations", default=100, low=1)
     log_every: int = key("steps between lines of metrics", default=10, low=1)
