@@ -260,7 +260,7 @@ def fit_power_law(flops: np.ndarray, losses: np.ndarray) -> tuple[float, float, 
         return nnls(np.stack([np.ones_like(flops), (flops / scale) ** -math.exp(log_alpha)], axis=1), losses)
 
     grid = np.linspace(math.log(ALPHAS[0]), math.log(ALPHAS[1]), 40)
-    at = min(range(len(grid)), key=lambda i: solved(grid[i])[1])
+    at = min(range(len(grid)), key=lambda i: solved(float(grid[i]))[1])
     bounds = (grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)])
     best = minimize_scalar(lambda a: solved(a)[1], bounds=bounds, method="bounded", options={"xatol": 1e-9}).x
     (constant, slope), alpha = solved(best)[0], math.exp(best)
