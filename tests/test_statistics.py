@@ -14,9 +14,7 @@ RNG_SEED = 20
 def drawn(rng, means, seeds=3, s=0.01, seed_effect=0.05):
     """y = arm + seed + rest with a known rest."""
     shift = rng.normal(0, seed_effect, seeds)
-    return {
-        arm: {j: mean + shift[j] + rng.normal(0, s) for j in range(seeds)} for arm, mean in means.items()
-    }
+    return {arm: {j: mean + shift[j] + rng.normal(0, s) for j in range(seeds)} for arm, mean in means.items()}
 
 
 # --- the two-way table ---

@@ -21,7 +21,7 @@ ENVIRONMENT = {
     "threads": 1,
     "started": "2030-01-01T12:00:00+00:00",
 }
-DATA = {"source": "prose", "tokenizer": "bytes", "train_tokens": 19_500_321, "valid_tokens": 100_000, "sha256": "ab" * 32}
+DATA = {"source": "prose", "tokenizer": "bytes", "train_tokens": 19_500_321, "valid_tokens": 9_999, "sha256": "ab" * 32}
 CHECKS = {"overlap": 0.012, "lzma_bits_per_byte": 2.4, "final_overlap": None}
 FLOPS, STEPS, TOKENS_PER_STEP = 1.2e13, 1000, 2048
 GREW_AT = 0.3  # of the whole budget
@@ -60,7 +60,14 @@ def write(path: Path, value: Any) -> None:
 
 
 def write_run(
-    place: Path, name: str, arm: dict[str, Any], rate: float, seed: int, share: float, final: float | None, **changes: Any
+    place: Path,
+    name: str,
+    arm: dict[str, Any],
+    rate: float,
+    seed: int,
+    share: float,
+    final: float | None,
+    **changes: Any,
 ) -> None:
     """A run decayed by `share` of the budget; its folder's name says where it starts from. None: it diverged."""
     steps, branch = round(STEPS * share), "_at-" in place.name
@@ -84,11 +91,18 @@ def write_run(
     for step in range(start, steps + 1, 20):
         bits = end + (8.0 - end) * (1 - step / steps) * (1 + step / 12) ** -0.75
         if step > start:
-            lines.append({"kind": "train", "loss": bits * math.log(2), "learning_rate": rate, "grad_norm": 0.8, **at(step)})
+            lines.append(
+                {"kind": "train", "loss": bits * math.log(2), "learning_rate": rate, "grad_norm": 0.8, **at(step)}
+            )
         if step % 40 == 0 or step == steps or step == grew:
             evaluation(step, bits)
         if arm.get("grows") and step == grew and step > start:
-            growth = {"operator": "zero_keys", "from": {"ffn_tokens": 256}, "to": {"ffn_tokens": 512}, "promise": "exact"}
+            growth = {
+                "operator": "zero_keys",
+                "from": {"ffn_tokens": 256},
+                "to": {"ffn_tokens": 512},
+                "promise": "exact",
+            }
             size = {"parameters_before": sizes[0], "parameters_after": sizes[1], "max_logit_change": 2.4e-7}
             lines.append({"kind": "growth", **growth, **size, "growth_flops": 1e9, **at(step)})
             evaluation(step, bits)
@@ -174,13 +188,17 @@ def write_full_race(
                 if skip(name, seed, share):
                     continue
                 run = place / (f"seed-{seed}" if share == max(budgets) else f"seed-{seed}_at-{share:g}")
-                write_run(run, name, arm, best, seed, share, loss(name, best, seed, share), **changed(name, seed, share))
-                if final:
-                    tested = {"bits_per_byte": final(name, best, seed, share), "text_sha256": "ef" * 32, "tokens": 50_000}
-                    write(run / "final.json", tested)
+                write_run(
+                    run, name, arm, best, seed, share, loss(name, best, seed, share), **changed(name, seed, share)
+                )
+                tested = final(name, best, seed, share) if final else None
+                if tested is not None:
+                    write(run / "final.json", {"bits_per_byte": tested, "text_sha256": "ef" * 32, "tokens": 50_000})
         if name in cosine:
             ended = loss(name, best, seeds[0], max(budgets))
-            write_run(place / f"seed-{seeds[0]}_cosine", name, arm, best, seeds[0], max(budgets), ended and ended + 0.01)
+            write_run(
+                place / f"seed-{seeds[0]}_cosine", name, arm, best, seeds[0], max(budgets), ended and ended + 0.01
+            )
     about = {
         "learning_rates": rates,
         "tune_fraction": 0.2,

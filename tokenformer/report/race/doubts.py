@@ -15,7 +15,7 @@ from ..verdict import (
     stream_doubts,
     unequal_text,
 )
-from .words import answer, answered, best_arm, controls_of, headline, listed, pair_of, progress, signed
+from .words import answer, answered, best_arm, controls_of, headline, listed, pair_of, progress, share_text, signed
 
 OVERLAP = 0.05  # above this share of its stretches in the training text, a text is no longer held out (rule 4)
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
@@ -36,7 +36,7 @@ def status_warnings(report: dict[str, Any]) -> list[dict[str, str]]:
     for arm in report["arms"]:
         failed = [run for run in arm["runs"] if run["status"] == "failed"]
         if failed:
-            where = listed([f"seed {run['seed']} at {run['share']:g} of the budget" for run in failed])
+            where = listed([f"seed {run['seed']} at {share_text(report, run)}" for run in failed])
             why = f": {failed[0]['error']}" if failed[0]["error"] else ""
             bad.append(
                 f"**{arm['name']}** failed ({where}{why}). It is compared over the seeds that are left, in its favour."
@@ -66,7 +66,7 @@ def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
         share = report["checks"].get(key)
         if share is not None and share > OVERLAP:
             bad.append(f"{share:.0%} of the {what} also occurs in the training text, which is above {OVERLAP:.0%}.")
-    bad += stream_doubts([run for _, run in started]) + order_doubts(report)
+    bad += stream_doubts([run for _, run in started]) + order_doubts(report) + rate_doubts(report)
     if len(report["race"]["seeds"]) < FEW_SEEDS:
         bad.append(f"Fewer than {FEW_SEEDS} seeds: {len(report['race']['seeds'])}. Intervals are wide and fragile.")
     for budget in report["budgets"]:
@@ -90,14 +90,19 @@ def started_trunks(arm: dict[str, Any]) -> list[dict[str, Any]]:
     return [run for run in arm["runs"] if run["share"] == arm["runs"][-1]["share"] and run["status"] != "not started"]
 
 
+def rate_doubts(report: dict[str, Any]) -> list[str]:
+    """Whether each arm ran at the best rate of its trials, or, without trials, at that of the arm it stands beside."""
+    bad, rates = [], {arm["name"]: arm["learning_rate"] for arm in report["arms"]}
+    for arm in report["arms"]:
+        due = arm["best_rate"] if arm["trials"] else rates.get(arm["of"])
+        if arm["learning_rate"] and due and arm["learning_rate"] != due:
+            whose = "the best of its trials" if arm["trials"] else f"the rate of **{arm['of']}**"
+            bad.append(f"**{arm['name']}** ran at a learning rate of {arm['learning_rate']:g}, and {whose} is {due:g}.")
+    return bad
+
+
 def soft_doubts(report: dict[str, Any]) -> list[str]:
     warn, tuned = [], [arm for arm in report["arms"] if arm["trials"]]
-    for arm in tuned:
-        if arm["learning_rate"] and arm["best_rate"] and arm["learning_rate"] != arm["best_rate"]:
-            warn.append(
-                f"**{arm['name']}** ran at a learning rate of {arm['learning_rate']:g}, and {arm['best_rate']:g} "
-                "was the best of its trials."
-            )
     edges = [f"**{arm['name']}** ({arm['edge']})" for arm in tuned if arm["edge"]]
     if edges:
         warn.append(f"The best learning rate lies at an edge of the grid for {listed(edges)}: it may not be tuned.")
@@ -121,13 +126,15 @@ def changes(report: dict[str, Any]) -> list[str]:
             f"**{arm['name']}** is the best of {len(grown)} growing arms, chosen after the fact; chance favours it, "
             "and fresh seeds would be a fairer test."
         )
-    for name in controls_of(report, budget, arm) or [a["name"] for a in report["arms"] if a is not arm]:
-        out += how_firm(budget, arm["name"], name) + trend(report, budget, arm["name"], name)
+    names = list(controls_of(report, budget, arm)) or [a["name"] for a in report["arms"] if a is not arm]
+    out += nearest(budget, arm["name"], names)
+    for name in names:
+        out += more_seeds(budget, arm["name"], name) + trend(report, budget, arm["name"], name)
     for best in budget["compute_optimal"]:
         if best["edge"]:
             out.append(
-                f"The optimum of the sizes from scratch ({best['architecture']}) is not bracketed: **{best['arm']}** is "
-                f"the {best['edge']} of {best['sizes']}, and a size beyond it may be better still."
+                f"The optimum of the sizes from scratch ({best['architecture']}) is not bracketed: **{best['arm']}** "
+                f"is the {best['edge']} of {best['sizes']}, and a size beyond it may be better still."
             )
     for arm_at_edge in [a for a in report["arms"] if a["trials"] and a["edge"]]:
         word = "lower" if arm_at_edge["edge"] == "lowest" else "higher"
@@ -137,17 +144,27 @@ def changes(report: dict[str, Any]) -> list[str]:
     return out + disagreeing_cosine(report, budget) + fewer_alarms(budget)
 
 
-def how_firm(budget: dict[str, Any], arm: str, other: str) -> list[str]:
-    """The interval against the difference: seeds that would settle it, or noise that would unsettle it."""
+def nearest(budget: dict[str, Any], arm: str, names: list[str]) -> list[str]:
+    """Of the others that an arm is told apart from, the one that noise would hide first."""
+    found = [pair for name in names if (pair := pair_of(budget, arm, name)) is not None]
+    apart = [pair for pair in found if pair["word"] in ("better", "worse")]
+    if not apart:
+        return []
+    pair = min(apart, key=lambda p: abs(p["value"]) / (p["high"] - p["low"]))
+    times = abs(pair["value"]) / ((pair["high"] - pair["low"]) / 2)
+    which = "is the first of these pairs that would" if len(apart) > 1 else "would"
+    return [
+        f"More noise: **{arm}** against **{pair['other']}** {which} no longer be told apart if runs scattered "
+        f"{times:.1f} times as much as they did (s = {gap_text(budget['s'])})."
+    ]
+
+
+def more_seeds(budget: dict[str, Any], arm: str, other: str) -> list[str]:
+    """For a pair that is not told apart: the interval against the difference, and how many seeds would settle it."""
     pair = pair_of(budget, arm, other)
-    if pair is None or pair["low"] is None or not budget["s"]:
+    if pair is None or pair["low"] is None or pair["word"] != "not told apart" or not budget["s"]:
         return []
     half, filled = (pair["high"] - pair["low"]) / 2, sum(cell["mean"] is not None for cell in budget["arms"])
-    if pair["word"] != "not told apart":
-        return [
-            f"More noise: **{arm}** against **{other}** would no longer be told apart if runs scattered "
-            f"{abs(pair['value']) / half:.1f} times as much as they did (s = {gap_text(budget['s'])})."
-        ]
     needed = seeds_needed(pair["value"], budget["s"], filled) if pair["value"] else None
     what = f"about {needed} seeds" if needed and needed <= WORTH_SEEDS else f"more than {WORTH_SEEDS} seeds"
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ..markup import pairs, prose
@@ -25,8 +26,8 @@ __all__ = ["page", "png_texts", "top_charts"]
 
 def png_texts(report: dict[str, Any]) -> tuple[str, str]:
     """The answer and the small print of the picture."""
-    whole = " ".join(report["answer"])
-    told = (whole if len(whole) < 430 else report["answer"][0]).replace("**", "")
+    bare = [re.sub(r" \(the [^)]*\)", "", said).replace("**", "") for said in report["answer"]]
+    told = " ".join(bare) if sum(map(len, bare)) < 430 else bare[0]
     text = "Fully decayed results, bits per byte, lower is better: means over seeds, bands of one standard deviation."
     return told, small_print(report, text)
 

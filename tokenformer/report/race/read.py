@@ -1,9 +1,9 @@
 """The folders of a full race -> its arms with every trial and run.
 
-    RACE/arms/NAME/tune/lr-0.004/     a trial
-    RACE/arms/NAME/seed-0/            a run of the whole budget, with final.json where there is a final text
-    RACE/arms/NAME/seed-0_at-0.25/    its branch that is decayed by that share of the budget
-    RACE/arms/NAME/seed-0_cosine/     its check on a cosine schedule
+RACE/arms/NAME/tune/lr-0.004/     a trial
+RACE/arms/NAME/seed-0/            a run of the whole budget, with final.json where there is a final text
+RACE/arms/NAME/seed-0_at-0.25/    its branch that is decayed by that share of the budget
+RACE/arms/NAME/seed-0_cosine/     its check on a cosine schedule
 """
 
 from __future__ import annotations

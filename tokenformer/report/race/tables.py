@@ -9,6 +9,7 @@ from ..tables import differing_table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text
 from ..verdict import flatten
 from .charts import trunks
+from .words import share_text
 
 ROLES = {
     "arm": "",
@@ -34,8 +35,10 @@ def arms_section(report: dict[str, Any]) -> str:
     budgets = report["budgets"]
     final = any(b["measure"] == "final_bits_per_byte" for b in budgets)
     memory = any(cell["peak_memory_bytes"] for b in budgets for cell in b["arms"])
-    head = ["arm", "architecture", "parameters", "active", "embedding", "learning rate"]
-    head += [f"{b['share']:g} of the budget<br>{flops_text(b['flops'])}" for b in budgets]
+    sparse = any(arm["parameters_end"].get("active") != arm["parameters_end"].get("total") for arm in report["arms"])
+    counts = ["total", "active", "embedding"] if sparse else ["total", "embedding"]
+    head = ["arm", "architecture", "parameters", *counts[1:], "learning rate"]
+    head += [f"{share_text(report, b)}<br>{flops_text(b['flops'])}" for b in budgets]
     head += ["tokens", "tokens per parameter", "FLOPs of growing", *(["memory"] if memory else []), "time"]
     last, rows = budgets[-1], []
     for i, arm in enumerate(report["arms"]):
@@ -44,7 +47,7 @@ def arms_section(report: dict[str, Any]) -> str:
         about = f"<span class=about>{e(arm['description'])}</span>" if arm["description"] else ""
         start, end = arm["parameters"], arm["parameters_end"]
         row = [name_of(report, arm) + (role if ROLES[arm["role"]] else "") + about, e(arm["architecture"] or MISSING)]
-        row += [span(start.get(key), end.get(key)) for key in ("total", "active", "embedding")]
+        row += [span(start.get(key), end.get(key)) for key in counts]
         row.append(MISSING if arm["learning_rate"] is None else f"{arm['learning_rate']:g}")
         for budget in budgets:
             cell = budget["arms"][i]
@@ -52,7 +55,8 @@ def arms_section(report: dict[str, Any]) -> str:
             if final:
                 text += f"<span class=about>held out {mean_text(cell['held_out_mean'], cell['held_out_sd'])}</span>"
             if len(cell["seeds"]) != len(report["race"]["seeds"]):
-                text += f'<span class="tag warn">{len(cell["seeds"])} of {len(report["race"]["seeds"])} seeds</span>'
+                asked = len(report["race"]["seeds"])
+                text += f'<span class="tag warn">{len(cell["seeds"])} of {asked} seeds</span>'
             if arm["grows"] and cell["mean"] is not None and not cell["growths"]:
                 text += '<span class="tag">before growth</span>'
             row.append(text)
@@ -66,7 +70,8 @@ def arms_section(report: dict[str, Any]) -> str:
     text = "the final text, on which verdicts rest, and the held-out text" if final else "the held-out text"
     note = (
         f'<p class="small">Bits per byte on {text}: mean ± standard deviation over seeds, each fully decayed at its '
-        "budget. Tokens, memory and time are of the whole budget; arms that ran side by side shared a machine.</p>"
+        "budget. Tokens, memory and time are of the whole budget; arms that ran side by side shared a machine."
+        f"{'' if sparse else ' All parameters are active.'}</p>"
     )
     return f"<h2>Arms</h2>{table(head, rows, 'arms', tuple(range(2, len(head))))}{note}"
 
@@ -85,14 +90,14 @@ def trials_section(report: dict[str, Any]) -> str:
     for arm in tuned:
         found, row = {trial["learning_rate"]: trial for trial in arm["trials"]}, [name_of(report, arm)]
         for rate in rates:
-            row.append(trial_html(found.get(rate), rate == arm["best_rate"]))
+            row.append(trial_html(found.get(rate), rate == (arm["learning_rate"] or arm["best_rate"])))
         edge = f'<span class="tag warn">at the {arm["edge"]} of the grid</span>' if arm["edge"] else ""
         rows.append([*row, edge])
     race = report["race"]
     note = (
         f'<p class="small">Every trial: bits per byte at {flops_text(race.get("tune_flops"))} '
-        f"({race.get('tune_fraction', 0):g} of the budget), with a seed of its own. The lowest is taken; copies and arms "
-        "with dropped state take the rate of the arm that they stand beside.</p>"
+        f"({100 * race.get('tune_fraction', 0):g} % of the budget), with a seed of its own. The lowest is taken; copies "
+        "and arms with dropped state take the rate of the arm that they stand beside.</p>"
     )
     head = ["arm", *(f"{rate:g}" for rate in rates), ""]
     return f"<h2>Learning-rate trials</h2>{table(head, rows, 'trials', tuple(range(1, len(rates) + 1)))}{note}"

@@ -7,7 +7,7 @@ from typing import Any
 from ...statistics import mean_sd
 from ..markup import e, name_of, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, small_text
-from .words import pair_of, ratio_text, signed
+from .words import pair_of, ratio_text, share_text, signed
 
 CLASSES = {"better": "better", "faster": "better", "worse": "worse", "slower": "worse"}
 SIGNS = {"better": "▲", "worse": "▼"}  # so that a page printed in grey says the same
@@ -17,8 +17,9 @@ def named(report: dict[str, Any], name: str) -> str:
     return name_of(report, next(arm for arm in report["arms"] if arm["name"] == name))
 
 
-def budget_name(budget: dict[str, Any]) -> str:
-    return f"{flops_text(budget['flops'])} ({budget['share']:g} of the budget)"
+def budget_name(report: dict[str, Any], budget: dict[str, Any]) -> str:
+    """ "3.00 TFLOP (25 % of the budget)"."""
+    return f"{flops_text(budget['flops'])} ({share_text(report, budget)})"
 
 
 def verdict_cell(word: str, detail: str, small: str = "") -> str:
@@ -61,9 +62,9 @@ def matrix(report: dict[str, Any], budget: dict[str, Any]) -> str:
 def verdict_section(report: dict[str, Any]) -> str:
     """The matrix of the largest budget that has one, the others folded away."""
     *others, last = report["budgets"]
-    out = [f"<h2>Verdicts</h2><h3>At {budget_name(last)}</h3>{matrix(report, last)}"]
+    out = [f"<h2>Verdicts</h2><h3>At {budget_name(report, last)}</h3>{matrix(report, last)}"]
     for budget in reversed(others):
-        title = f"<summary>Verdicts at {budget_name(budget)}</summary>"
+        title = f"<summary>Verdicts at {budget_name(report, budget)}</summary>"
         out.append(f"<details>{title}<div>{matrix(report, budget)}</div></details>")
     return "".join(out)
 
@@ -155,7 +156,15 @@ def growth_section(report: dict[str, Any]) -> str:
             )
     if not rows:
         return ""
-    head = ["arm", "operator", "axes", "parameters", "at FLOPs", "FLOPs of the growth itself", "largest change of a logit"]
+    head = [
+        "arm",
+        "operator",
+        "axes",
+        "parameters",
+        "at FLOPs",
+        "FLOPs of the growth itself",
+        "largest change of a logit",
+    ]
     note = '<p class="small">Means over seeds of the whole-budget runs, as fine as their evaluations are.</p>'
     more = ["rise of held-out loss", "FLOPs until made good"]
     return f"<h2>Growths, and what they cost on the way</h2>{table(head + more, rows, '', (3, 4, 5, 6, 7, 8))}{note}"
@@ -168,9 +177,9 @@ def noise_section(report: dict[str, Any]) -> str:
         pair = pair_of(budget, copy["copy"], copy["original"])
         verdict = verdict_cell(pair["word"], signed(pair["value"])) if pair else MISSING
         apart = ", ".join(signed(d) for d in copy["differences"])
-        row = [budget_name(budget), named(report, copy["copy"]), e(copy["original"]), apart or MISSING]
+        row = [budget_name(report, budget), named(report, copy["copy"]), e(copy["original"]), apart or MISSING]
         rows.append([*row, MISSING if copy["s"] is None else gap_text(copy["s"]), verdict])
-    pooled = [[budget_name(b), gap_text(b["s"]), str(b["df"])] for b in report["budgets"] if b["s"] is not None]
+    pooled = [[budget_name(report, b), gap_text(b["s"]), str(b["df"])] for b in report["budgets"] if b["s"] is not None]
     out = ["<h2>Noise</h2>"]
     if pooled:
         out.append('<p class="small">Standard deviation of one run once arm and seed are taken out, over all arms.</p>')
@@ -215,5 +224,3 @@ def cosine_section(report: dict[str, Any]) -> str:
     head = ["arm", "seed", "warm-up, stable, decay", "cosine", "difference"]
     note = '<p class="small">A check of the schedule on one seed; no verdict rests on it.</p>'
     return f"<h2>Cosine check</h2>{note}{table(head, rows, '', (1, 2, 3, 4))}"
-
-

@@ -38,6 +38,11 @@ def against(pair: dict[str, Any], label: str) -> str:
     return f"**{pair['word']}** than {label} by {gap_text(value)} [{gap_text(near)} to {gap_text(far)}]"
 
 
+def share_text(report: dict[str, Any], budget: dict[str, Any]) -> str:
+    share = budget["share"] / report["race"]["budgets"][-1]
+    return "the whole budget" if share == 1 else f"{100 * share:g} % of the budget"
+
+
 def listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
@@ -104,7 +109,8 @@ def answer(report: dict[str, Any]) -> list[str]:
     cell = cell_of(budget, arm["name"])
     text = "the final text" if budget["measure"] == "final_bits_per_byte" else "held-out text"
     grown = [a for a in report["arms"] if a["role"] == "arm" and a["grows"]]
-    title = f"the best of {len(grown)} growing arms" if len(grown) > 1 else "the growing arm" if grown else "the best arm"
+    title = "the growing arm" if grown else "the best arm"
+    title = f"the best of {len(grown)} growing arms" if len(grown) > 1 else title
     where = f"At {flops_text(budget['flops'])}, ancestors included, {title}, **{arm['name']}**"
     if not all(other["mean"] is not None for other in budget["arms"]):
         where = f"With arms missing: at{where[2:]}"
@@ -116,18 +122,21 @@ def answer(report: dict[str, Any]) -> list[str]:
         pair = pair_of(budget, arm["name"], name)
         if pair is not None:
             phrases.append(against(pair, f"**{name}**" + (f" ({labels[name]})" if labels else "")))
-    if not grown and len(phrases) > 4:
+    if not labels and len(phrases) > 4:
         phrases = counted(budget, arm, others)
-    return [f"{where} {figure} {f'is {listed(phrases)}' if phrases else 'stands alone'}.", second_sentence(report, budget, arm)]
+    stands = f"is {listed(phrases)}" if phrases else "stands alone"
+    return [f"{where} {figure} {stands}.", second_sentence(report, budget, arm)]
 
 
 def counted(budget: dict[str, Any], arm: dict[str, Any], others: list[str]) -> list[str]:
     """Where an arm met many others: how many it beat, and by name those that it did not."""
     pairs = [pair for name in others if (pair := pair_of(budget, arm["name"], name)) is not None]
     beaten = [pair for pair in pairs if pair["word"] == "better"]
-    apart = [f"**{pair['other']}**" for pair in pairs if pair["word"] != "better"]
     out = [f"**better** than {len(beaten)} of {len(pairs)} other arms"] if beaten else []
-    return out + ([f"**not told apart** from {listed(apart)}"] if apart else [])
+    for word, link in (("not told apart", "from"), ("worse", "than")):
+        names = [f"**{pair['other']}**" for pair in pairs if pair["word"] == word]
+        out += [f"**{word}** {link} {listed(names)}"] if names else []
+    return out
 
 
 def count_seeds(n: int) -> str:
