@@ -110,7 +110,7 @@ def stream_of(data: DataSection, corpus: Corpus, first: int = 0) -> Stream:
         "text_field": data.text_field,
         "document_separator": data.document_separator,
         "tokenizer": corpus.tokenizer.identity(),
-        "valid_fraction": data.valid_fraction,
+        "valid_fraction": 0.0 if data.valid_source else data.valid_fraction,  # of this source
         "sha256": corpus.info["sha256"],  # of the training tokens
         "seed": data.seed,
         "sequence_length": data.sequence_length,

@@ -123,7 +123,9 @@ def open_race(race: Race, corpus: Corpus) -> None:
         final = None
         if race.final_text:
             final = final_windows(recipe, *race.final_text)[0][:, 1:].flatten().numpy()
-        written["race"] = {**recipe_to_dict(recipe)["race"], "flops": recipe.train.flops}
+        flops = recipe.train.flops or 0.0
+        whole = {"flops": flops, "tune_flops": flops * recipe.race.tune_fraction}
+        written["race"] = {**recipe_to_dict(recipe)["race"], **whole}
         written["checks"] = check_texts(corpus, 0, final)
         written["arms"] = [arm_entry(race, arm) for arm in race.arms]
     runs.write_json(path, written)

@@ -145,8 +145,9 @@ def target_of(arm: Arm, vocab_size: int) -> Recipe:
         # Sizes are whole numbers, or lists of one entry per layer; an epsilon that growth has moved is no size.
         sizes_of = {key: value for key, value in after.items() if isinstance(value, int | list)}
         fields = recipe.model.fields | {key: value for key, value in sizes_of.items() if before.get(key) != value}
-    else:  # dense to mixture: another architecture, whose fields are all said
-        fields = {key: value for key, value in last.to_diff_dict().items() if key not in NOT_SIZES}
+    else:  # dense to mixture: another architecture, of which all is said that is not its own default
+        usual = type(last)().to_dict()
+        fields = {key: value for key, value in after.items() if key not in NOT_SIZES and usual.get(key) != value}
     model |= {"architecture": last.model_type, "fields": fields}
     target = replace(recipe, model=type(recipe.model)(**model), growth=[])
     if changed.get("rank") is None:

@@ -66,6 +66,9 @@ class DataSection:
         "sequences per optimizer step, over all ranks and accumulation steps", default=8, low=1
     )
     valid_fraction: float = key("share of the documents held out", default=0.02, above=0, below=1)
+    valid_source: str | None = key(
+        "a text file or folder that is held out instead of a share of `source`", default=None, pattern=r".+"
+    )
     valid_tokens: int = key("at most so many held-out tokens are evaluated", default=100_000, low=1)
     skip_tokens: int = key("pass over so many: an ancestor of this run has seen them", default=0, low=0)
     repeat: bool = key("allow more than one pass over the data", default=False)
