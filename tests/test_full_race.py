@@ -21,7 +21,7 @@ from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
 from tokenformer.train import Stopped, train
 
 GROWN = {"name": "grown", "growth": [{"at_fraction": 0.2, "to": {"ffn_tokens": 32}}]}
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "name": "llama",
     "model": {"architecture": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
               "intermediate_size": 16, "tie_word_embeddings": True},
@@ -242,7 +242,7 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
     monkeypatch.setattr("tokenformer.race.run_jobs", alone)
     (tmp_path / "final.txt").write_text("abcdef " * 200)
     race = {"final_text": str(tmp_path / "final.txt"), "final_tokens": 400, "most_extensions": 0}
-    recipe = racing(shared, race=race, evaluate_every=1000, flops=4e7)
+    recipe = racing(shared, race=race, evaluate_every=1000, log_every=1000, flops=4e7)
     said: list[str] = []
     page = run_race(recipe, tmp_path / "whole", say=said.append)
     assert page.exists()
@@ -255,10 +255,13 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
     headline_runs = [path for path in results if "seed" in path.parent.name]
     assert all((path.parent / jobs.FINAL).exists() for path in headline_runs)
 
+    def ended(folder: Path, job: jobs.Job) -> bool:
+        return bits_of(folder / "arms" / job.name, bool(job.final_text)) is not None
+
     def interrupted(todo: Any, *rest: Any) -> None:
         for _ in range(7):
             job = todo()[0]
-            alone(lambda job=job: [] if bits_of(tmp_path / "cut" / "arms" / job.name) else [job], *rest)
+            alone(lambda job=job: [] if ended(tmp_path / "cut", job) else [job], *rest)
         raise Stopped("time is over", 15)
 
     monkeypatch.setattr("tokenformer.race.run_jobs", interrupted)
@@ -325,7 +328,8 @@ class Peeking(torch.nn.Module):
 
 
 def test_a_model_that_looks_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = build_config("llama", None, {"vocab_size": 256, **LLAMA["model"]})
+    fields = {key: value for key, value in LLAMA["model"].items() if key != "architecture"}
+    config = build_config("llama", None, {"vocab_size": 256, **fields})
     checks.require_causal(config, "llama")
     monkeypatch.setattr(checks, "build_model", lambda config, seed: Peeking())
     with pytest.raises(ValueError, match="arm cheat: its model sees the tokens that it should predict"):
