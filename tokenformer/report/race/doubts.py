@@ -62,8 +62,8 @@ def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
             notes.setdefault(key, text)
             seen[key] = seen.get(key, 0) + 1
     bad += [text + (f" ({seen[key]} of its runs.)" if seen[key] > 1 else "") for key, text in notes.items()]
-    for key, what in (("overlap", "held-out text"), ("final_overlap", "final text")):
-        share = report["checks"].get(key)
+    for check, what in (("overlap", "held-out text"), ("final_overlap", "final text")):
+        share = report["checks"].get(check)
         if share is not None and share > OVERLAP:
             bad.append(f"{share:.0%} of the {what} also occurs in the training text, which is above {OVERLAP:.0%}.")
     bad += stream_doubts([run for _, run in started]) + order_doubts(report) + rate_doubts(report)

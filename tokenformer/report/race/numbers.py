@@ -235,12 +235,13 @@ def sunk_costs(report: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, An
 
 def law_of(report: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
     """The power law of an arm's results, or the reason why there is none."""
-    measure, curves = measure_of_all(report), {}
+    measure = measure_of_all(report)
+    curves: dict[int, Curve] = {}
     for share in report["race"]["budgets"]:
         ended = [run for run in runs_at(arm, share) if value_of(run, measure) is not None]
         flops = mean_of(ended, "flops")  # runs end at whole steps; one x for all seeds
         for run in ended:
-            curves.setdefault(run["seed"], []).append((flops, run[measure]))
+            curves.setdefault(run["seed"], []).append((flops or 0.0, run[measure]))
     fit = power_law(curves)
     return {"reason": fit} if isinstance(fit, str) else {"reason": None, **asdict(fit)}
 

@@ -127,7 +127,9 @@ def run_folder(place: Path, seed: int, share: float, budgets: list[float]) -> Pa
 
 
 def is_started(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() or (folder / "result.json").exists()
+    """Whether there is something to read: a run that is just beginning has not written all its files yet."""
+    files = ("recipe.json", "environment.json", "data.json", "metrics.jsonl")
+    return (folder / "result.json").exists() or all((folder / name).exists() for name in files)
 
 
 def read_trials(tune: Path) -> list[dict[str, Any]]:
@@ -139,7 +141,8 @@ def read_trials(tune: Path) -> list[dict[str, Any]]:
 def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:
     """One run of an arm: what it came to, its growths, and its held-out loss on the way."""
     if not is_started(folder):
-        empty = {**dict.fromkeys(RUN_KEYS), "growth": [], "parameters": {}, "data": {}, "environment": {}, "step": 0}
+        empty: dict[str, Any] = {**dict.fromkeys(RUN_KEYS), "growth": [], "step": 0}
+        empty |= {"parameters": {}, "data": {}, "environment": {}}
         return {**labels, **empty, "status": "not started", "final_bits_per_byte": None, "curve": None}
     run = read_run(folder)
     curve = {key: run["curves"]["eval"][key] for key in ("step", "flops", "seconds", "tokens", "bits_per_byte")}

@@ -96,8 +96,8 @@ def trials_section(report: dict[str, Any]) -> str:
     race = report["race"]
     note = (
         f'<p class="small">Every trial: bits per byte at {flops_text(race.get("tune_flops"))} '
-        f"({100 * race.get('tune_fraction', 0):g} % of the budget), with a seed of its own. The lowest is taken; copies "
-        "and arms with dropped state take the rate of the arm that they stand beside.</p>"
+        f"({100 * race.get('tune_fraction', 0):g} % of the budget), with a seed of its own. The lowest is taken; "
+        "copies and arms with dropped state take the rate of the arm that they stand beside.</p>"
     )
     head = ["arm", *(f"{rate:g}" for rate in rates), ""]
     return f"<h2>Learning-rate trials</h2>{table(head, rows, 'trials', tuple(range(1, len(rates) + 1)))}{note}"
