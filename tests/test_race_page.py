@@ -337,15 +337,25 @@ def test_a_race_without_growth_names_the_best_arm(tmp_path):
     assert "Growths" not in page_of(read_report(folder))
 
 
+def test_without_a_named_reference_it_is_the_target_size_from_scratch(tmp_path):
+    folder = write_full_race(tmp_path / "race", reference=None)
+    assert read_report(folder)["race"]["reference"] == "scratch"
+    assert "that **scratch** has" in read_report(folder)["answer"][1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"race": {"seeds": []}}, "race.budgets must be a list|race.learning_rates must be a list"),
         ({"race": [1]}, "race must be an object"),
         ({"arms": []}, "at least one arm"),
+        (
+            {"arms": [{"name": "a", "folder": "arms/small"}]},
+            "race.reference is 'scratch', which is no arm: a",
+        ),
         ({"arms": [{"name": "a"}]}, r"arms\[0\] needs a name and a folder"),
         ({"arms": [{"name": "a", "folder": "arms/grown", "role": "hero"}]}, "role must be one of arm, scratch"),
-        ({"arms": [{"name": "a", "folder": "arms/nowhere"}]}, "no run of this race has started"),
+        ({"arms": [{"name": "scratch", "folder": "arms/nowhere"}]}, "no run of this race has started"),
         ({"arms": [{"name": "a", "folder": "arms/grown"}, {"name": "a", "folder": "arms/small"}]}, "two arms have one"),
     ],
 )

@@ -227,6 +227,6 @@ def judge_race(report: dict[str, Any]) -> dict[str, Any]:
         "warnings": doubts,
         "changes": changes(report),
         "differing_keys": differing_keys(
-            [arm["recipe"] for arm in report["arms"] if arm["recipe"]], ("name", "description", "arms", "race")
+            [arm["recipe"] for arm in report["arms"] if arm["recipe"]], ("name", "description", "arms", "race", "noise")
         ),
     }

@@ -56,10 +56,15 @@ def read_full_race(folder: Path) -> dict[str, Any]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: arms must be a list of at least one arm")
     race = {**race, "budgets": sorted(race["budgets"])}
+    race.setdefault("tune_flops", race.get("tune_fraction", 0) * race["flops"])
     arms = [read_arm(folder, entry, race, f"{path}: arms[{i}]") for i, entry in enumerate(entries)]
     names = [arm["name"] for arm in arms]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two arms have one name: {sorted(n for n in names if names.count(n) > 1)[0]}")
+    if not race.get("reference"):
+        race["reference"] = next((arm["name"] for arm in arms if arm["role"] == "scratch"), names[0])
+    if race["reference"] not in names:
+        raise ValueError(f"{path}: race.reference is {race['reference']!r}, which is no arm: {', '.join(names)}")
     started = [run for arm in arms for run in (*arm["trials"], *arm["runs"]) if run["status"] != "not started"]
     if not started:
         raise ValueError(f"{folder}: no run of this race has started; there is nothing to report")

@@ -19,7 +19,7 @@ ROLES = {
     "size": "control: another size",
     "copy": "control: copy, for the noise",
 }
-IGNORED = ("name", "description", "arms", "race")  # of a recipe: what is no hyperparameter of a run
+IGNORED = ("name", "description", "arms", "race", "noise")  # of a recipe: what is no hyperparameter of a run
 
 
 def span(start: Any, end: Any) -> str:
@@ -57,8 +57,10 @@ def arms_section(report: dict[str, Any]) -> str:
             if len(cell["seeds"]) != len(report["race"]["seeds"]):
                 asked = len(report["race"]["seeds"])
                 text += f'<span class="tag warn">{len(cell["seeds"])} of {asked} seeds</span>'
-            if arm["grows"] and cell["mean"] is not None and not cell["growths"]:
-                text += '<span class="tag">before growth</span>'
+            growths = max(b["arms"][i]["growths"] for b in budgets)
+            if arm["grows"] and cell["mean"] is not None and cell["growths"] < growths:
+                grown = f"grown {cell['growths']} of {growths} times" if cell["growths"] else "before growth"
+                text += f'<span class="tag">{grown}</span>'
             row.append(text)
         cell = last["arms"][i]
         spent = [sum(v.get("growth_flops", 0) for v in run["growth"]) for run in trunks(arm)]
