@@ -219,6 +219,9 @@ def judge_race(report: dict[str, Any]) -> dict[str, Any]:
     said = answer(report)
     if any(note["level"] == "bad" for note in doubts + status):
         said[0] = f"**Read the red notes first.** {said[0]}"
+    for arm in report["arms"]:  # said once: environment and data stand at the head of the report and in the run folders
+        for run in (*arm["runs"], *arm["trials"], *arm["cosine"]):
+            del run["environment"], run["data"]
     return {
         **report,
         "answer": said,

@@ -225,7 +225,7 @@ def sunk_costs(report: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, An
         if spent:
             mean, low, high = own_interval(logs)
             inside = sides == {""}
-            side = "" if inside or not sides else "about" if len(sides - {""}) > 1 else (sides - {""}).pop()
+            side = "" if inside or not sides else "unbounded" if len(sides - {""}) > 1 else (sides - {""}).pop()
             ratio = None if mean is None else math.exp(mean)
             bounds = [math.exp(b) if inside and b is not None else None for b in (low, high)]
             more = {"ratio": ratio, "side": side, "low": bounds[0], "high": bounds[1]}
