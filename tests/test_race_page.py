@@ -1,4 +1,4 @@
-"""The page of a full race, on fabricated folders whose truth is known: what it says is so, and what spoils it is red."""
+"""The page of a full race, on fabricated folders of known truth: what it says is so, and what spoils it is red."""
 
 import html
 import json
@@ -108,7 +108,7 @@ def test_the_answer_comes_first_in_two_sentences_with_every_control(race, report
 
 
 def test_flops_to_a_loss_follow_from_the_arms_own_curves(report):
-    # By hand, for one arm at the middle budget: a straight line over log FLOPs between its results at the three budgets.
+    # By hand, for one arm at the middle budget: a straight line over log FLOPs between its results.
     logs = []
     for seed in SEEDS:
         target = plausible("scratch", 0.004, seed, 0.5)
@@ -308,6 +308,11 @@ def test_a_race_in_progress_has_a_page_that_says_so(tmp_path):
     told = read_report(folder)
     assert pair(told, "grown", "scratch")["seeds"] == [1]
     assert pair(told, "grown", "scratch")["own_low"] is None
+    (folder / "arms/grown/seed-0/data.json").unlink()  # just beginning: not all its files are there
+    assert any("16 of 63" in t for t in ambers(read_report(folder)))
+    (folder / "arms/grown/seed-1/data.json").unlink()  # the control: a finished run has to have them
+    with pytest.raises(ValueError, match="data.json: no such file"):
+        read_report(folder)
 
 
 def test_a_race_that_only_has_trials_has_no_answer_yet(tmp_path):
@@ -332,15 +337,25 @@ def test_a_race_without_growth_names_the_best_arm(tmp_path):
     assert "Growths" not in page_of(read_report(folder))
 
 
+def test_without_a_named_reference_it_is_the_target_size_from_scratch(tmp_path):
+    folder = write_full_race(tmp_path / "race", reference=None)
+    assert read_report(folder)["race"]["reference"] == "scratch"
+    assert "that **scratch** has" in read_report(folder)["answer"][1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"race": {"seeds": []}}, "race.budgets must be a list|race.learning_rates must be a list"),
         ({"race": [1]}, "race must be an object"),
         ({"arms": []}, "at least one arm"),
+        (
+            {"arms": [{"name": "a", "folder": "arms/small"}]},
+            "race.reference is 'scratch', which is no arm: a",
+        ),
         ({"arms": [{"name": "a"}]}, r"arms\[0\] needs a name and a folder"),
         ({"arms": [{"name": "a", "folder": "arms/grown", "role": "hero"}]}, "role must be one of arm, scratch"),
-        ({"arms": [{"name": "a", "folder": "arms/nowhere"}]}, "no run of this race has started"),
+        ({"arms": [{"name": "scratch", "folder": "arms/nowhere"}]}, "no run of this race has started"),
         ({"arms": [{"name": "a", "folder": "arms/grown"}, {"name": "a", "folder": "arms/small"}]}, "two arms have one"),
     ],
 )

@@ -225,6 +225,8 @@ def test_nothing_is_extrapolated():
     assert (first["fast"].side, first["fast"].word) == ("less than", "faster")
     assert first["slow"].side == "" and first["slow"].value == pytest.approx(3.0, rel=0.02)
     assert last["fast"].side == "" and last["fast"].value == pytest.approx(1 / 3, rel=0.02)
+    curves["slow"][0] = [(c, 0.1) for c, _ in curves["slow"][0]]  # one seed below all thresholds, the others above
+    assert (ratios(curves, 2)["slow"].side, ratios(curves, 2)["slow"].low) == ("unbounded", None)
     del curves["slow"][0], curves["slow"][1], curves["slow"][2]
     assert ratios(curves, 1)["slow"] == st.Ratio([], None, "", None, None, None, None, "not compared")
 

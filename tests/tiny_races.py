@@ -148,7 +148,7 @@ def write_full_race(
     rates: Iterable[float] = (0.002, 0.004, 0.008),
     budgets: Iterable[float] = (0.25, 0.5, 1.0),
     seeds: Iterable[int] = (0, 1, 2),
-    reference: str = "scratch",
+    reference: str | None = "scratch",
     cosine: Iterable[str] = (),
     final: Loss | None = None,
     checks: dict[str, Any] | None = None,

@@ -160,7 +160,8 @@ def flops_to_reach(curve: Curve, loss: float) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """FLOPs over the reference's FLOPs. `side` is "" or says that the true ratio is more or less than `value`."""
+    """FLOPs over the reference's FLOPs. `side` is "", or how the true ratio lies to `value`: "more than", "less than",
+    or "unbounded" where seeds lie beyond either end."""
 
     seeds: list[int]
     value: float | None
@@ -206,7 +207,7 @@ def ratio_of(logs: dict[int, float], sides: set[str], spread: Spread, loss_word:
     outside = sides - {""}
     if outside:
         # Ends stand in for what lies beyond them. With both in one arm the mean is bounded on neither side.
-        side = outside.pop() if len(outside) == 1 else "about"
+        side = outside.pop() if len(outside) == 1 else "unbounded"
         word = {"better": "faster", "worse": "slower"}.get(loss_word, "not told apart")
         return Ratio(seeds, math.exp(mean), side, None, None, None, None, word)
     half = spread.half_width(len(seeds))

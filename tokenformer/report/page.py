@@ -14,7 +14,6 @@ from .tables import arms_table, data_section, difference, growth_table, provenan
 from .units import bits_text, gap_text
 from .verdict import by_rank
 
-
 TOGGLE = '<label class="toggle" hidden><input type="checkbox" id="logx"> log x-axis</label>'
 
 

@@ -53,8 +53,9 @@ def top_charts(report: dict[str, Any]) -> list[Chart]:
 
 
 def trunks(arm: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arm's runs of the whole budget that have begun."""
-    return [run for run in arm["runs"] if run["share"] == arm["runs"][-1]["share"] and run["curve"]]
+    """The arm's runs of the whole budget that have begun and did not fail."""
+    whole = [run for run in arm["runs"] if run["share"] == arm["runs"][-1]["share"]]
+    return [run for run in whole if run["curve"] and run["status"] != "failed"]
 
 
 def training_chart(report: dict[str, Any]) -> Chart:

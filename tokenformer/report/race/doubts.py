@@ -62,8 +62,8 @@ def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
             notes.setdefault(key, text)
             seen[key] = seen.get(key, 0) + 1
     bad += [text + (f" ({seen[key]} of its runs.)" if seen[key] > 1 else "") for key, text in notes.items()]
-    for key, what in (("overlap", "held-out text"), ("final_overlap", "final text")):
-        share = report["checks"].get(key)
+    for check, what in (("overlap", "held-out text"), ("final_overlap", "final text")):
+        share = report["checks"].get(check)
         if share is not None and share > OVERLAP:
             bad.append(f"{share:.0%} of the {what} also occurs in the training text, which is above {OVERLAP:.0%}.")
     bad += stream_doubts([run for _, run in started]) + order_doubts(report) + rate_doubts(report)
@@ -219,6 +219,9 @@ def judge_race(report: dict[str, Any]) -> dict[str, Any]:
     said = answer(report)
     if any(note["level"] == "bad" for note in doubts + status):
         said[0] = f"**Read the red notes first.** {said[0]}"
+    for arm in report["arms"]:  # said once: environment and data stand at the head of the report and in the run folders
+        for run in (*arm["runs"], *arm["trials"], *arm["cosine"]):
+            del run["environment"], run["data"]
     return {
         **report,
         "answer": said,
@@ -227,6 +230,6 @@ def judge_race(report: dict[str, Any]) -> dict[str, Any]:
         "warnings": doubts,
         "changes": changes(report),
         "differing_keys": differing_keys(
-            [arm["recipe"] for arm in report["arms"] if arm["recipe"]], ("name", "description", "arms", "race")
+            [arm["recipe"] for arm in report["arms"] if arm["recipe"]], ("name", "description", "arms", "race", "noise")
         ),
     }

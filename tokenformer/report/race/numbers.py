@@ -159,8 +159,8 @@ def curves_of(report: dict[str, Any], arm: dict[str, Any]) -> dict[int, Curve]:
     return curves
 
 
-def reference_of(report: dict[str, Any]) -> dict[str, Any] | None:
-    return next((arm for arm in report["arms"] if arm["name"] == report["race"].get("reference")), None)
+def reference_of(report: dict[str, Any]) -> dict[str, Any]:
+    return next(arm for arm in report["arms"] if arm["name"] == report["race"]["reference"])
 
 
 def spread_out(values: list[Any], most: int) -> list[Any]:
@@ -173,8 +173,6 @@ def spread_out(values: list[Any], most: int) -> list[Any]:
 def reach(report: dict[str, Any]) -> list[dict[str, Any]]:
     """At three thresholds, each arm's FLOPs over the reference's to reach the reference's loss."""
     reference, measure = reference_of(report), measure_of_all(report)
-    if reference is None:
-        return []
     others = [arm for arm in report["arms"] if arm is not reference]
     curves, out = {arm["name"]: curves_of(report, arm) for arm in others}, []
     for share in spread_out(report["race"]["budgets"], THRESHOLDS):
@@ -202,13 +200,15 @@ def growths_of(arm: dict[str, Any], run: dict[str, Any]) -> list[dict[str, Any]]
     if trunk is run or not run["curve"]:
         return run["growth"]
     began = min((flops for flops in run["curve"]["flops"] if flops is not None), default=0.0)
-    return [event for event in trunk["growth"] if event["flops"] <= began] + run["growth"]
+    size = run["parameters"].get("total")  # tells apart a branch that starts just before a growth from one just after
+    behind = [v for v in trunk["growth"] if v["flops"] <= began]
+    return [v for v in behind if v["flops"] < began or v["parameters_after"] == size] + run["growth"]
 
 
 def sunk_costs(report: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, Any]]:
     """FLOPs after the last growth alone, over what the reference needs from its first step for the same loss."""
     reference, measure, out = reference_of(report), measure_of_all(report), []
-    against = curves_of(report, reference) if reference else {}
+    against = curves_of(report, reference)
     for share in report["race"]["budgets"]:
         spent, logs, sides = [], [], set()
         for run in runs_at(arm, share):
@@ -225,7 +225,7 @@ def sunk_costs(report: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, An
         if spent:
             mean, low, high = own_interval(logs)
             inside = sides == {""}
-            side = "" if inside or not sides else "about" if len(sides - {""}) > 1 else (sides - {""}).pop()
+            side = "" if inside or not sides else "unbounded" if len(sides - {""}) > 1 else (sides - {""}).pop()
             ratio = None if mean is None else math.exp(mean)
             bounds = [math.exp(b) if inside and b is not None else None for b in (low, high)]
             more = {"ratio": ratio, "side": side, "low": bounds[0], "high": bounds[1]}
@@ -235,12 +235,13 @@ def sunk_costs(report: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, An
 
 def law_of(report: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
     """The power law of an arm's results, or the reason why there is none."""
-    measure, curves = measure_of_all(report), {}
+    measure = measure_of_all(report)
+    curves: dict[int, Curve] = {}
     for share in report["race"]["budgets"]:
         ended = [run for run in runs_at(arm, share) if value_of(run, measure) is not None]
         flops = mean_of(ended, "flops")  # runs end at whole steps; one x for all seeds
         for run in ended:
-            curves.setdefault(run["seed"], []).append((flops, run[measure]))
+            curves.setdefault(run["seed"], []).append((flops or 0.0, run[measure]))
     fit = power_law(curves)
     return {"reason": fit} if isinstance(fit, str) else {"reason": None, **asdict(fit)}
 

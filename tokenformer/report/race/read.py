@@ -56,10 +56,15 @@ def read_full_race(folder: Path) -> dict[str, Any]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: arms must be a list of at least one arm")
     race = {**race, "budgets": sorted(race["budgets"])}
+    race.setdefault("tune_flops", race.get("tune_fraction", 0) * race["flops"])
     arms = [read_arm(folder, entry, race, f"{path}: arms[{i}]") for i, entry in enumerate(entries)]
     names = [arm["name"] for arm in arms]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two arms have one name: {sorted(n for n in names if names.count(n) > 1)[0]}")
+    if not race.get("reference"):
+        race["reference"] = next((arm["name"] for arm in arms if arm["role"] == "scratch"), names[0])
+    if race["reference"] not in names:
+        raise ValueError(f"{path}: race.reference is {race['reference']!r}, which is no arm: {', '.join(names)}")
     started = [run for arm in arms for run in (*arm["trials"], *arm["runs"]) if run["status"] != "not started"]
     if not started:
         raise ValueError(f"{folder}: no run of this race has started; there is nothing to report")
@@ -127,7 +132,9 @@ def run_folder(place: Path, seed: int, share: float, budgets: list[float]) -> Pa
 
 
 def is_started(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() or (folder / "result.json").exists()
+    """Whether there is something to read: a run that is just beginning has not written all its files yet."""
+    files = ("recipe.json", "environment.json", "data.json", "metrics.jsonl")
+    return (folder / "result.json").exists() or all((folder / name).exists() for name in files)
 
 
 def read_trials(tune: Path) -> list[dict[str, Any]]:
@@ -139,7 +146,8 @@ def read_trials(tune: Path) -> list[dict[str, Any]]:
 def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:
     """One run of an arm: what it came to, its growths, and its held-out loss on the way."""
     if not is_started(folder):
-        empty = {**dict.fromkeys(RUN_KEYS), "growth": [], "parameters": {}, "data": {}, "environment": {}, "step": 0}
+        empty: dict[str, Any] = {**dict.fromkeys(RUN_KEYS), "growth": [], "step": 0}
+        empty |= {"parameters": {}, "data": {}, "environment": {}}
         return {**labels, **empty, "status": "not started", "final_bits_per_byte": None, "curve": None}
     run = read_run(folder)
     curve = {key: run["curves"]["eval"][key] for key in ("step", "flops", "seconds", "tokens", "bits_per_byte")}

@@ -19,7 +19,7 @@ ROLES = {
     "size": "control: another size",
     "copy": "control: copy, for the noise",
 }
-IGNORED = ("name", "description", "arms", "race")  # of a recipe: what is no hyperparameter of a run
+IGNORED = ("name", "description", "arms", "race", "noise")  # of a recipe: what is no hyperparameter of a run
 
 
 def span(start: Any, end: Any) -> str:
@@ -57,8 +57,10 @@ def arms_section(report: dict[str, Any]) -> str:
             if len(cell["seeds"]) != len(report["race"]["seeds"]):
                 asked = len(report["race"]["seeds"])
                 text += f'<span class="tag warn">{len(cell["seeds"])} of {asked} seeds</span>'
-            if arm["grows"] and cell["mean"] is not None and not cell["growths"]:
-                text += '<span class="tag">before growth</span>'
+            growths = max(b["arms"][i]["growths"] for b in budgets)
+            if arm["grows"] and cell["mean"] is not None and cell["growths"] < growths:
+                grown = f"grown {cell['growths']} of {growths} times" if cell["growths"] else "before growth"
+                text += f'<span class="tag">{grown}</span>'
             row.append(text)
         cell = last["arms"][i]
         spent = [sum(v.get("growth_flops", 0) for v in run["growth"]) for run in trunks(arm)]
@@ -96,8 +98,8 @@ def trials_section(report: dict[str, Any]) -> str:
     race = report["race"]
     note = (
         f'<p class="small">Every trial: bits per byte at {flops_text(race.get("tune_flops"))} '
-        f"({100 * race.get('tune_fraction', 0):g} % of the budget), with a seed of its own. The lowest is taken; copies "
-        "and arms with dropped state take the rate of the arm that they stand beside.</p>"
+        f"({100 * race.get('tune_fraction', 0):g} % of the budget), with a seed of its own. The lowest is taken; "
+        "copies and arms with dropped state take the rate of the arm that they stand beside.</p>"
     )
     head = ["arm", *(f"{rate:g}" for rate in rates), ""]
     return f"<h2>Learning-rate trials</h2>{table(head, rows, 'trials', tuple(range(1, len(rates) + 1)))}{note}"

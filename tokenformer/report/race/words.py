@@ -52,6 +52,8 @@ def ratio_text(ratio: dict[str, Any]) -> str:
     key = "value" if "value" in ratio else "ratio"
     if ratio[key] is None:
         return "not compared"
+    if ratio["side"] == "unbounded":
+        return "beyond the budgets on both sides"
     side = f"{ratio['side']} " if ratio["side"] else ""
     interval = "" if ratio["low"] is None else f" [{ratio['low']:.2f} to {ratio['high']:.2f}]"
     return f"{side}{ratio[key]:.2f}{interval}"
@@ -147,7 +149,7 @@ def second_sentence(report: dict[str, Any], budget: dict[str, Any], arm: dict[st
     """FLOPs to the reference's loss at the same budget."""
     at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
     ratio = at["ratios"].get(arm["name"]) if at else None
-    if not ratio or ratio["value"] is None:
+    if not ratio or ratio["value"] is None or ratio["side"] == "unbounded":
         return "FLOPs to the reference's loss: not compared."
     name = report["race"]["reference"]
     return (
@@ -174,7 +176,7 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
             tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']} degrees of freedom"))
         at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
         ratio = at["ratios"].get(arm["name"]) if at and arm else None
-        if ratio and ratio["value"] is not None:
+        if ratio and ratio["value"] is not None and ratio["side"] != "unbounded":
             tiles.append(("FLOPs to the reference's loss", f"{ratio_text(ratio).split(' [')[0]} ×", ratio["word"]))
         spent = mean_of([run for a in report["arms"] for run in runs_at(a, budget["share"])], "flops")
         tiles.append(("training FLOPs per run", flops_text(spent), "ancestors included"))
