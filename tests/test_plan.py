@@ -10,6 +10,7 @@ from tokenformer.flops import training_flops
 from tokenformer.plan import model_config, plan
 from tokenformer.recipe import Recipe
 from tokenformer.schedule import Window
+from tokenformer.start import Start
 
 
 @pytest.fixture
@@ -227,3 +228,31 @@ def test_a_model_that_cannot_grow_can_be_planned_without_growth(recipe: Any) -> 
     changed.model.architecture = "llama"
     changed.model.fields = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
     assert plan(changed).steps == 12
+
+
+def test_frozen_layers_are_counted_as_such_through_later_growth_and_from_a_checkpoint(recipe: Any) -> None:
+    pro = {"at_step": 3, "operator": "llama_pro", "to": {"num_hidden_layers": 2}, "options": {"freeze": True}}
+    wider = {"at_step": 6, "operator": "zero_keys", "to": {"ffn": 32}}
+    deeper = {"at_step": 9, "operator": "stack", "to": {"num_hidden_layers": 4}}
+    changed = recipe(growth=[pro, wider, deeper])
+    config, expected = model_config(changed, 256), []
+    for layers, tokens, trained in (
+        (1, 16, None),
+        (2, 16, [False, True]),
+        (2, 32, [False, True]),
+        (4, 32, [False, True, False, True]),
+    ):
+        config.num_hidden_layers, config.ffn_tokens = layers, tokens
+        expected.append(training_flops(config, 16, 4, trained))
+    found = [phase.flops_per_step for phase in plan(changed).phases]
+    assert found == expected
+    pro["options"] = {}  # the control
+    assert plan(recipe(growth=[pro, wider, deeper])).phases[1].flops_per_step > found[1]
+
+    config.num_hidden_layers, config.ffn_tokens = 2, 16
+    names = ["model.layers.1.mlp.key", "model.layers.1.mlp.value"]
+    onward = recipe(growth=[])
+    onward.model.checkpoint = "somewhere"
+    for trained_parameters, layers in ((names, [False, True]), (None, None)):
+        start = Start("somewhere", config.to_dict(), trained_parameters=trained_parameters)
+        assert plan(onward, start=start).phases[0].flops_per_step == training_flops(config, 16, 4, layers)

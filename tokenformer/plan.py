@@ -21,8 +21,10 @@ from .growth.lowrank import Ranks, matrices, settled_ranks
 from .growth.lowrank_growth import next_ranks
 from .growth.operators import options_of, steps_of, takers, target_sizes
 from .growth.plan import Plan as Change
+from .growth.tensors import TensorMaps
+from .growth.weights import trained_layers
 from .models import build_config
-from .models.axes import size_of
+from .models.axes import size_of, table_of
 from .recipe import GrowthSection, Recipe
 from .schedule import Window, expand, window_of
 from .start import Start, start_config, start_of
@@ -108,7 +110,7 @@ def plan(
     ancestors = start.flops
     events, configs = phase_configs(recipe, vocab_size, start)
     length, batch = recipe.data.sequence_length, recipe.data.batch_size
-    costs = [training_flops(config, length, batch) + saved * length * batch for config, _, saved in configs]
+    costs = [training_flops(c, length, batch, trained) + saved * length * batch for c, _, saved, trained in configs]
     growths = [event.flops for event in events]
     known = settled(events, grown_at)
     if recipe.train.flops is not None:
@@ -135,11 +137,11 @@ def plan(
             raise ValueError(f"{event.name} would come at step {step}; it must come {between}{paid}")
     require_ramps(events, boundaries, steps, start)
     require_warm_up(recipe, events, boundaries, steps)
-    require_balance(recipe, events, [config for config, _, _ in configs], start)
+    require_balance(recipe, events, [config for config, *_ in configs], start)
     require_room(events, costs, budget)
     edges = [0, *boundaries, steps]
     stretches = zip(edges, edges[1:], configs, costs, strict=False)
-    phases = (Phase(first, end, sizes, cost) for first, end, (_, sizes, _), cost in stretches)
+    phases = (Phase(first, end, sizes, cost) for first, end, (_, sizes, *_), cost in stretches)
     window, done = None, len(grown_at)
     if done < len(events) and events[done].section.at_slope is not None:
         share = Fraction(str(events[done].section.slope_window)) * budget
@@ -167,17 +169,20 @@ def model_config(recipe: Recipe, vocab_size: int, start: Start | None = None, **
     return config
 
 
-def phase_configs(
-    recipe: Recipe, vocab_size: int, start: Start
-) -> tuple[list[Event], list[tuple[Any, dict[str, int], int]]]:
-    """The growths one by one; configuration, changed sizes and FLOPs per token of factors, in each phase.
+PhaseConfig = tuple[Any, dict[str, int], int, tuple[bool, ...] | None]
+
+
+def phase_configs(recipe: Recipe, vocab_size: int, start: Start) -> tuple[list[Event], list[PhaseConfig]]:
+    """The growths one by one; in each phase the configuration, changed sizes, FLOPs per token of factors, and which
+    layers are trained if an earlier growth has frozen some (training_flops).
 
     An operator that refuses does so here.
     """
     config, length, batch = model_config(recipe, vocab_size, start), recipe.data.sequence_length, recipe.data.batch_size
     ranks = first_ranks(recipe, config, start)
     events: list[Event] = []
-    phases: list[tuple[Any, dict[str, int], int]] = [(config, {}, flops_of(config, ranks))]
+    trained = first_trained(config, start)
+    phases: list[PhaseConfig] = [(config, {}, flops_of(config, ranks), None if ranks else trained)]
     changes: list[Change]
     flops: list[int]
     for i, section in enumerate(recipe.growth):
@@ -187,7 +192,9 @@ def phase_configs(
                     raise ValueError(f"stages: {section.stages}; {section.operator} has one, write the others out")
                 ranks = next_ranks(config, ranks, section.operator, section.to, section.options)
                 parts, changes, flops = [section], [], [0]
-                phases.append((config, phases[-1][1] | section.to, flops_of(config, ranks)))
+                # Factors are counted as if all were trained: they are in frozen layers as well.
+                sizes = phases[-1][1] | section.to
+                phases.append((config, sizes, flops_of(config, ranks), None if ranks else trained))
             elif ranks is not None:
                 raise ValueError(
                     f"operator: {section.operator} cannot grow a model with factors of rank {ranks.rank}; first grow "
@@ -203,8 +210,12 @@ def phase_configs(
                     steps = steps_of(config, part.operator, part.to, part.seed, part.options)
                     changes += [change for *_, change in steps]
                     flops.append(sum(each.cost(before, change, length, batch) for each, before, change in steps))
+                    for _, before, change in steps:
+                        if change.frozen or trained is not None:
+                            earlier = trained or (True,) * before.num_hidden_layers
+                            trained = trained_layers(TensorMaps(before, change), earlier)
                     config = changes[-1].config
-                    phases.append((config, phases[-1][1] | part.to, 0))
+                    phases.append((config, phases[-1][1] | part.to, 0, trained))
         except ValueError as error:
             options = {*section.options, *(key for each in section.operator.split("+") for key in options_of(each))}
             inside = "options." if str(error).partition(":")[0] in options else ""
@@ -237,6 +248,15 @@ def first_ranks(recipe: Recipe, config: Any, start: Start) -> Ranks | None:
         rank = recipe.model.rank
         raise ValueError(f"model.rank: {rank} is no less than the smaller side of every matrix; leave it out")
     return ranks
+
+
+def first_trained(config: Any, start: Start) -> tuple[bool, ...] | None:
+    """Which layers of the checkpoint are trained; None if nothing is frozen."""
+    if start.trained_parameters is None:
+        return None
+    layers = table_of(config).layers
+    names = [f"{layers}.{i}." for i in range(config.num_hidden_layers)]
+    return tuple(any(parameter.startswith(name) for parameter in start.trained_parameters) for name in names)
 
 
 def flops_of(config: Any, ranks: Ranks | None) -> int:
