@@ -38,6 +38,7 @@ COLUMNS = {
     "· RMSNorm": "tokenformer rms",
     "· linear": "tokenformer linear",
     "· softmax": "tokenformer softmax",
+    "· SiLU": "tokenformer silu",
 }
 LEGEND = """
 Each cell is two growths of a tiny model in float64, by a whole multiple and by none, norms, rotary positions and

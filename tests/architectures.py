@@ -47,6 +47,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "tokenformer linear": ("tokenformer", ATTENTION | LINEAR),
     "tokenformer gelu first": ("tokenformer", TOKENFORMER | {"theta": "gelu_l2_norm", "tie_word_embeddings": False}),
     "tokenformer softmax": ("tokenformer", TOKENFORMER | {"theta": "softmax"}),
+    "tokenformer silu": ("tokenformer", TOKENFORMER | {"theta": "silu", "ffn_scale": 1.3, "initialization": "unit"}),
 }
 
 # Larger sizes: a whole multiple and none, for a field of each architecture's configuration; else twice and one more.

@@ -39,6 +39,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "tokenformer-gelu-first": ("tokenformer", ODD | TOKENS | {"theta": "gelu_l2_norm"}),
     "tokenformer-softmax": ("tokenformer", ODD | TOKENS | {"theta": "softmax"}),
+    "tokenformer-relu2": ("tokenformer", ODD | TOKENS | {"theta": "relu2"}),
+    "tokenformer-silu-gated": ("tokenformer", ODD | TOKENS | GATED | {"theta": "silu"}),
     "llama": ("llama", ODD | INNER | {"tie_word_embeddings": True}),
     "llama-grouped-biased": (
         "llama",

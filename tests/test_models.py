@@ -16,6 +16,7 @@ from tokenformer.models.tokenformer import (
     rotary_factors,
     turn,
 )
+from tokenformer.pattention import THETAS
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"qkv_tokens": 13, "proj_tokens": 7, "ffn_tokens": 33}
@@ -29,6 +30,8 @@ OPTIONS = {
     "without positions": {"rope_parameters": FULL_ROTARY | {"partial_rotary_factor": 0}},
     "gelu first": {"theta": "gelu_l2_norm"},
     "softmax": {"theta": "softmax"},
+    "relu2": {"theta": "relu2", "proj_scale": 0.7},
+    "silu": {"theta": "silu"},
     "untied": {"tie_word_embeddings": False},
 }
 RELEASED = {"150m": 151_881_216, "450m": 454_166_528, "900m": 903_252_480, "1.5b": 1_587_219_456}
@@ -106,8 +109,9 @@ def test_published_initialisation_has_the_published_spread():
     assert table.value.std().item() == pytest.approx(2 / (2 * math.sqrt(32)), rel=0.02)
 
 
-def test_unit_initialisation_gives_outputs_of_unit_variance():
-    fields = SIZES | {"hidden_size": 256, "qkv_tokens": 300, "initialization": "unit"}
+@pytest.mark.parametrize("theta", THETAS)
+def test_unit_initialisation_gives_outputs_of_unit_variance(theta):
+    fields = SIZES | {"hidden_size": 256, "qkv_tokens": 300, "initialization": "unit", "theta": theta}
     model = build_model(build_config("tokenformer", fields=fields), seed=0)
     x = F.layer_norm(torch.randn(512, 256), (256,))
     assert model.model.layers[0].self_attn.q_proj(x).std().item() == pytest.approx(1.0, rel=0.1)
@@ -236,7 +240,7 @@ def test_a_model_is_a_function_of_its_seed_and_leaves_the_random_state_alone():
             "tokenformer",
             None,
             {"theta": "relu", "qkv_scale": 2.0, "proj_scale": 2.0, "ffn_scale": 2.0},
-            "theta: 'relu' is not known; allowed: l2_norm_gelu, gelu_l2_norm, softmax",
+            "theta: 'relu' is not known; allowed: l2_norm_gelu, gelu_l2_norm, softmax, gelu, silu, relu2",
         ),
         ("tokenformer", None, {"rope_parameters": {"partial_rotary_factor": 2.0}}, "partial_rotary_factor: 2.0 is no"),
         ("tokenformer", None, {"rope_parameters": {"partial_rotary_factor": "a"}}, "partial_rotary_factor: 'a' is no"),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tokenformer import pattention as module
 from tokenformer.pattention import (
     THETAS,
+    WITHOUT_NORM,
     Pattention,
     default_scale,
     pattention,
@@ -22,11 +23,14 @@ SHAPES = [((1,), 1, 7, 1), ((7,), 16, 63, 5), ((3, 1, 5), 7, 1, 7), ((2, 150), 1
 
 
 def published(x, key, value, theta):
-    """The paper's formulas as its release computes them: the scale from the row count, no epsilon."""
+    """The paper's formulas as its release computes them: the scale from the row count, no epsilon; and without norm."""
     n = key.shape[0]
     s = x @ key.T
     if theta == "l2_norm_gelu":
         weights = F.gelu(s / s.norm(p=2, dim=-1, keepdim=True) * math.sqrt(n))
+    elif theta in WITHOUT_NORM:
+        functions = {"gelu": F.gelu, "silu": lambda s: s / (1 + torch.exp(-s)), "relu2": lambda s: s.clamp(min=0) ** 2}
+        weights = functions[theta](s)
     elif theta == "gelu_l2_norm":
         a = F.gelu(s)
         weights = a / a.norm(p=2, dim=-1, keepdim=True) * math.sqrt(n)

@@ -7,11 +7,14 @@ A parameter token is a key row, which says when it speaks, and a value row, whic
     l2_norm_gelu    gelu(scale * s / ||s||)          s = x Kᵀ; norms run over the P scores of one input row
     gelu_l2_norm    scale * gelu(s) / ||gelu(s)||
     softmax         scale * softmax(s)
+    gelu, silu      gelu(scale * s), silu(scale * s)                   no norm: a row speaks whatever the others do
+    relu2           max(0, scale * s)²                                 squared ReLU (arXiv 2109.08668)
 
-with the exact (erf) GELU. A new layer has scale sqrt(P) for the two L2 forms and P for softmax, as published; from then
-on the scale is a stored number, never derived from P again, so that rows can be added without changing the function.
-||s|| stands for root(sum s² + eps * scale²): an all-zero row gives zero, and neither rows of score zero nor tiling
-change it. A gated layer multiplies by a second score: y = (theta(x Kᵀ) * (x Uᵀ)) V.
+with the exact (erf) GELU. A new layer has scale sqrt(P) for the two L2 forms and P for softmax, as published, and 1
+where there is no norm, which makes it an ordinary two-layer feed-forward; from then on the scale is a stored number,
+never derived from P again, so that rows can be added without changing the function. ||s|| stands for
+root(sum s² + eps * scale²): an all-zero row gives zero, and neither rows of score zero nor tiling change it. A gated
+layer multiplies by a second score: y = (theta(x Kᵀ) * (x Uᵀ)) V.
 
 Legend: B rows of the flattened input, P parameter tokens, C widths.
 """
@@ -28,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+WITHOUT_NORM = ("gelu", "silu", "relu2")
+THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax", *WITHOUT_NORM)
 HALF = (torch.float16, torch.bfloat16)
 
 # Score entries handled at a time on a CPU: two float32 buffers of this size stay in a core's cache (measured).
@@ -38,9 +42,11 @@ CHUNK_ROWS = 512
 
 
 def default_scale(theta: str, tokens: int) -> float:
-    """The published scale of a new layer with `tokens` rows: sqrt(tokens) for the L2 forms, tokens for softmax."""
+    """The scale of a new layer with `tokens` rows: sqrt(tokens) for the L2 forms, tokens for softmax, else 1."""
     if theta not in THETAS:
         raise ValueError(f"theta: {theta!r} is not known; allowed: {', '.join(THETAS)}")
+    if theta in WITHOUT_NORM:
+        return 1.0
     return float(tokens) if theta == "softmax" else math.sqrt(tokens)
 
 
@@ -61,6 +67,10 @@ def pattention_reference(
     wide = s.float() if s.dtype in HALF else s
     if theta == "softmax":
         weights = scale * torch.softmax(wide, dim=-1)
+    elif theta == "relu2":
+        weights = F.relu(scale * wide).square()
+    elif theta in WITHOUT_NORM:
+        weights = F.silu(scale * wide) if theta == "silu" else F.gelu(scale * wide)
     else:
         t = F.gelu(wide) if theta == "gelu_l2_norm" else wide
         z = t * (scale * torch.rsqrt(t.square().sum(-1, keepdim=True) + eps * scale**2))
@@ -214,8 +224,13 @@ def _rows(buffer: Tensor, like: Tensor) -> Tensor:
 def _normalise(s: Tensor, r: Tensor, spare: Tensor, scale: float, theta: str, eps: float) -> None:
     """Turn scores s (..., P) in place into what is kept of them, and write scale / ||.|| of each row into r (..., 1).
 
-    Kept are z = r s for l2_norm_gelu, s itself for gelu_l2_norm, and the weights for softmax, which has no r.
+    Kept are z = r s for l2_norm_gelu, s itself for gelu_l2_norm, and, without an r, the weights for softmax and
+    z = scale * s for the forms without a norm.
     """
+    if theta in WITHOUT_NORM:
+        if scale != 1:
+            s.mul_(scale)
+        return
     if theta == "softmax":
         s.copy_(torch.softmax(s, dim=-1, dtype=r.dtype).mul_(scale))
         return
@@ -230,8 +245,12 @@ def _weights(h: Tensor, r: Tensor, theta: str, out: Tensor) -> Tensor:
     """The weights theta(s) from what was kept of the scores; in `out` unless they are h itself."""
     if theta == "softmax":
         return h
+    if theta == "relu2":
+        return torch.clamp(h, min=0, out=out).square_()
+    if theta == "silu":
+        return torch.ops.aten.silu.out(h, out=out)
     torch.ops.aten.gelu.out(h, out=out)
-    return out if theta == "l2_norm_gelu" else out.mul_(r)
+    return out.mul_(r) if theta == "gelu_l2_norm" else out
 
 
 def _scores_gradient(h: Tensor, w: Tensor, dw: Tensor, r: Tensor, spare: Tensor, scale: float, theta: str) -> Tensor:
@@ -242,6 +261,14 @@ def _scores_gradient(h: Tensor, w: Tensor, dw: Tensor, r: Tensor, spare: Tensor,
     if theta == "softmax":
         mean = torch.mul(w, dw, out=spare).sum(-1, keepdim=True).div_(scale)
         return dw.sub_(mean).mul_(w)
+    if theta in WITHOUT_NORM:
+        if theta == "relu2":
+            dw.mul_(torch.clamp(h, min=0, out=spare)).mul_(2)
+        elif theta == "silu":
+            torch.ops.aten.silu_backward.grad_input(dw, h, grad_input=dw)
+        else:
+            torch.ops.aten.gelu_backward.grad_input(dw, h, grad_input=dw)
+        return dw if scale == 1 else dw.mul_(scale)
     if theta == "l2_norm_gelu":
         torch.ops.aten.gelu_backward.grad_input(dw, h, grad_input=dw)
         return _through_norm(h, dw, r, w, scale)
@@ -274,7 +301,7 @@ class Pattention(nn.Module):
     """A linear layer's replacement: (..., in_features) -> (..., out_features) through `tokens` parameter tokens.
 
     Parameters `key` (tokens, in_features), `value` (tokens, out_features) and, if `gated`, `up` (tokens, in_features),
-    drawn from N(0, key_std²) and N(0, value_std²). `scale` (default: the published one for `tokens`) is stored in the
+    drawn from N(0, key_std²) and N(0, value_std²). `scale` (default: that of `default_scale`) is stored in the
     state dict and restored from it, so a grown layer reloads as the function it was. Raises ValueError on an unknown
     theta or a size below 1.
     """
@@ -296,9 +323,9 @@ class Pattention(nn.Module):
         for name, size in (("in_features", in_features), ("out_features", out_features), ("tokens", tokens)):
             if size < 1:
                 raise ValueError(f"{name}: {size} is too small; a Pattention needs at least 1")
-        published_scale = default_scale(theta, tokens)  # refuses an unknown theta
+        usual_scale = default_scale(theta, tokens)  # refuses an unknown theta
         self.theta, self.eps, self.key_std, self.value_std = theta, eps, key_std, value_std
-        self.scale = published_scale if scale is None else float(scale)
+        self.scale = usual_scale if scale is None else float(scale)
         self.key = nn.Parameter(torch.empty(tokens, in_features))
         self.up = nn.Parameter(torch.empty(tokens, in_features)) if gated else None
         self.value = nn.Parameter(torch.empty(tokens, out_features))

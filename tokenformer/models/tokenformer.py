@@ -38,6 +38,10 @@ from ..pattention import THETAS, Pattention, default_scale, side_by_side
 # Released sizes: (layers, hidden size, heads); qkv and proj tokens = hidden size, ffn tokens = four times that.
 PRESETS = {"150m": (12, 768, 12), "450m": (24, 1024, 16), "900m": (32, 1280, 16), "1.5b": (40, 1536, 16)}
 
+# E[theta(s)²] for scores s ~ N(0, 1) of many rows under the scale of a new layer.
+SECOND_MOMENTS = {"l2_norm_gelu": 0.4252, "gelu_l2_norm": 1.0, "softmax": math.e}
+SECOND_MOMENTS |= {"gelu": 0.4252, "silu": 0.3558, "relu2": 1.5}
+
 
 @strict
 class TokenFormerConfig(PreTrainedConfig):
@@ -162,12 +166,14 @@ class ParameterTokens(Pattention):
 
 
 def initial_stds(config: TokenFormerConfig, kind: str) -> tuple[float, float]:
-    """Standard deviations of new key rows and new value rows in the tables of `kind` (qkv, proj or ffn)."""
+    """Standard deviations of new key rows and new value rows in the tables of `kind` (qkv, proj or ffn).
+
+    "unit": scores are about N(0, 1), so a sum over P rows has P m times a value's variance, m = E[theta(s)²].
+    """
     layers = max(1, config.num_hidden_layers)
     if config.initialization == "published":
         return config.initializer_range, 2 / (layers * math.sqrt(config.hidden_size))
-    # z has unit root mean square and E[gelu(z)²] = 0.4252 for z ~ N(0, 1), so a sum over P rows has 0.4252 P.
-    value_std = 1 / math.sqrt(0.4252 * max(1, getattr(config, f"{kind}_tokens")))
+    value_std = 1 / math.sqrt(SECOND_MOMENTS[config.theta] * max(1, getattr(config, f"{kind}_tokens")))
     return config.hidden_size**-0.5, value_std if kind == "qkv" else value_std / math.sqrt(2 * layers)
 
 
