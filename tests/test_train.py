@@ -69,6 +69,21 @@ def test_a_run_folder_says_everything(shared: Path, whole: Path) -> None:
     assert not [path for path in whole.rglob(".*") if path.name != runs.LOCK]
 
 
+def test_the_result_says_the_peak_memory_which_is_kept_over_a_resume(shared: Path, tmp_path: Path) -> None:
+    recipe, run = tiny(shared, growth=[]), tmp_path / "run"
+    found = train(recipe, run, say=None)["peak_memory_bytes"]
+    status = Path("/proc/self/status")
+    if status.exists():
+        [high] = [int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        assert found == pytest.approx(high, rel=0.05)
+    for stored, expected in ((10**15, 10**15), (0, found)):  # that of a larger process before; the control
+        (run / runs.RESULT).unlink()
+        path = runs.checkpoints(run)[-1] / checkpoint.TRAINER
+        path.write_text(json.dumps(runs.read_json(path) | {"peak_memory_bytes": stored}))
+        resumed = train(recipe, run, resume=True, say=None)["peak_memory_bytes"]
+        assert resumed == pytest.approx(expected, rel=0.05)
+
+
 def test_growth_is_exact_said_and_written_into_the_lineage(shared: Path, whole: Path, tmp_path: Path) -> None:
     [line] = lines(whole, "growth")
     assert (line["step"], line["from"], line["to"]) == (6, {"ffn_tokens": 16}, {"ffn_tokens": 32})
