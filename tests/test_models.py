@@ -109,6 +109,27 @@ def test_published_initialisation_has_the_published_spread():
     assert table.value.std().item() == pytest.approx(2 / (2 * math.sqrt(32)), rel=0.02)
 
 
+def test_residual_initialisation_starts_what_enters_the_stream_as_wide_as_the_embedding():
+    fields = SIZES | {"hidden_size": 256, "qkv_tokens": 300, "initializer_range": 0.07, "initialization": "residual"}
+    block = build_model(build_config("tokenformer", fields=fields), seed=0).model.layers[0]
+    x = F.layer_norm(torch.randn(512, 256), (256,))
+    spread = {"q": block.self_attn.q_proj(x).std().item(), "ffn": block.mlp(x).std().item()}
+    assert spread == {"q": pytest.approx(1.0, rel=0.1), "ffn": pytest.approx(0.07, rel=0.1)}
+    assert block.self_attn.o_proj(x).std().item() == pytest.approx(0.07, rel=0.1)
+
+
+def test_the_modern_preset_is_its_choices_spelled_out():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    choices = {"theta": "relu2", "attention_projections": "linear", "norm": "rmsnorm", "initialization": "residual"}
+    choices |= {"feed_forward": "pattention", "initializer_range": 0.05, "rope_parameters": FULL_ROTARY}
+    preset = build_config("tokenformer", "modern", sizes | {"ffn_tokens": 33})
+    assert preset.to_dict() == build_config("tokenformer", None, sizes | {"ffn_tokens": 33} | choices).to_dict()
+    assert preset.to_dict() != build_config("tokenformer", None, sizes | {"ffn_tokens": 33}).to_dict()  # the control
+    changed = build_config("tokenformer", "modern", sizes | {"theta": "silu", "rope_parameters": {"rope_theta": 500.0}})
+    assert (changed.theta, changed.ffn_tokens, changed.norm) == ("silu", 256, "rmsnorm")
+    assert changed.rope_parameters == FULL_ROTARY | {"rope_theta": 500.0}
+
+
 @pytest.mark.parametrize("theta", THETAS)
 def test_unit_initialisation_gives_outputs_of_unit_variance(theta):
     fields = SIZES | {"hidden_size": 256, "qkv_tokens": 300, "initialization": "unit", "theta": theta}
@@ -252,6 +273,8 @@ def test_a_model_is_a_function_of_its_seed_and_leaves_the_random_state_alone():
         ),
         ("tokenformer", None, {"attention_projections": "linear", "proj_scale": 2.0}, "model.proj_scale: 2.0 has no"),
         ("tokenformer", "2b", {}, "model.preset: '2b' is not known; allowed: 150m"),
+        ("tokenformer", "modern", {"qkv_tokens": 12}, "^model.qkv_tokens: 12 has no effect beside attention_proj"),
+        ("tokenformer", "modern", {"hidden_size": 0}, "hidden_size: 0 is too small"),
         ("llama", "150m", {}, "model.preset: '150m' is for tokenformer"),
         ("llama", None, {"hidden_size": 30, "num_attention_heads": 4}, "^model: The hidden size .30. is not a mul"),
     ],

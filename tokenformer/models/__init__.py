@@ -16,7 +16,7 @@ from transformers import (
 
 from .axes import nearest
 from .ngpt import NGPTConfig, NGPTForCausalLM, NGPTModel
-from .tokenformer import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
+from .tokenformer import MODERN, TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
 
 __all__ = [
     "NGPTConfig",
@@ -66,7 +66,8 @@ def build_config(
         usual = getattr(default, key)
         if isinstance(usual, (str, int, float)) and isinstance(value, str) != isinstance(usual, str):
             raise ValueError(f"model.{key}: {value!r} is of the wrong type; {cls.__name__} has {usual!r} there")
-    if cls is TokenFormerConfig and fields.get("attention_projections") == "linear":
+    modern = MODERN if preset == "modern" else {}
+    if cls is TokenFormerConfig and {**modern, **fields}.get("attention_projections") == "linear":
         for key in ("qkv_tokens", "proj_tokens", "qkv_scale", "proj_scale"):
             if fields.get(key) is not None:
                 raise ValueError(f"model.{key}: {fields[key]} has no effect beside attention_projections = 'linear'")

@@ -38,6 +38,11 @@ from ..pattention import THETAS, Pattention, default_scale, side_by_side
 # Released sizes: (layers, hidden size, heads); qkv and proj tokens = hidden size, ffn tokens = four times that.
 PRESETS = {"150m": (12, 768, 12), "450m": (24, 1024, 16), "900m": (32, 1280, 16), "1.5b": (40, 1536, 16)}
 
+# The preset "modern": choices, no sizes. Its parameter tokens are the feed-forward's; attention projects linearly, and
+# rotary positions turn whole heads. Embedding and linear projections start at 0.4 / sqrt(hidden_size). From the trials
+# in LOG.md.
+MODERN = {"theta": "relu2", "attention_projections": "linear", "norm": "rmsnorm", "initialization": "residual"}
+
 # E[theta(s)²] for scores s ~ N(0, 1) of many rows under the scale of a new layer.
 SECOND_MOMENTS = {"l2_norm_gelu": 0.4252, "gelu_l2_norm": 1.0, "softmax": math.e}
 SECOND_MOMENTS |= {"gelu": 0.4252, "silu": 0.3558, "relu2": 1.5}
@@ -51,9 +56,10 @@ class TokenFormerConfig(PreTrainedConfig):
     (default C, C, 4C). qkv_scale, proj_scale, ffn_scale: their stored scales; None takes the published scale of that
     many tokens, once, after which the number is part of the configuration and survives growth. Linear attention
     projections hold no tokens: qkv and proj then have no effect, and `build_config` refuses them.
-    initialization: "published", keys N(0, initializer_range²) and values N(0, (2 / (L sqrt(C)))²) for L layers; or
+    initialization: "published", keys N(0, initializer_range²) and values N(0, (2 / (L sqrt(C)))²) for L layers;
     "unit", keys of unit length and values such that each Pattention's output starts with unit variance, divided by 2L
-    where it enters the residual stream.
+    where it enters the residual stream; or "residual", the same but for what enters the residual stream, which starts
+    with the spread of the embedding there, initializer_range.
     norm: "layernorm" or "rmsnorm" · feed_forward: "pattention" or "gated" · attention_projections: "pattention" or
     "linear" · rope_parameters: as in transformers; partial_rotary_factor is the rotary share of a head.
     Raises ValueError on values that do not fit together.
@@ -116,7 +122,7 @@ class TokenFormerConfig(PreTrainedConfig):
             "norm": ("layernorm", "rmsnorm"),
             "feed_forward": ("pattention", "gated"),
             "attention_projections": ("pattention", "linear"),
-            "initialization": ("published", "unit"),
+            "initialization": ("published", "unit", "residual"),
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
@@ -150,9 +156,16 @@ class TokenFormerConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TokenFormerConfig:
-        """The configuration of a released size: 150m, 450m, 900m or 1.5b; keyword arguments change fields of it."""
-        if name not in PRESETS:
-            raise ValueError(f"model.preset: {name!r} is not known; allowed: {', '.join(PRESETS)}")
+        """A released size, 150m, 450m, 900m or 1.5b, or "modern", which is choices without sizes (see MODERN).
+
+        Keyword arguments change fields of it, and those of rope_parameters one by one.
+        """
+        if name not in (*PRESETS, "modern"):
+            raise ValueError(f"model.preset: {name!r} is not known; allowed: {', '.join(PRESETS)}, modern")
+        if name == "modern":
+            width = max(1, changes.get("hidden_size", cls.hidden_size))
+            rope = {"partial_rotary_factor": 1.0} | (changes.get("rope_parameters") or {})
+            return cls(**({"initializer_range": 0.4 / math.sqrt(width)} | MODERN | changes | {"rope_parameters": rope}))
         layers, hidden, heads = PRESETS[name]
         sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
         return cls(**(sizes | changes))
@@ -168,13 +181,15 @@ class ParameterTokens(Pattention):
 def initial_stds(config: TokenFormerConfig, kind: str) -> tuple[float, float]:
     """Standard deviations of new key rows and new value rows in the tables of `kind` (qkv, proj or ffn).
 
-    "unit": scores are about N(0, 1), so a sum over P rows has P m times a value's variance, m = E[theta(s)²].
+    Unless as published, scores are about N(0, 1), so a sum over P rows has P m times a value's variance,
+    m = E[theta(s)²].
     """
     layers = max(1, config.num_hidden_layers)
     if config.initialization == "published":
         return config.initializer_range, 2 / (layers * math.sqrt(config.hidden_size))
     value_std = 1 / math.sqrt(SECOND_MOMENTS[config.theta] * max(1, getattr(config, f"{kind}_tokens")))
-    return config.hidden_size**-0.5, value_std if kind == "qkv" else value_std / math.sqrt(2 * layers)
+    into_residual = config.initializer_range if config.initialization == "residual" else 1 / math.sqrt(2 * layers)
+    return config.hidden_size**-0.5, value_std if kind == "qkv" else value_std * into_residual
 
 
 def _projection(config: TokenFormerConfig, kind: str, in_features: int, out_features: int) -> nn.Module:
