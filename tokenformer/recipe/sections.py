@@ -34,7 +34,9 @@ class ModelSection:
     checkpoint: str | None = key(
         "a checkpoint to go on from, moments included; it brings all else of [model]", default=None, pattern=r".+"
     )
-    preset: str | None = key("what to start from: a published size, 150m, 450m, 900m, 1.5b, or modern, choices without sizes", default=None)
+    preset: str | None = key(
+        "what to start from: a published size, 150m, 450m, 900m, 1.5b, or modern, choices without sizes", default=None
+    )
     rank: int | None = key(
         "every linear projection of the layers is a product of two matrices of this rank", default=None, low=1
     )
