@@ -27,7 +27,8 @@ def main(first: str, second: str) -> int:
     apart = [name for name in shared if one[name] != other[name]]
     for name in apart:
         print(f"{name}: {one[name]} and {other[name]}")
-    print(f"{len(shared)} runs in both, of {len(one)} and {len(other)}; {len(shared) - len(apart)} the same to the digit")
+    same = len(shared) - len(apart)
+    print(f"{len(shared)} runs in both, of {len(one)} and {len(other)}; {same} the same to the digit")
     return 1 if apart or not shared else 0
 
 
