@@ -1,7 +1,10 @@
 """What every test shares: one thread, no network, no display, the same examples on every run."""
 
+import importlib
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported: many small tests side by side are fastest with one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +17,16 @@ from hypothesis import settings
 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with one corpus for all, so that recipes are equal and the cache is used; and short samples."""
+    place = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENFORMER_CACHE", str(place / "cache"))
+        patch.setattr(importlib.import_module("tokenformer.evaluate"), "SAMPLE_BYTES", 4)
+        yield place
 
 
 @pytest.fixture(autouse=True)

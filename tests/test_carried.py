@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -464,15 +463,6 @@ def test_what_was_carried_and_does_not_fit_is_an_error() -> None:
 
 
 # --- in the loop ---
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    place = tmp_path_factory.mktemp("shared")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOKENFORMER_CACHE", str(place / "cache"))
-        patch.setattr(sys.modules["tokenformer.evaluate"], "SAMPLE_BYTES", 4)
-        yield place
 
 
 LLAMA = {"architecture": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}

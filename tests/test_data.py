@@ -1,5 +1,6 @@
 """Text -> documents: what is kept, what is held out, what is refused. test_data_tokens.py goes on from there."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -15,6 +16,7 @@ import pytest
 from tiny_corpora import section, split_of, texts, write_folder
 
 from tokenformer.data import prepare, sources
+from tokenformer.recipe import recipe_from_dict
 
 
 @pytest.fixture
@@ -273,3 +275,19 @@ def test_unusable_sources_are_refused_in_one_line_that_names_the_key(tmp_path, c
         assert f"data.{key}" in text
     assert not cache.exists() or not list(cache.iterdir())  # nothing half written
     assert prepare(section(good), 10, cache).info["documents"] == 20  # control
+
+
+def test_held_out_text_may_be_a_source_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("\f".join(f"trained {i} " * 20 for i in range(40)) + "\f" + "shared " * 20)
+    (tmp_path / "held.txt").write_text("held out " * 50 + "\f" + "shared " * 20)
+    recipe = {"data": {"source": str(tmp_path / "train.txt"), "valid_source": str(tmp_path / "held.txt")}}
+    section = recipe_from_dict({"name": "r", "train": {"steps": 1}, **recipe}, "the test").data
+    corpus = prepare(section, 0, tmp_path / "cache")
+    held_out, train = bytes(corpus.valid.astype("uint8")), bytes(corpus.train.astype("uint8"))
+    assert held_out == b"held out " * 50 + b"\0" + b"shared " * 20 + b"\0"
+    assert train.count(b"\0") == 40 and b"shared" not in train  # what is held out is not trained on
+    alone = prepare(dataclasses.replace(section, valid_source=None, valid_fraction=0.5), 0, tmp_path / "cache")
+    assert len(alone.train) < len(corpus.train) and b"held out" not in bytes(alone.valid.astype("uint8"))
+    for name, message in (("hf:x", "must be a text file"), ("none.txt", "data.valid_source = 'none.txt' does not")):
+        with pytest.raises(ValueError, match=message):
+            prepare(dataclasses.replace(section, valid_source=name), 0, tmp_path / "cache")

@@ -73,8 +73,9 @@ def _counter() -> FlopCounterMode:
     def addmm_in_place(total: Any, a: Any, b: Any, **_: Any) -> int:
         return 2 * int(a[0]) * int(a[1]) * int(b[1])
 
-    def convolution_backward(gradient: Any, entries: Any, taps: Any, *_: Any, **__: Any) -> int:
-        return 2 * 2 * math.prod(gradient) * math.prod(taps[1:])
+    def convolution_backward(gradient: Any, entries: Any, taps: Any, *more: Any, **__: Any) -> int:
+        needed = more[-1]  # of entries, of taps, of the bias
+        return 2 * sum(needed[:2]) * math.prod(gradient) * math.prod(taps[1:])
 
     own = {torch.ops.aten.addmm_: addmm_in_place, torch.ops.aten.convolution_backward: convolution_backward}
     return FlopCounterMode(display=False, custom_mapping=own)
@@ -163,3 +164,22 @@ def test_unknown_architecture_and_length_are_refused_by_name() -> None:
         forward_flops(build_config("mamba"), 8)
     with pytest.raises(ValueError, match="sequence_length: 0"):
         forward_flops(build_config("tokenformer", None, ODD), 0)
+
+
+FREEZABLE = [name for name in CASES if name not in ("tokenformer-no-layers", "mixtral-one-expert")]
+
+
+@pytest.mark.parametrize("trained", [(1,), (0,), (1, 2), ()])
+@pytest.mark.parametrize("name", FREEZABLE)
+def test_frozen_layers_cost_what_torch_counts(name: str, trained: tuple[int, ...]) -> None:
+    config, model = _make(name)
+    layers = [trained.count(i) > 0 for i in range(3)]
+    for key, p in model.named_parameters():
+        p.requires_grad_(any(f".{i}." in key for i in trained))
+    ids = torch.randint(config.vocab_size, (2, 13))
+    with _counter() as counter:
+        loss = model(input_ids=ids, use_cache=False).logits.square().sum()
+        if trained:
+            loss.backward()
+    assert counter.get_total_flops() == training_flops(config, 13, 2, layers)
+    assert training_flops(config, 13, 2, layers) < training_flops(config, 13, 2)  # the control: as if all were trained

@@ -10,6 +10,7 @@ from tokenformer.flops import training_flops
 from tokenformer.plan import model_config, plan
 from tokenformer.recipe import Recipe
 from tokenformer.schedule import Window
+from tokenformer.start import Start
 
 
 @pytest.fixture
@@ -190,6 +191,11 @@ def test_a_fraction_that_falls_on_a_boundary_is_that_boundary(recipe: Any) -> No
             "growth.0 may come as late as 0.6 of the FLOPs, and less than two steps lie between that and 0.7",
         ),
         ({"growth": [SLOPE | {"at_latest_fraction": 0.9}]}, "growth.0 may come as late as 0.9 .* two steps .* and 1,"),
+        ({"train": {"warmup_steps": 13}}, "train.warmup_steps = 13 is more than what the run has left: steps 0 to 12"),
+        (
+            {"growth": [{"at_step": 6, "to": {"ffn": 32}, "learning_rate": "rewarm_all", "rewarm_steps": 7}]},
+            "growth.0.rewarm_steps = 7 is more than what the run has left: steps 6 to 12",
+        ),
         ({"model": {"vocab_size": 100}}, "model.vocab_size = 100 is less than the tokenizer's 256"),
         ({"model": {"max_position_embeddings": 8}}, "data.sequence_length = 16 is more than"),
         ({"model": {"hiden_size": 8}}, "hidden_size"),
@@ -213,7 +219,7 @@ def test_what_cannot_be_done_is_refused_in_one_line_before_training(recipe: Any,
 
 def test_operators_that_add_rows_or_warm_up_all_are_planned(recipe: Any) -> None:
     for operator, policy in (("zero_keys", "rewarm_new"), ("tile", "rewarm_all"), ("tile", "keep")):
-        growth = [{"at_step": 6, "to": {"ffn": 32}, "operator": operator, "learning_rate": policy}]
+        growth = [{"at_step": 6, "to": {"ffn": 32}, "operator": operator, "learning_rate": policy, "rewarm_steps": 6}]
         assert plan(recipe(growth=growth)).growth_steps == [6]
 
 
@@ -222,3 +228,31 @@ def test_a_model_that_cannot_grow_can_be_planned_without_growth(recipe: Any) -> 
     changed.model.architecture = "llama"
     changed.model.fields = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
     assert plan(changed).steps == 12
+
+
+def test_frozen_layers_are_counted_as_such_through_later_growth_and_from_a_checkpoint(recipe: Any) -> None:
+    pro = {"at_step": 3, "operator": "llama_pro", "to": {"num_hidden_layers": 2}, "options": {"freeze": True}}
+    wider = {"at_step": 6, "operator": "zero_keys", "to": {"ffn": 32}}
+    deeper = {"at_step": 9, "operator": "stack", "to": {"num_hidden_layers": 4}}
+    changed = recipe(growth=[pro, wider, deeper])
+    config, expected = model_config(changed, 256), []
+    for layers, tokens, trained in (
+        (1, 16, None),
+        (2, 16, [False, True]),
+        (2, 32, [False, True]),
+        (4, 32, [False, True, False, True]),
+    ):
+        config.num_hidden_layers, config.ffn_tokens = layers, tokens
+        expected.append(training_flops(config, 16, 4, trained))
+    found = [phase.flops_per_step for phase in plan(changed).phases]
+    assert found == expected
+    pro["options"] = {}  # the control
+    assert plan(recipe(growth=[pro, wider, deeper])).phases[1].flops_per_step > found[1]
+
+    config.num_hidden_layers, config.ffn_tokens = 2, 16
+    names = ["model.layers.1.mlp.key", "model.layers.1.mlp.value"]
+    onward = recipe(growth=[])
+    onward.model.checkpoint = "somewhere"
+    for trained_parameters, layers in ((names, [False, True]), (None, None)):
+        start = Start("somewhere", config.to_dict(), trained_parameters=trained_parameters)
+        assert plan(onward, start=start).phases[0].flops_per_step == training_flops(config, 16, 4, layers)

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from tiny_runs import ended, start_child, tiny
 
-from tokenformer import environment, race, runs
-from tokenformer.race import run_arms, run_race
+from tokenformer import environment, runs
+from tokenformer.race import processes, run_race
+from tokenformer.race.jobs import Job
+from tokenformer.race.processes import run_jobs, with_threads
 from tokenformer.recipe import Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
 from tokenformer.train import Stopped
 
@@ -129,13 +131,23 @@ note("ended")
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch, shared: Path) -> Callable[..., dict[str, Recipe]]:
-    monkeypatch.setattr(race, "ARM_PROGRAM", STAND_IN)
+    monkeypatch.setattr(processes, "RUN_PROGRAM", STAND_IN)
 
     def arms(*names: str) -> dict[str, Recipe]:
         recipe = racing(shared, **{name: {} for name in names})
         return {arm.name: arm_recipe(recipe, arm) for arm in recipe.arms}
 
     return arms
+
+
+def run_arms(arms: dict[str, Recipe], folder: Path, slots: int, say: Callable[[str], None]) -> None:
+    """The arms as jobs; those that have left their last note are done."""
+
+    def todo() -> list[Job]:
+        left = [name for name in arms if not (folder / "arms" / name / "ended").exists()]
+        return [Job(name, arms[name], 1) for name in left]
+
+    run_jobs(todo, folder, slots, say)
 
 
 def gone(process: int, seconds: float = 10.0) -> bool:
@@ -171,7 +183,8 @@ def test_so_many_arms_run_at_a_time(stand_in: Any, tmp_path: Path, jobs: int) ->
     spans = [(when(tmp_path, name, "started"), when(tmp_path, name, "ended")) for name in "abc"]
     most = max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
     assert most == jobs
-    assert sorted(said) == [f"{name} | I am {name}, threads 0" for name in "abc"]
+    share = max(1, environment.usable_cores() // jobs)
+    assert sorted(said) == [f"{name} | I am {name}, threads {share}" for name in "abc"]
 
 
 @pytest.mark.parametrize(
@@ -207,14 +220,14 @@ def test_a_signal_stops_every_arm_with_a_checkpoint(stand_in: Any, tmp_path: Pat
 
 
 def test_an_arm_that_does_not_stop_is_killed(stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(race, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
     with pytest.raises(ValueError, match="arm fails failed"):
         run_arms(stand_in("deaf", "fails"), tmp_path, 2, lambda line: None)
     assert gone(process_of(tmp_path, "deaf"))
 
 
 def race_of_slow_arms(tables: dict[str, Any], folder: Path) -> None:
-    race.ARM_PROGRAM = STAND_IN
+    processes.RUN_PROGRAM = STAND_IN
     arms = {name: recipe_from_dict(table, "the test") for name, table in tables.items()}
     run_arms(arms, folder, 2, lambda line: None)
 
@@ -231,9 +244,9 @@ def test_arms_stop_when_their_race_is_killed(stand_in: Any, tmp_path: Path) -> N
 
 def test_an_arm_that_was_begun_keeps_its_number_of_threads(shared: Path, tmp_path: Path) -> None:
     arm = tiny(shared, train={"threads": 0})
-    assert race.with_threads(arm, tmp_path, 1).train.threads == environment.usable_cores()
-    assert race.with_threads(arm, tmp_path, 10_000).train.threads == 1
+    assert with_threads(arm, tmp_path, 1).train.threads == environment.usable_cores()
+    assert with_threads(arm, tmp_path, 10_000).train.threads == 1
     assert arm.train.threads == 0
     (tmp_path / runs.RECIPE).write_text(json.dumps({"train": {"threads": 7}}))
-    assert race.with_threads(arm, tmp_path, 1).train.threads == 7
-    assert race.with_threads(tiny(shared, train={"threads": 3}), tmp_path, 1).train.threads == 3
+    assert with_threads(arm, tmp_path, 1).train.threads == 7
+    assert with_threads(tiny(shared, train={"threads": 3}), tmp_path, 1).train.threads == 3

@@ -17,9 +17,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = "train.threads=1 train.evaluate_every=100 data.batch_size=2 data.sequence_length=32 data.valid_tokens=512"
 # What is added to a command so that it takes seconds: a budget of few steps, and for the GPU recipe no network.
 SHRINK = {
-    "quickstart": f"train.flops=1e9 {SMALL}",
+    "quickstart": f"train.flops=1e9 train.warmup_steps=2 {SMALL}",
     "train gpu_150m": (
-        f"train.steps=3 growth.0.at_fraction=0.4 train.compile=false train.accumulation_steps=1 {SMALL} "
+        f"train.steps=3 train.warmup_steps=1 growth.0.at_fraction=0.4 growth.0.rewarm_steps=1 {SMALL} "
+        "train.compile=false train.accumulation_steps=1 "
         "data.source=embedded data.tokenizer=bytes data.valid_fraction=0.05 model.num_hidden_layers=1 "
         "model.hidden_size=24 model.qkv_tokens=8 model.proj_tokens=8 model.ffn_tokens=16 model.vocab_size=256 "
         "growth.0.to.ffn_tokens=32 train.device=cpu"

@@ -345,7 +345,7 @@ def test_few_repeats_widen_the_noise(tmp_path):
     known = read_report(write_race(tmp_path / "a", noise=deviation))["noise_threshold_bits_per_byte"]
     three = read_report(write_race(tmp_path / "b", noise={**deviation, "runs": 3}))
     assert known == pytest.approx(2 * math.sqrt(2) * 0.002)
-    assert three["noise_threshold_bits_per_byte"] == pytest.approx(4.30 * math.sqrt(2) * 0.002)
+    assert three["noise_threshold_bits_per_byte"] == pytest.approx(4.302653 * math.sqrt(2) * 0.002)  # t(2)
 
 
 def test_an_arm_and_its_copy_are_level(tmp_path):

@@ -32,15 +32,7 @@ from tokenformer.start import start_of
 from tokenformer.step import Diverged, learning_rate_at, rank_rows
 from tokenformer.train import Stopped, require_feasible, train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A folder with one corpus for all, so that recipes are equal and the cache is used; and short samples."""
-    place = tmp_path_factory.mktemp("shared")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOKENFORMER_CACHE", str(place / "cache"))
-        patch.setattr(sys.modules["tokenformer.evaluate"], "SAMPLE_BYTES", 4)
-        yield place
+pytestmark = pytest.mark.usefixtures("shared")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +67,21 @@ def test_a_run_folder_says_everything(shared: Path, whole: Path) -> None:
         assert line["flops"] == planned.flops_at(line["step"]) and line["tokens"] == line["step"] * 64
     assert [path.name for path in runs.checkpoints(whole)] == ["step-00000008", "step-00000012"]
     assert not [path for path in whole.rglob(".*") if path.name != runs.LOCK]
+
+
+def test_the_result_says_the_peak_memory_which_is_kept_over_a_resume(shared: Path, tmp_path: Path) -> None:
+    recipe, run = tiny(shared, growth=[]), tmp_path / "run"
+    found = train(recipe, run, say=None)["peak_memory_bytes"]
+    status = Path("/proc/self/status")
+    if status.exists():
+        [high] = [int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        assert found == pytest.approx(high, rel=0.05)
+    for stored, expected in ((10**15, 10**15), (0, found)):  # that of a larger process before; the control
+        (run / runs.RESULT).unlink()
+        path = runs.checkpoints(run)[-1] / checkpoint.TRAINER
+        path.write_text(json.dumps(runs.read_json(path) | {"peak_memory_bytes": stored}))
+        resumed = train(recipe, run, resume=True, say=None)["peak_memory_bytes"]
+        assert resumed == pytest.approx(expected, rel=0.05)
 
 
 def test_growth_is_exact_said_and_written_into_the_lineage(shared: Path, whole: Path, tmp_path: Path) -> None:
@@ -203,10 +210,10 @@ def stopped_by_signal(table: dict[str, Any], folder: Path, number: int, at: int)
 
     real = step.backward
 
-    def backward(run: Any, index: int, wrapped: Any) -> float:
-        if index == at and run.ranks.rank == run.ranks.world - 1:
+    def backward(run: Any, state: Any, wrapped: Any) -> Any:
+        if state.step == at and run.ranks.rank == run.ranks.world - 1:
             os.kill(os.getpid(), number)
-        return real(run, index, wrapped)
+        return real(run, state, wrapped)
 
     step.backward = backward
     path = folder.parent / f"{folder.name}-{os.environ.get('RANK', '0')}.json"
@@ -629,10 +636,10 @@ def test_the_learning_rate_policy_survives_a_resume(
     assert same(weights(run), weights(tmp_path / "whole"))
 
 
-def last_step(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """How the last of 7 steps, the first after the growth, moved the old rows of a table of keys and the new ones."""
+def seventh_step(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """How the seventh step, the first after the growth, moved the old rows of a table of keys and the new ones."""
     train(recipe, folder, say=None)
-    before, after = (load_file(path / checkpoint.WEIGHTS) for path in runs.checkpoints(folder))
+    before, after = (load_file(path / checkpoint.WEIGHTS) for path in runs.checkpoints(folder)[5:7])
     key = "model.layers.0.mlp.key"
     return after[key][:16] - before[key], after[key][16:]  # new keys start at zero
 
@@ -641,8 +648,8 @@ def test_a_policy_slows_the_rows_that_it_names_and_no_others(shared: Path, tmp_p
     moved = {}
     for policy in ("keep", "rewarm_new", "rewarm_all"):
         growth = [{"at_step": 6, "to": {"ffn_tokens": 32}, "learning_rate": policy, "rewarm_steps": 5}]
-        changes = {"steps": 7, "checkpoint_every": 6, "schedule": "constant", "evaluate_every": 100}
-        moved[policy] = last_step(tiny(shared, growth=growth, train=changes), tmp_path / policy)
+        changes = {"checkpoint_every": 1, "keep_checkpoints": 12, "schedule": "constant", "evaluate_every": 100}
+        moved[policy] = seventh_step(tiny(shared, growth=growth, train=changes), tmp_path / policy)
     old, new = moved["keep"]
     assert old.abs().max() > 1e-3 and new.abs().max() > 1e-3
     torch.testing.assert_close(moved["rewarm_new"][0], old, rtol=0, atol=0)

@@ -13,7 +13,7 @@ from tokenformer.data import Corpus
 def section(source: Any, **changes: Any) -> SimpleNamespace:
     fields = {
         "source": str(source), "tokenizer": "bytes", "text_field": "text", "split": "train",
-        "document_separator": "", "sequence_length": 16, "batch_size": 4, "valid_fraction": 0.2,
+        "document_separator": "", "sequence_length": 16, "batch_size": 4, "valid_fraction": 0.2, "valid_source": None,
         "valid_tokens": 10**6, "repeat": False, "seed": 0,
     }  # fmt: skip
     return SimpleNamespace(**fields | changes)

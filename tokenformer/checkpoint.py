@@ -200,8 +200,12 @@ def read_carried(folder: Path) -> dict[str, Any] | None:
 
 
 def require_nothing_carried(folder: Path) -> None:
-    if (folder / CARRIED).exists():
-        raise ValueError(f"{folder / CARRIED}: the checkpoint is amid a growth, which training has to finish first")
+    carried = read_carried(folder)
+    if carried is not None:
+        why = "the checkpoint is amid a growth, which training has to finish first"
+        if carried["kind"] == "loss_free":
+            why = "a bias keeps the experts of the checkpoint in balance; a run grows both, by a [[growth]]"
+        raise ValueError(f"{folder / CARRIED}: {why}")
 
 
 def restore_carried(folder: Path, model: Any) -> None:

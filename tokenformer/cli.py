@@ -50,6 +50,20 @@ TEXTS = {
           torchrun --nproc-per-node 8 -m tokenformer train gpu_150m --out runs/gpu
         """,
     ),
+    "race": (
+        "race the arms of a recipe, tuned alike, over seeds and budgets, against controls",
+        """
+        RECIPE has [[arm]] tables: an architecture and size, or a growth schedule, each. With a [race] table every
+        arm is tuned on one grid of learning rates, run with several seeds, fully decayed at several budgets, and
+        held against controls that the race adds: docs/fairness.md has the rules. Leaves a race folder with
+        report.html, .png and .json. --plan prints arms, parameters, FLOPs and the time foretold, and trains
+        nothing. --minutes stops in good order, with exit code 75 while there is more to do; --resume goes on.
+
+          tokenformer race growth_cpu --plan
+          tokenformer race growth_cpu --out runs/growth data.source=text.txt.xz
+          tokenformer race growth_cpu --out runs/growth data.source=text.txt.xz --resume --minutes 10
+        """,
+    ),
     "grow": (
         "grow a checkpoint of any supported architecture, optimizer state included",
         """
@@ -217,6 +231,14 @@ def parser() -> Parser:
     sub.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     override_argument(sub)
     sub.add_argument("--out", metavar="RUN", required=True, help="the run folder to make")
+    race_arguments(sub)
+
+    sub = verb("race", verbs.race)
+    sub.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    override_argument(sub)
+    sub.add_argument("--out", metavar="RACE", help="the race folder to make (runs/ and the recipe's name)")
+    sub.add_argument("--plan", action="store_true", help="print what the race comes to, and train nothing")
+    sub.add_argument("--minutes", type=float, metavar="N", help="stop in good order after so many")
     race_arguments(sub)
 
     sub = verb("grow", verbs.grow)

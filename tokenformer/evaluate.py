@@ -53,7 +53,11 @@ def evaluate(
 
 def cross_entropy(model: nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
     """Next-token loss in nats, in float32, of windows (B, T + 1): the first T tokens predict the last T."""
-    logits = model(input_ids=windows[:, :-1], use_cache=False).logits  # (B, T, V)
+    return next_token_loss(model(input_ids=windows[:, :-1], use_cache=False).logits, windows, reduction)
+
+
+def next_token_loss(logits: Tensor, windows: Tensor, reduction: str = "mean") -> Tensor:
+    """The same of logits (B, T, V) that a model has given."""
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction=reduction)
 
 

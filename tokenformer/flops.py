@@ -1,6 +1,7 @@
 """One ruler for every model: parameters, and floating-point operations counted by matrix products.
 
-A matrix of n entries costs 2n operations per token forward, and its two gradients as much again each.
+A matrix of n entries costs 2n operations per token forward, and its two gradients as much again each; a frozen one has
+no gradient of its own, and none goes through what lies below the lowest trained layer.
 Attention among T tokens costs 4 T² H D a layer: the full square, as dense kernels and the usual accounting
 have it. Mamba-2's chunked scan costs the matrix products of `_chunked_scan`. Element-wise work is not counted, nor
 table look-ups (embedding, positions), nor what gradient checkpointing works a second time: the ruler is for what a
@@ -13,7 +14,7 @@ Legend: T positions, C hidden size, H heads, D head size, P parameter tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ class Sizes:
     tables: int  # entries of the look-up tables: token embedding, learned positions
     idle: int = 0  # entries of one layer's matrices that a token passes by: the experts that it is not sent to
     mixing: Callable[[int], int] = lambda length: 0  # operations of one layer among T positions, beside attention's
+    taps: Callable[[int], int] = lambda length: 0  # those of them that are with weights, of a convolution
+    first: int = 0  # entries of one layer's matrices that read its input with nothing trained, no gain, before them
 
 
 def forward_flops(config: PreTrainedConfig, sequence_length: int) -> int:
@@ -50,9 +53,24 @@ def forward_flops(config: PreTrainedConfig, sequence_length: int) -> int:
     return per_token * sequence_length + attention + sizes.layers * sizes.mixing(sequence_length)
 
 
-def training_flops(config: PreTrainedConfig, sequence_length: int, sequences: int) -> int:
-    """Operations of forward and backward over `sequences` sequences: three times the forward pass."""
-    return 3 * forward_flops(config, sequence_length) * sequences
+def training_flops(
+    config: PreTrainedConfig, sequence_length: int, sequences: int, trained: Sequence[bool] | None = None
+) -> int:
+    """Operations of forward and backward over `sequences` sequences: three times the forward pass.
+
+    trained: for each layer, whether it is trained, all else being frozen (growth.weights.trained_layers); by default
+    everything is. Without a trained layer there is no backward pass.
+    """
+    forward = forward_flops(config, sequence_length)
+    if trained is None:
+        return 3 * forward * sequences
+    if True not in trained:
+        return forward * sequences
+    sizes, lowest = _sizes(config), list(trained).index(True)
+    weights = 2 * sizes.matrices * sequence_length + sizes.taps(sequence_length)  # of one layer, and their gradients
+    among = 4 * sequence_length**2 * sizes.attention_width + sizes.mixing(sequence_length) - sizes.taps(sequence_length)
+    through = (sizes.layers - lowest) * (weights + 2 * among) + 2 * (sizes.head - sizes.first) * sequence_length
+    return (forward + through + sum(trained) * weights) * sequences
 
 
 def low_rank_training_flops(sides: list[tuple[int, int]], rank: int, additive: bool) -> int:
@@ -117,9 +135,11 @@ def _tokenformer(config: PreTrainedConfig) -> Sizes:
     attention += projection(wide, width, config.proj_tokens)
     feed_forward = config.ffn_tokens * width * (3 if config.feed_forward == "gated" else 2)
     rms = config.norm == "rmsnorm"
+    read = wide + 2 * narrow if config.attention_projections == "linear" else 3 * config.qkv_tokens
     return Sizes(
         layers=config.num_hidden_layers,
         matrices=attention + feed_forward,
+        first=0 if rms else width * read,
         vectors=2 * width if rms else 0,
         attention_width=wide,
         final_vectors=width if rms else 2 * width,
@@ -188,6 +208,7 @@ def _ngpt(config: PreTrainedConfig) -> Sizes:
         layers=config.num_hidden_layers,
         matrices=2 * width * (wide + narrow) + 3 * width * inner,
         vectors=wide + 2 * inner + 2 * width,  # s_qk; s_u and s_v; two step sizes
+        first=width * (wide + 2 * narrow),
         attention_width=wide,
         final_vectors=config.vocab_size,  # s_z
         head=config.vocab_size * width,
@@ -227,6 +248,7 @@ def _mamba2(config: PreTrainedConfig) -> Sizes:
         tied=config.tie_word_embeddings,
         tables=config.vocab_size * width,
         mixing=lambda length: _chunked_scan(config, channels, length),
+        taps=lambda length: _convolution(config, channels, length),
     )
 
 
@@ -241,7 +263,11 @@ def _chunked_scan(config: PreTrainedConfig, channels: int, length: int) -> int:
     chunks = -(-length // chunk)
     inside = 2 * chunks * chunk**2 * (state + width) * heads
     states = (4 * chunks * chunk + 2 * (chunks + 1) ** 2) * state * width * heads
-    return inside + states + 2 * config.conv_kernel * (length + config.conv_kernel - 1) * channels
+    return inside + states + _convolution(config, channels, length)
+
+
+def _convolution(config: PreTrainedConfig, channels: int, length: int) -> int:
+    return 2 * config.conv_kernel * (length + config.conv_kernel - 1) * channels
 
 
 ARCHITECTURES: dict[str, Callable[[PreTrainedConfig], Sizes]] = {

@@ -8,7 +8,9 @@ A growth that waits for a slope of the loss is planned for the latest share that
 it is planned anew, once, when it has happened: a plan is a function of the recipe and the growth steps known so far.
 """
 
+import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,8 +21,10 @@ from .growth.lowrank import Ranks, matrices, settled_ranks
 from .growth.lowrank_growth import next_ranks
 from .growth.operators import options_of, steps_of, takers, target_sizes
 from .growth.plan import Plan as Change
+from .growth.tensors import TensorMaps
+from .growth.weights import trained_layers
 from .models import build_config
-from .models.axes import size_of
+from .models.axes import size_of, table_of
 from .recipe import GrowthSection, Recipe
 from .schedule import Window, expand, window_of
 from .start import Start, start_config, start_of
@@ -80,6 +84,11 @@ class Plan:
         """The share of the run's FLOPs that its first `step` steps take, and the growths up to there."""
         return self.flops_at(step) / self.flops
 
+    def step_at(self, share: float) -> int:
+        """The first boundary at or past that share of the run's FLOPs."""
+        wanted = math.ceil(Fraction(str(share)) * self.flops)
+        return bisect.bisect_left(range(self.steps), wanted, key=lambda step: self.flops_at(step))
+
 
 def plan(
     recipe: Recipe, vocab_size: int = 256, start: Start | None = None, grown_at: Sequence[int] = ()
@@ -101,7 +110,7 @@ def plan(
     ancestors = start.flops
     events, configs = phase_configs(recipe, vocab_size, start)
     length, batch = recipe.data.sequence_length, recipe.data.batch_size
-    costs = [training_flops(config, length, batch) + saved * length * batch for config, _, saved in configs]
+    costs = [training_flops(c, length, batch, trained) + saved * length * batch for c, _, saved, trained in configs]
     growths = [event.flops for event in events]
     known = settled(events, grown_at)
     if recipe.train.flops is not None:
@@ -127,10 +136,12 @@ def plan(
             paid = f", and it costs {event.flops:.3g} FLOPs itself" if event.flops else ""
             raise ValueError(f"{event.name} would come at step {step}; it must come {between}{paid}")
     require_ramps(events, boundaries, steps, start)
+    require_warm_up(recipe, events, boundaries, steps)
+    require_balance(recipe, events, [config for config, *_ in configs], start)
     require_room(events, costs, budget)
     edges = [0, *boundaries, steps]
     stretches = zip(edges, edges[1:], configs, costs, strict=False)
-    phases = (Phase(first, end, sizes, cost) for first, end, (_, sizes, _), cost in stretches)
+    phases = (Phase(first, end, sizes, cost) for first, end, (_, sizes, *_), cost in stretches)
     window, done = None, len(grown_at)
     if done < len(events) and events[done].section.at_slope is not None:
         share = Fraction(str(events[done].section.slope_window)) * budget
@@ -158,17 +169,20 @@ def model_config(recipe: Recipe, vocab_size: int, start: Start | None = None, **
     return config
 
 
-def phase_configs(
-    recipe: Recipe, vocab_size: int, start: Start
-) -> tuple[list[Event], list[tuple[Any, dict[str, int], int]]]:
-    """The growths one by one; configuration, changed sizes and FLOPs per token of factors, in each phase.
+PhaseConfig = tuple[Any, dict[str, int], int, tuple[bool, ...] | None]
+
+
+def phase_configs(recipe: Recipe, vocab_size: int, start: Start) -> tuple[list[Event], list[PhaseConfig]]:
+    """The growths one by one; in each phase the configuration, changed sizes, FLOPs per token of factors, and which
+    layers are trained if an earlier growth has frozen some (training_flops).
 
     An operator that refuses does so here.
     """
     config, length, batch = model_config(recipe, vocab_size, start), recipe.data.sequence_length, recipe.data.batch_size
     ranks = first_ranks(recipe, config, start)
     events: list[Event] = []
-    phases: list[tuple[Any, dict[str, int], int]] = [(config, {}, flops_of(config, ranks))]
+    trained = first_trained(config, start)
+    phases: list[PhaseConfig] = [(config, {}, flops_of(config, ranks), None if ranks else trained)]
     changes: list[Change]
     flops: list[int]
     for i, section in enumerate(recipe.growth):
@@ -178,7 +192,9 @@ def phase_configs(
                     raise ValueError(f"stages: {section.stages}; {section.operator} has one, write the others out")
                 ranks = next_ranks(config, ranks, section.operator, section.to, section.options)
                 parts, changes, flops = [section], [], [0]
-                phases.append((config, phases[-1][1] | section.to, flops_of(config, ranks)))
+                # Factors are counted as if all were trained: they are in frozen layers as well.
+                sizes = phases[-1][1] | section.to
+                phases.append((config, sizes, flops_of(config, ranks), None if ranks else trained))
             elif ranks is not None:
                 raise ValueError(
                     f"operator: {section.operator} cannot grow a model with factors of rank {ranks.rank}; first grow "
@@ -194,8 +210,12 @@ def phase_configs(
                     steps = steps_of(config, part.operator, part.to, part.seed, part.options)
                     changes += [change for *_, change in steps]
                     flops.append(sum(each.cost(before, change, length, batch) for each, before, change in steps))
+                    for _, before, change in steps:
+                        if change.frozen or trained is not None:
+                            earlier = trained or (True,) * before.num_hidden_layers
+                            trained = trained_layers(TensorMaps(before, change), earlier)
                     config = changes[-1].config
-                    phases.append((config, phases[-1][1] | part.to, 0))
+                    phases.append((config, phases[-1][1] | part.to, 0, trained))
         except ValueError as error:
             options = {*section.options, *(key for each in section.operator.split("+") for key in options_of(each))}
             inside = "options." if str(error).partition(":")[0] in options else ""
@@ -230,6 +250,15 @@ def first_ranks(recipe: Recipe, config: Any, start: Start) -> Ranks | None:
     return ranks
 
 
+def first_trained(config: Any, start: Start) -> tuple[bool, ...] | None:
+    """Which layers of the checkpoint are trained; None if nothing is frozen."""
+    if start.trained_parameters is None:
+        return None
+    layers = table_of(config).layers
+    names = [f"{layers}.{i}." for i in range(config.num_hidden_layers)]
+    return tuple(any(parameter.startswith(name) for parameter in start.trained_parameters) for name in names)
+
+
 def flops_of(config: Any, ranks: Ranks | None) -> int:
     return low_rank_training_flops(matrices(config), ranks.rank, ranks.kind == "relora") if ranks else 0
 
@@ -248,6 +277,62 @@ def require_ramps(events: list[Event], boundaries: list[int], steps: int, start:
         if begin + ramp > end:
             what = "the next growth" if end < steps else "the end"
             raise ValueError(f"{name}: training would carry it until step {begin + ramp}; {what} comes at step {end}")
+
+
+def require_warm_up(recipe: Recipe, events: list[Event], boundaries: list[int], steps: int) -> None:
+    """ValueError where a warm-up is longer than what is left of the run."""
+    warm = [("train.warmup_steps", recipe.train.warmup_steps)]
+    for event in events:
+        rewarms = event.section.learning_rate != "keep"
+        warm.append((f"{event.name}.rewarm_steps", event.section.rewarm_steps if rewarms else 0))
+    for (key, count), begin in zip(warm, [0, *boundaries], strict=True):
+        if count > steps - begin:
+            raise ValueError(f"{key} = {count} is more than what the run has left: steps {begin} to {steps}")
+
+
+def require_balance(recipe: Recipe, events: list[Event], configs: list[Any], start: Start) -> None:
+    """ValueError where train.expert_balance, or what goes with it, would have no effect or meet another growth."""
+    way, mixtures = recipe.train.expert_balance, [config for config in configs if chooses_experts(config)]
+    carried = start.carried["kind"] if start.carried else None
+    if carried == "loss_free" and way != "loss_free":
+        raise ValueError(
+            f"train.expert_balance = {way!r}: a bias keeps the experts of model.checkpoint in balance, and "
+            "'loss_free' goes on with it"
+        )
+    for key in ("router_aux_loss_coef", "output_router_logits"):
+        if way != "auxiliary" and key in recipe.model.fields:
+            raise ValueError(
+                f"model.{key} = {recipe.model.fields[key]} has no effect with train.expert_balance = {way!r}; the loss "
+                "over it is that of 'auxiliary'"
+            )
+    if way == "none":
+        return
+    if not mixtures:
+        raise ValueError(f"train.expert_balance = {way!r} has no effect: the model never has experts to choose from")
+    if way == "auxiliary":
+        for config in mixtures:
+            if config.router_aux_loss_coef <= 0:
+                raise ValueError(
+                    f"model.router_aux_loss_coef = {config.router_aux_loss_coef}: must be above 0 with "
+                    "train.expert_balance = 'auxiliary'"
+                )
+        return
+    others = [("model.rank", recipe.model.rank is not None), ("model.checkpoint", carried not in (None, "loss_free"))]
+    others = [(name, there and chooses_experts(configs[0])) for name, there in others]
+    for event, before in zip(events, configs, strict=False):
+        carries = ramp_steps(event) or event.section.operator in ("rank", "relora")
+        others.append((event.name, bool(carries) and chooses_experts(before)))
+    for name, meets in others:
+        if meets:
+            raise ValueError(
+                f"train.expert_balance = 'loss_free' is carried by training, as {name} is, and a model carries one "
+                "thing at a time"
+            )
+
+
+def chooses_experts(config: Any) -> bool:
+    """Whether each token goes to some of several experts."""
+    return (getattr(config, "num_local_experts", 0) or 0) > (getattr(config, "num_experts_per_tok", 0) or 0)
 
 
 def rewarm_steps(event: Event) -> int:

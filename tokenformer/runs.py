@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -292,9 +292,13 @@ def checkpoints(run: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def prune_checkpoints(run: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; each is renamed first, so none is ever half of one."""
+def prune_checkpoints(run: str | Path, keep: int, kept_steps: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints and those of `kept_steps`; each is renamed first, so that none is
+    ever half of one."""
+    kept = {checkpoint_folder(run, step) for step in kept_steps}
     for path in checkpoints(run)[:-keep]:
+        if path in kept:
+            continue
         doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

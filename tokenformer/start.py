@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import runs
-from .checkpoint import ancestry, find_checkpoint, load_config, read_carried
+from .checkpoint import ancestry, find_checkpoint, load_config, read_carried, read_lineage
 from .data import ByteTokenizer, Corpus, Tokenizer, load_tokenizer
 from .data.tokenizers import byte_symbols
 from .recipe import DataSection, Recipe
@@ -26,6 +26,7 @@ class Start:
     checkpoint: str | None = None
     config: dict[str, Any] | None = None
     carried: dict[str, Any] | None = None  # the growth that it is amid (growth/carried.py)
+    trained_parameters: list[str] | None = None  # where an earlier growth has frozen the others
     flops: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -43,7 +44,8 @@ def start_of(recipe: Recipe, folder: Path | None = None) -> Start:
         return Start(**{field.name: stored[field.name] for field in dataclasses.fields(Start) if field.name in stored})
     found = find_checkpoint(place).resolve()
     load_config(found)  # says what is wrong with it
-    return Start(str(found), runs.read_json(found / "config.json"), read_carried(found), **ancestry(found))
+    trained = next((event.get("trained_parameters") for event in read_lineage(found)[-1:]), None)
+    return Start(str(found), runs.read_json(found / "config.json"), read_carried(found), trained, **ancestry(found))
 
 
 def is_begun(folder: Path) -> bool:
@@ -110,7 +112,7 @@ def stream_of(data: DataSection, corpus: Corpus, first: int = 0) -> Stream:
         "text_field": data.text_field,
         "document_separator": data.document_separator,
         "tokenizer": corpus.tokenizer.identity(),
-        "valid_fraction": data.valid_fraction,
+        "valid_fraction": 0.0 if data.valid_source else data.valid_fraction,  # of this source
         "sha256": corpus.info["sha256"],  # of the training tokens
         "seed": data.seed,
         "sequence_length": data.sequence_length,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class State:
     lineage: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)  # the newest
     logged: tuple[int, float] = (0, 0.0)  # step and seconds at the last line of progress
+    peak_memory_bytes: int = 0  # of the processes that took the steps before this one did
 
     @property
     def grown(self) -> int:
@@ -150,6 +152,7 @@ def save_state(run: Run, state: State) -> Path:
             "grown_at": state.grown_at,
             "loss_sums": state.loss_sums,
             "evaluation": state.evaluation,
+            "peak_memory_bytes": peak_memory_bytes(run, state),
             "metrics_lines": run.metrics.lines,
             "streams": streams_with(run.start.streams, mine, run.batches.unique_tokens(state.step)),
         }
@@ -158,12 +161,17 @@ def save_state(run: Run, state: State) -> Path:
             checkpoint.save_checkpoint(
                 folder, state.model, run.corpus.tokenizer, state.optimizer, trainer, state.lineage, states
             )
-            runs.prune_checkpoints(run.folder, run.recipe.train.keep_checkpoints)
+            runs.prune_checkpoints(run.folder, run.recipe.train.keep_checkpoints, kept_steps(run, state))
         except (ValueError, OSError) as error:
             raise ValueError(f"{error}; {last_good(run)}") from error
 
     distributed.together(write, run.ranks)
     return folder
+
+
+def kept_steps(run: Run, state: State) -> set[int]:
+    """The steps whose checkpoints stay: those of train.keep_at."""
+    return {state.plan.step_at(share) for share in run.recipe.train.keep_at}
 
 
 def load_state(run: Run, folder: Path) -> tuple[State, int]:
@@ -194,6 +202,7 @@ def load_state(run: Run, folder: Path) -> tuple[State, int]:
         trainer["evaluation"],
     )
     state.logged = (state.step, state.seconds)
+    state.peak_memory_bytes = trainer.get("peak_memory_bytes") or 0
     if state.grown:
         set_rewarm(optimizer, state.plan.events[state.grown - 1].section)
     return state, trainer["metrics_lines"]
@@ -205,6 +214,20 @@ def last_good(run: Run) -> str:
 
 
 # --- the result ---
+
+
+def peak_memory_bytes(run: Run, state: State) -> int | None:
+    """The most that rank 0 has had, before a resume too: of tensors on a GPU, else of the whole process."""
+    if run.device.type == "cuda":
+        now = torch.cuda.max_memory_allocated(run.device)
+    else:
+        try:
+            import resource
+        except ImportError:  # Windows does not say
+            return None
+        unit = 1 if sys.platform == "darwin" else 1024
+        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(state.peak_memory_bytes, now)
 
 
 def result_of(run: Run, state: State, status: str, **more: Any) -> dict[str, Any]:
@@ -224,6 +247,7 @@ def result_of(run: Run, state: State, status: str, **more: Any) -> dict[str, Any
         "unique_tokens": run.batches.unique_tokens(state.step),
         "epochs": run.batches.epochs(state.step),
         "seconds": here["seconds"],
+        "peak_memory_bytes": peak_memory_bytes(run, state),
         "parameters": count_parameters(state.model),
         "flops_per_token": phase.flops_per_step // state.plan.tokens_per_step,
         "growth": state.lineage,

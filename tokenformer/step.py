@@ -8,15 +8,17 @@ import dataclasses
 import math
 import signal
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed
 from .distributed import Ranks
-from .evaluate import autocast, cross_entropy
-from .growth import LoadCounter, TrainsOnly, load_numbers
+from .evaluate import autocast, next_token_loss
+from .growth import LoadCounter, LossFree, TrainsOnly, load_numbers
 from .growth.carried import carried_of
+from .growth.load import routers_of
 from .optim import learning_rate
 from .plan import Plan
 from .recipe import Recipe
@@ -31,7 +33,9 @@ class Diverged(ValueError):
 
 
 def wrap(run: Run, model: nn.Module) -> nn.Module:
-    """The model as training steps call it: data-parallel, compiled. Made anew after each growth."""
+    """The model as training steps call it: balanced, data-parallel, compiled. Made anew after each growth."""
+    if run.recipe.train.expert_balance == "loss_free" and carried_of(model) is None and routers_of(model):
+        LossFree(model)
     wrapped = distributed.data_parallel(model, run.ranks, run.device)
     if run.recipe.train.compile:
         torch._dynamo.reset()
@@ -50,13 +54,14 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     # A compiled model does not see hooks that come later.
     load = LoadCounter(state.model) if logs and not section.compile else None
     with load or contextlib.nullcontext():
-        own_loss = backward(run, state.step, wrapped)
+        own_loss, own_auxiliary = backward(run, state, wrapped)
     carried = carried_of(state.model)
     if isinstance(carried, TrainsOnly):
         carried.before_update()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), section.clip_norm or math.inf).item()
-    # One exchange says to every rank the mean loss and whether any rank was told to stop, so all act alike.
-    total, signals = distributed.sums([own_loss, float(stop[0]) if stop else 0.0], run.ranks, run.device)
+    # One exchange says to every rank the mean losses and whether any rank was told to stop, so all act alike.
+    own = [own_loss, own_auxiliary, float(stop[0]) if stop else 0.0]
+    total, auxiliary, signals = distributed.sums(own, run.ranks, run.device)
     loss = total / run.ranks.world
     require_finite(run, state, loss, norm, rate)
     state.optimizer.step()
@@ -69,6 +74,8 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     state.seconds += time.perf_counter() - began
     if logs:
         balance = load_numbers(summed(load, run)) if load and load.counts else {}
+        if auxiliary_coefficient(run.recipe, state.model):
+            balance["auxiliary_loss"] = auxiliary / run.ranks.world
         values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **balance}
         record(run, state, "train", values, progress(run, state, loss))
     if not signals:
@@ -83,20 +90,38 @@ def summed(load: LoadCounter, run: Run) -> list[Tensor]:
     return list(torch.tensor(total).view(counts.shape))
 
 
-def backward(run: Run, step: int, wrapped: nn.Module) -> float:
-    """Gradients of the mean loss over this rank's rows of batch `step`, part by part; returns that loss."""
-    parts = rank_rows(run.batches[step], run.ranks).chunk(run.recipe.train.accumulation_steps)
-    total = 0.0
+def auxiliary_coefficient(recipe: Recipe, model: Any) -> float:
+    """What the load-balancing loss of a mixture of experts is multiplied by in training; 0 where there is none."""
+    auxiliary = recipe.train.expert_balance == "auxiliary" and routers_of(model)
+    return model.config.router_aux_loss_coef if auxiliary else 0.0
+
+
+def backward(run: Run, state: State, wrapped: nn.Module) -> tuple[float, float]:
+    """Gradients of the mean loss over this rank's rows of the step's batch, part by part; returns that loss, and the
+    mean of the auxiliary one, whose gradients are added times its coefficient.
+
+    That is the Switch Transformer's (arXiv 2101.03961, eq. 4) as transformers has it for Mixtral: over the tokens of
+    one part in all layers, experts * sum_e f_e P_e, where f_e is how often e is among the top_k, P_e its mean score.
+    """
+    parts = rank_rows(run.batches[state.step], run.ranks).chunk(run.recipe.train.accumulation_steps)
+    coefficient = auxiliary_coefficient(run.recipe, state.model)
+    more = {"output_router_logits": True} if coefficient else {}
+    total = auxiliary = 0.0
     for i, part in enumerate(parts):
         # Gradients are averaged over the ranks once, with the last part.
         last = i == len(parts) - 1
         alone = last or run.ranks.world == 1
         with contextlib.nullcontext() if alone else wrapped.no_sync():  # type: ignore[operator]
             with autocast(run.device, run.recipe.train.dtype):
-                loss = cross_entropy(wrapped, part.to(run.device)) / len(parts)
-            loss.backward()
+                windows = part.to(run.device)
+                output = wrapped(input_ids=windows[:, :-1], use_cache=False, **more)
+                loss = objective = next_token_loss(output.logits, windows) / len(parts)
+                if coefficient:
+                    objective = loss + coefficient * output.aux_loss / len(parts)
+                    auxiliary += output.aux_loss.item() / len(parts)
+            objective.backward()
         total += loss.item()
-    return total
+    return total, auxiliary
 
 
 def rank_rows(batch: Tensor, ranks: Ranks) -> Tensor:

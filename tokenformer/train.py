@@ -42,6 +42,7 @@ from .state import (
     Run,
     State,
     build_optimizer,
+    kept_steps,
     load_state,
     plan_of,
     position,
@@ -117,7 +118,8 @@ def train_locked(
         raise
     except Exception as error:
         with contextlib.suppress(OSError):  # on a full disk this may fail as well, and the first error counts
-            write_result(run, result_of(run, state, "failed", error=str(error)))
+            diverged = isinstance(error, Diverged)
+            write_result(run, result_of(run, state, "failed", error=str(error), diverged=diverged))
         raise
     finally:
         if run.metrics is not None:
@@ -260,7 +262,7 @@ def loop(run: Run, state: State) -> None:
             last = state.step == state.plan.steps
             if last or state.step % section.evaluate_every == 0 or growth_due(run, state):
                 evaluate_now(run, state)
-            if last or stopped_by or state.step % section.checkpoint_every == 0:
+            if last or stopped_by or state.step % section.checkpoint_every == 0 or state.step in kept_steps(run, state):
                 save_state(run, state)
             if stopped_by and not last:
                 stop_now(run, state, stopped_by)

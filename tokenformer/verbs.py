@@ -33,7 +33,7 @@ def say(line: str) -> None:
 def quickstart(arguments: Any) -> None:
     from .recipe import load_recipe
 
-    race(load_recipe("quickstart", arguments.overrides), arguments)
+    run_race(load_recipe("quickstart", arguments.overrides), arguments)
 
 
 def train(arguments: Any) -> None:
@@ -41,7 +41,7 @@ def train(arguments: Any) -> None:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.arms:
-        return race(recipe, arguments)
+        return run_race(recipe, arguments)
     if arguments.jobs is not None:
         raise ValueError(f"--jobs: {arguments.recipe} has no arms, so there is nothing to train side by side")
     from .report import write_report
@@ -52,14 +52,34 @@ def train(arguments: Any) -> None:
         say(f"report: {write_report(arguments.out)['html']}")
 
 
-def race(recipe: Any, arguments: Any) -> None:
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise ValueError(f"--jobs {arguments.jobs}: must be 1 or more")
+def race(arguments: Any) -> None:
+    from .recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.minutes is not None and not 0 < arguments.minutes < float("inf"):
+        raise ValueError(f"--minutes {arguments.minutes:g}: must be more than 0")
+    if arguments.plan:
+        from .race import plan_race
+
+        for line in plan_race(recipe, race_jobs(arguments)):
+            say(line)
+        return
+    arguments.out = arguments.out or f"runs/{recipe.name}"
+    run_race(recipe, arguments, arguments.minutes)
+
+
+def run_race(recipe: Any, arguments: Any, minutes: float | None = None) -> None:
+    jobs = race_jobs(arguments)
     from .race import run_race
 
-    jobs = {} if arguments.jobs is None else {"jobs": arguments.jobs}
-    page = run_race(recipe, Path(arguments.out), resume=arguments.resume, say=say, **jobs)
+    page = run_race(recipe, Path(arguments.out), arguments.resume, say, jobs, minutes)
     say(f"report: {page}")
+
+
+def race_jobs(arguments: Any) -> int:
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ValueError(f"--jobs {arguments.jobs}: must be 1 or more")
+    return arguments.jobs or 2
 
 
 def sizes(texts: Sequence[str]) -> dict[str, int]:
@@ -155,7 +175,7 @@ def evaluate(arguments: Any) -> None:
         raise ValueError(f"--sequence-length {arguments.sequence_length}: must be 1 or more")
     if arguments.out:
         require_writable(Path(arguments.out))
-    from .checkpoint import find_checkpoint, load_checkpoint
+    from .checkpoint import find_checkpoint, load_checkpoint, restore_carried
     from .data import eval_windows, load_tokenizer, prepare, text_windows
     from .distributed import Ranks, choose_device
     from .runs import write_json
@@ -163,6 +183,7 @@ def evaluate(arguments: Any) -> None:
     folder = find_checkpoint(arguments.checkpoint)
     device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
+    restore_carried(folder, model.to(device))
     section = run_section(folder) or stream_section(folder)
     section.source = arguments.source or section.source
     longest = positions(model)
@@ -261,7 +282,7 @@ def generate(arguments: Any) -> None:
     require_seed(arguments.seed)
     import torch
 
-    from .checkpoint import find_checkpoint, load_checkpoint
+    from .checkpoint import find_checkpoint, load_checkpoint, restore_carried
     from .data import load_tokenizer
     from .distributed import Ranks, choose_device
     from .report.units import printable
@@ -269,6 +290,7 @@ def generate(arguments: Any) -> None:
     folder = find_checkpoint(arguments.checkpoint)
     device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
+    restore_carried(folder, model.to(device))
     tokenizer = load_tokenizer(str(folder))
     end = tokenizer.eos_token_id
     ids = torch.tensor([tokenizer.encode(arguments.prompt) or [end]], device=device)

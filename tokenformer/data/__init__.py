@@ -11,6 +11,7 @@ cache.py       documents -> token files: what is dropped, what is held out, wher
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -75,8 +76,8 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
         raise ValueError(f"data.valid_tokens = {section.valid_tokens}: 1 or more is allowed")
     say = progress or (lambda text: None)
     try:
-        source = Source(section, train_tokens)
-        identity = source.identity()
+        source, held_out = Source(section, train_tokens), held_out_source(section)
+        identity = source.identity() + ([] if held_out is None else held_out.identity())
     except OSError as error:
         raise ValueError(f"data.source = {section.source!r} cannot be read: {error}") from error
     tokenizer = load_tokenizer(section.tokenizer)
@@ -85,7 +86,7 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
     folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     dtype = token_dtype(tokenizer.vocab_size)
     try:
-        info = read_cache(folder, say) or build_cache(folder, source, tokenizer, section, say)
+        info = read_cache(folder, say) or build_cache(folder, source, held_out, tokenizer, section, say)
         train = np.memmap(folder / "train.bin", dtype, "r")
         valid = np.memmap(folder / "valid.bin", dtype, "r")
         valid_bytes = np.memmap(folder / "valid_bytes.bin", np.uint32, "r")
@@ -95,6 +96,19 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
             "room for the token files; TOKENFORMER_CACHE names another"
         ) from error
     return Corpus(train, valid, valid_bytes, tokenizer, info)
+
+
+def held_out_source(section: Any) -> Source | None:
+    """Of data.valid_source: local text, cut into documents as data.source is."""
+    name = section.valid_source
+    if name is None:
+        return None
+    if name.startswith("hf:"):
+        raise ValueError(f"data.valid_source = {name!r}: must be a text file or folder, or embedded")
+    try:
+        return Source(dataclasses.replace(section, source=name, document_separator=""), 0)
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.source", "data.valid_source", 1)) from None
 
 
 class Batches(torch.utils.data.Dataset[torch.Tensor]):

@@ -3,7 +3,8 @@
 NULs are removed and counted (byte 0 marks a document's end), lone surrogates become `?`, nothing else
 changes. Blank documents are dropped. The rest is decided by a document's BLAKE2b hash, taken without white
 space at its ends: one seen before is a duplicate and dropped, and whether it is held out follows from the
-hash alone, so not from the order, a seed or other documents. Near duplicates are not looked for.
+hash alone, so not from the order, a seed or other documents. A source of its own for what is held out comes
+first and is held out whole. Near duplicates are not looked for.
 
 A cache folder holds TOKEN_FILES and info.json, which says what they should be like. It is written under
 another name in the same place and gets its own when it is complete.
@@ -19,7 +20,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,18 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_tokens(folder: Path, source: Source, tokenizer: Tokenizer, section: Any, say: Say) -> dict[str, Any]:
+def documents(source: Source, held_out: Source | None) -> Iterator[tuple[str, bool]]:
+    """Texts, and whether each is held out whatever its hash: those of a source of their own, which come first."""
+    if held_out is not None:
+        yield from ((text, True) for text in held_out.documents())
+    yield from ((text, False) for text in source.documents())
+
+
+def write_tokens(
+    folder: Path, source: Source, held_out: Source | None, tokenizer: Tokenizer, section: Any, say: Say
+) -> dict[str, Any]:
     """Documents -> TOKEN_FILES in `folder`; returns what `Corpus.info` says about them."""
+    fraction = section.valid_fraction if held_out is None else 0.0
     count: Counter[str] = Counter()
     seen: set[bytes] = set()
     text_hash = hashlib.sha256()
@@ -62,7 +73,7 @@ def write_tokens(folder: Path, source: Source, tokenizer: Tokenizer, section: An
 
     with train, valid, valid_bytes:
         say(f"reading data.source = {source.name!r}")
-        for raw in source.documents():
+        for raw, apart in documents(source, held_out):
             data = raw.replace("\0", "").encode("utf-8", "replace")
             text = data.decode("utf-8")
             count["nul_characters_removed"] += len(raw) - len(text)
@@ -73,7 +84,7 @@ def write_tokens(folder: Path, source: Source, tokenizer: Tokenizer, section: An
                 continue
             seen.add(key)
             text_hash.update(key)
-            if int.from_bytes(key[:8], "big") < section.valid_fraction * 2**64:
+            if apart or int.from_bytes(key[:8], "big") < fraction * 2**64:
                 ids, widths = tokenizer.encode_with_bytes(text)
                 room = limit - count["valid_tokens"]
                 valid.write(np.append(ids, mark)[:room].astype(dtype).tobytes())
@@ -142,14 +153,16 @@ def fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def build_cache(folder: Path, source: Source, tokenizer: Tokenizer, section: Any, say: Say) -> dict[str, Any]:
+def build_cache(
+    folder: Path, source: Source, held_out: Source | None, tokenizer: Tokenizer, section: Any, say: Say
+) -> dict[str, Any]:
     """Writes the token files to a folder beside `folder` and, when they are complete, gives it that name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_work(folder.parent)
     work = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     work.mkdir()
     try:
-        info = write_tokens(work, source, tokenizer, section, say)
+        info = write_tokens(work, source, held_out, tokenizer, section, say)
         info["token_files"] = {name: fingerprint(work / name) for name in TOKEN_FILES}
         info["sha256"] = info["token_files"]["train.bin"]["sha256"]
         (work / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Growth: operators on named axes, the engine that applies them to weights and moments, what they did, measured."""
 
+from .balance import LossFree
 from .engine import Growth, freeze_as_grown, grow
 from .experts import PhaseIn, TrainsOnly
 from .load import LoadCounter, expert_load, load_numbers
@@ -10,6 +11,7 @@ __all__ = [
     "OPERATORS",
     "Growth",
     "LoadCounter",
+    "LossFree",
     "PhaseIn",
     "TrainsOnly",
     "duplicated_share",

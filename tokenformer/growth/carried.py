@@ -1,5 +1,5 @@
 """Growth that training carries for a while: a mask that ramps up (masked.py), low-rank factors (lowrank.py),
-new experts that are let in step by step (experts.py).
+new experts that are let in step by step (experts.py); and, for good, what keeps experts in balance (balance.py).
 
 What is carried hangs on its model as `model.carried`; the loop tells it of every training step, and takes it off when
 it is finished. It is no part of an ordinary checkpoint: model.safetensors holds ordinary weights under their ordinary
@@ -44,12 +44,13 @@ def carried_of(model: nn.Module) -> Carried | None:
 
 def restore(model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Attach to an ordinary model, just loaded, what was carried when it was saved. ValueError if they do not fit."""
+    from .balance import LossFree
     from .experts import PhaseIn, TrainsOnly
     from .lowrank import LowRank
     from .masked import Masked
 
     kinds = {"masked": Masked.restored, "rank": LowRank.restored, "relora": LowRank.restored}
-    kinds |= {"phase_in": PhaseIn.restored, "trains_only": TrainsOnly.restored}
+    kinds |= {"phase_in": PhaseIn.restored, "trains_only": TrainsOnly.restored, "loss_free": LossFree.restored}
     kind = description.get("kind")
     if kind not in kinds:
         raise ValueError(f"kind {kind!r} is not known; allowed: {', '.join(kinds)}")

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.axes import size_of
 from . import masked
+from .balance import LossFree
 from .carried import Carried, carried_of
 from .exactness import moments_are_exact, why_not_exact
 from .experts import PhaseIn, TrainsOnly
@@ -65,7 +66,7 @@ def grow(
     new ones, so that its steps are not those of the small model.
     options: the operators' own keywords.
     masked, rank, relora, phase_in_experts and router = "retrain" leave something on the model that training carries:
-    Growth.carried.
+    Growth.carried. Of what a model carries already, only a loss-free balance grows with it (balance.py).
     batches: text for an operator that learns (ligo): token ids (B, T + 1), one batch a step. The event says what that
     cost in growth_flops.
     Raises ValueError on an unknown operator, axis or option, a smaller or equal target, an operator that does not fit
@@ -74,12 +75,13 @@ def grow(
     if moments not in ("keep", "drop"):
         raise ValueError(f"moments: {moments!r} is not known; allowed: keep, drop")
     carried = carried_of(model)
-    if operator in ("rank", "relora") and not (carried and carried.kind == "masked"):
+    low_rank = ("rank", "relora")
+    if operator in low_rank and (carried is None or carried.kind in low_rank):
         from .lowrank_growth import grow_low_rank
 
         return grow_low_rank(model, operator, to or {}, optimizer, seed, moments == "drop", options or {})
-    if carried is not None:
-        raise ValueError(f"operator: {operator} cannot grow a model that still carries {carried.kind} growth")
+    if carried is not None and (operator in low_rank or not isinstance(carried, LossFree)):
+        raise ValueError(f"operator: {operator} cannot grow a model that carries {carried.kind}")
     before, optimizers = model, []
     if optimizer is not None:
         optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
@@ -87,6 +89,8 @@ def grow(
     for each, _, plan in steps[:-1]:
         if plan.ramp_steps or plan.trains_only:
             raise ValueError(f"operator: {operator}: {each.name} comes last, since what it adds is not there at first")
+    if carried is not None and (steps[-1][2].ramp_steps or steps[-1][2].trains_only):
+        raise ValueError(f"operator: {operator} is carried by training, and the model carries {carried.kind} already")
     new: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     learned: dict[str, Any] = {"growth_flops": 0}
@@ -112,6 +116,8 @@ def grow(
     elif plan.trains_only:
         alone = [name for name, _ in model.named_parameters() if name.endswith(plan.trains_only)]
         TrainsOnly(model, alone, plan.alone_steps)
+    elif isinstance(carried, LossFree):
+        LossFree(model, carried.grown([plan for _, _, plan in steps]), carried.rate)
     kept = optimizers if isinstance(optimizer, list) else optimizers[0] if optimizers else None
     return Growth(model, kept, event["promise"], event, new, copies)
 

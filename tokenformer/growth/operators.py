@@ -27,8 +27,9 @@ class Operator:
     """A declaration: from it the command line's list, the plan of a growth, the table in docs/ and the tests are made.
 
     axes: what it grows, by the names of models/tables.py, and `layers`. promise: "exact", "exact if ..." (else it
-    refuses), or "approximate". symmetric: whether copies stay equal without dropout or noise. cost: FLOPs of the growth
-    itself, of a configuration and a plan, if it learns on batches of so many sequences of such a length.
+    refuses), or "approximate". symmetric: whether copies stay equal without dropout or noise. never: architectures that
+    it always refuses. cost: FLOPs of the growth itself, of a configuration and a plan, if it learns on batches of so
+    many sequences of such a length.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Operator:
     promise: str
     source: str
     symmetric: bool = False
+    never: tuple[str, ...] = ()
     carried: bool = False  # by training, for a while (carried.py): nothing that can be done to a file
     cost: Callable[[PreTrainedConfig, Plan, int, int], int] = lambda config, plan, sequence_length, sequences: 0
 
@@ -62,7 +64,8 @@ class Operator:
     @property
     def architectures(self) -> list[str]:
         low_rank = "rank" in self.axes
-        return [name for name, table in TABLES.items() if self.fields(table) or (low_rank and not table.unit_norm)]
+        fitting = [n for n, table in TABLES.items() if self.fields(table) or (low_rank and not table.unit_norm)]
+        return [name for name in fitting if name not in self.never]
 
     def plan(self, config: PreTrainedConfig, sizes: dict[str, int], seed: int = 0, **options: Any) -> Plan:
         """What it makes of a configuration; ValueError where it would break its promise, with the reason."""
@@ -119,7 +122,15 @@ _ALL = (
     Operator("aki", width.aki, WIDTHS, "approximate", "arXiv 2110.07143"),
     Operator("lemon", width.lemon, (*WIDTHS, "layers"), "exact", "arXiv 2310.07999"),
     Operator("hyperclone", width.hyperclone, WIDTHS, "exact if multiples", "arXiv 2409.12903", symmetric=True),
-    Operator("staged", width.staged, WIDTHS, "exact if all widths double", "arXiv 2203.06211", symmetric=True),
+    Operator(
+        "staged",
+        width.staged,
+        WIDTHS,
+        "exact if all widths double",
+        "arXiv 2203.06211",
+        symmetric=True,
+        never=("mamba2", "ngpt"),
+    ),
     Operator("sparkling", width.sparkling, WIDTHS, "approximate", "arXiv 2602.02472"),
     Operator("shrink_pad_perturb", width.shrink_pad_perturb, WIDTHS, "approximate", "arXiv 2605.13405"),
     Operator("identity_blocks", depth.identity_blocks, ("layers",), "exact", "arXiv 2308.06103"),
@@ -129,7 +140,15 @@ _ALL = (
     Operator("midas", depth.midas, ("layers",), "approximate", "arXiv 2409.19044"),
     Operator("solar", depth.solar, ("layers",), "approximate", "arXiv 2312.15166"),
     Operator("jump", depth.jump, ("layers",), "approximate", "arXiv 2511.04981"),
-    Operator("masked", masks.masked, (*WIDTHS, "layers"), "exact", "arXiv 2305.02869, 2309.03852", carried=True),
+    Operator(
+        "masked",
+        masks.masked,
+        (*WIDTHS, "layers"),
+        "exact",
+        "arXiv 2305.02869, 2309.03852",
+        never=("ngpt",),
+        carried=True,
+    ),
     Operator("rank", lowrank.rank, ("rank",), "exact", "factors of growing rank", carried=True),
     Operator("relora", lowrank.relora, ("rank",), "exact", "arXiv 2307.05695", carried=True),
     Operator("upcycle", experts.upcycle, ("mixture",), "exact", "arXiv 2212.05055"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,20 @@ def is_trained(name: str, maps: TensorMaps, before: Callable[[str], bool]) -> bo
     source, layer = maps.source_of(name)
     old_is_frozen = maps.plan.frozen and not (layer and (layer.closed or source is None))
     return not old_is_frozen and (source is None or all(before(old) for old in maps.old_names(source)))
+
+
+def trained_layers(maps: TensorMaps, before: Sequence[bool]) -> tuple[bool, ...]:
+    """For each layer of a grown model in which something is frozen, whether it is trained; `before`: of the old one.
+
+    A frozen layer that a mixture's new router is trained in counts as frozen. All outside of layers is frozen."""
+
+    def was(name: str) -> bool:
+        index = maps.layer_of(name)
+        assert index is not None
+        return before[index]
+
+    count = maps.plan.config.num_hidden_layers
+    return tuple(is_trained(f"{maps.prefix}.{i}.", maps, was) for i in range(count))
 
 
 def _copy_buffers(model: nn.Module, grown: nn.Module, maps: TensorMaps) -> None:

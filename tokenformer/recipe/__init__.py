@@ -22,6 +22,7 @@ from .sections import (
     GrowthSection,
     ModelSection,
     NoiseSection,
+    RaceSection,
     Recipe,
     TrainSection,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "GrowthSection",
     "ModelSection",
     "NoiseSection",
+    "RaceSection",
     "Recipe",
     "TrainSection",
     "arm_recipe",
@@ -109,6 +111,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         {"name": arm.name, "description": arm.description, **copy.deepcopy(arm.overrides)}
         for arm in recipe.arms
     ]
+    table["race"] = dataclasses.asdict(recipe.race) if recipe.race else None
     table["noise"] = dataclasses.asdict(recipe.noise) if recipe.noise else None
     return table
 
@@ -120,7 +123,8 @@ def arm_recipe(recipe: Recipe, arm: ArmSection) -> Recipe:
     has an empty [model] to begin with, since the fields of one model mean nothing to the next.
     """
     table = recipe_to_dict(recipe)
-    table |= {"name": f"{recipe.name}/{arm.name}", "description": arm.description, "arm": [], "noise": None}
+    table |= {"name": f"{recipe.name}/{arm.name}", "description": arm.description}
+    table |= {"arm": [], "race": None, "noise": None}
     origin = f"arm {arm.name} of {recipe.name}"
     for section, values in copy.deepcopy(arm.overrides).items():
         if section == "growth":
@@ -216,6 +220,7 @@ def resolve(table: dict[str, Any], where: Where) -> Recipe:
         others = ", ".join([*model.fields, *given]) or "architecture"
         raise ValueError(f"model.checkpoint: brings the whole model, so {others} has no effect beside it")
     check_growth(recipe, where)
+    check_race(recipe, where)
     names = [arm.name for arm in recipe.arms]
     for name in names:
         if names.count(name) > 1:
@@ -223,6 +228,46 @@ def resolve(table: dict[str, Any], where: Where) -> Recipe:
     for arm in recipe.arms:
         arm_recipe(recipe, arm)  # a mistake in the last arm is found before the first one has run
     return recipe
+
+
+def check_race(recipe: Recipe, where: Where) -> None:
+    """The grid is one, the budgets rise, the seeds are fresh, and the run is of a kind that can be branched."""
+    race = recipe.race
+    if race is None:
+        return
+    steps = [b / a for a, b in zip(race.learning_rates, race.learning_rates[1:], strict=False)]
+    grid = len(steps) >= 2 and all(step > 1 and abs(step / steps[0] - 1) < 0.01 for step in steps)
+    rising = all(a < b for a, b in zip(race.budgets, race.budgets[1:], strict=False)) and race.budgets[-1:] == [1.0]
+    several = len(set(race.seeds)) == len(race.seeds) >= 2
+    for name, fine, must in (
+        ("learning_rates", grid, "be three or more that rise by a constant factor"),
+        ("budgets", rising, "rise, and end at 1"),
+        ("seeds", several, "be two or more, each once"),
+        ("tune_seed", race.tune_seed not in race.seeds, "not be one of race.seeds: trials are no headline runs"),
+    ):
+        if not fine:
+            raise ValueError(f"race.{name}: {getattr(race, name)}: must {must} (from {where(f'race.{name}')})")
+    if recipe.train.flops is None:
+        raise ValueError(f"race: needs train.flops, the largest budget (from {where('race')})")
+    if recipe.train.schedule != "wsd" or not recipe.train.decay_fraction:
+        raise ValueError(
+            f"train.schedule: {recipe.train.schedule!r} cannot be branched at several budgets; a race with [race] "
+            f"takes 'wsd' and a train.decay_fraction above 0 (from {where('train.schedule')})"
+        )
+    if recipe.noise:
+        raise ValueError(f"noise: a race with [race] measures its own (from {where('noise')})")
+    for arm in recipe.arms:
+        settled = ("flops", "steps", "schedule", "seed", "keep_at", "learning_rate")
+        changed = [f"train.{key}" for key in settled if key in arm.overrides.get("train", {})]
+        changed += ["data"] if "data" in arm.overrides else []
+        if changed:
+            raise ValueError(f"arm {arm.name}: {changed[0]} is the race's, the same for all (from {where('arm')})")
+        for event in arm_recipe(recipe, arm).growth:
+            if event.at_step is not None:
+                raise ValueError(
+                    f"arm {arm.name}: growth.at_step = {event.at_step}: in a race with [race] growth comes at a share "
+                    f"of the FLOPs, the same in shorter runs; use at_fraction (from {where('arm')})"
+                )
 
 
 def check_growth(recipe: Recipe, where: Where) -> None:

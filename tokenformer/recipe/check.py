@@ -21,6 +21,7 @@ KINDS = {
     str: "text in quotes",
     dict: "a table",
 }
+LISTED = {int: "whole numbers", float: "numbers", str: "texts"}
 BOUNDS = {
     "low": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -65,11 +66,11 @@ def check_value(dotted: str, value: Any, hint: Any, limits: Any, where: Where) -
     if dataclasses.is_dataclass(hint):
         return build(hint, value, dotted, where)
     if get_origin(hint) is list:
+        (inner,) = get_args(hint)
         if not isinstance(value, list):
-            raise ValueError(
-                f"{dotted}: must be a list of tables, not {describe(value)} (from {where(dotted)})"
-            )
-        return [build(get_args(hint)[0], entry, f"{dotted}.{i}", where) for i, entry in enumerate(value)]
+            several = LISTED.get(inner, "tables")
+            raise ValueError(f"{dotted}: must be a list of {several}, not {describe(value)} (from {where(dotted)})")
+        return [check_value(f"{dotted}.{i}", entry, inner, limits, where) for i, entry in enumerate(value)]
     kind = get_origin(hint) or hint
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.inf

@@ -68,6 +68,9 @@ class DataSection:
         "sequences per optimizer step, over all ranks and accumulation steps", default=8, low=1
     )
     valid_fraction: float = key("share of the documents held out", default=0.02, above=0, below=1)
+    valid_source: str | None = key(
+        "a text file or folder that is held out instead of a share of `source`", default=None, pattern=r".+"
+    )
     valid_tokens: int = key("at most so many held-out tokens are evaluated", default=100_000, low=1)
     skip_tokens: int = key("pass over so many: an ancestor of this run has seen them", default=0, low=0)
     repeat: bool = key("allow more than one pass over the data", default=False)
@@ -97,11 +100,19 @@ class TrainSection:
     accumulation_steps: int = key("a step's batch is passed in so many parts", default=1, low=1)
     dtype: str = key("float32, or bfloat16 autocast", default="float32", choices=("float32", "bfloat16"))
     compile: bool = key("torch.compile the model", default=False)
+    expert_balance: str = key(
+        "mixtures only: auxiliary, a loss times model.router_aux_loss_coef, or loss_free, a bias on the choice",
+        default="none",
+        choices=("none", "auxiliary", "loss_free"),
+    )
     gradient_checkpointing: bool = key("recompute activations: less memory, more time", default=False)
     evaluate_every: int = key("steps between evaluations", default=100, low=1)
     log_every: int = key("steps between lines of metrics", default=10, low=1)
     checkpoint_every: int = key("steps between checkpoints", default=500, low=1)
     keep_checkpoints: int = key("how many of the newest are kept", default=2, low=1)
+    keep_at: list[float] = key(
+        "shares of the FLOPs at which a checkpoint is written that stays", factory=list, above=0, below=1
+    )
     tensorboard: bool = key("write TensorBoard events as well (tokenformer[tensorboard])", default=False)
     seed: int = key("initial weights", default=0, low=0, high=2**32 - 1)
     device: str = key("auto, cpu, cuda, cuda:N or mps", default="auto", pattern=r"auto|cpu|mps|cuda(:\d+)?")
@@ -181,6 +192,26 @@ class NoiseSection:
 
 
 @dataclasses.dataclass
+class RaceSection:
+    learning_rates: list[float] = key("the grid of every arm: three or more, a constant factor apart", above=0)
+    tune_fraction: float = key("trials run at this share of train.flops", default=0.2, above=0, high=1)
+    tune_seed: int = key("of the trials; no seed of `seeds`", default=1000, low=0, high=2**32 - 1)
+    most_extensions: int = key("how often the grid grows where a best rate lies at its edge", default=2, low=0)
+    budgets: list[float] = key(
+        "shares of train.flops that each get a fully decayed run; the last is 1", factory=lambda: [1.0], above=0, high=1
+    )
+    seeds: list[int] = key("of the headline runs, shared by all arms", factory=lambda: [0, 1, 2], low=0, high=2**31)
+    reference: str | None = key("the arm that others are held against; scratch, or the first", default=None)
+    sizes: list[dict[str, Any]] = key(
+        "further sizes from scratch among which the compute-optimal one is found: changes of [model]", factory=list
+    )
+    controls: bool = key("add scratch, small, dropped and the sizes", default=True)
+    cosine: list[str] = key("arms that are run on a cosine schedule as well, with the first seed", factory=list)
+    final_text: str | None = key("a text file that headline runs are evaluated on, once, at their end", default=None)
+    final_tokens: int = key("of its beginning, at most so many", default=500_000, low=1)
+
+
+@dataclasses.dataclass
 class Recipe:
     name: str = key("a name; the file's own if left out", pattern=r".+")
     description: str = key("one line for the report", default="")
@@ -191,4 +222,5 @@ class Recipe:
     arms: list[ArmSection] = key(
         "makes the recipe a race: one run per arm; any number", factory=list, file="arm"
     )
+    race: RaceSection | None = key("races: tuned, with seeds, budgets and controls; docs/fairness.md", default=None)
     noise: NoiseSection | None = key("races: what a gap between arms is held against", default=None)

@@ -5,7 +5,16 @@ import json
 import re
 from typing import Any
 
-from .sections import ArmSection, DataSection, GrowthSection, ModelSection, NoiseSection, Recipe, TrainSection
+from .sections import (
+    ArmSection,
+    DataSection,
+    GrowthSection,
+    ModelSection,
+    NoiseSection,
+    RaceSection,
+    Recipe,
+    TrainSection,
+)
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -15,6 +24,8 @@ def recipe_to_toml(recipe: Recipe) -> str:
         lines += ["", f"[{section}]", *section_lines(getattr(recipe, section))]
     for event in recipe.growth:
         lines += ["", "[[growth]]", *section_lines(event)]
+    if recipe.race:
+        lines += ["", "[race]", *section_lines(recipe.race)]
     if recipe.noise:
         lines += ["", "[noise]", *section_lines(recipe.noise)]
     for arm in recipe.arms:
@@ -43,6 +54,8 @@ def recipe_reference() -> str:
         f"{'# ...' if 'rest' in f.metadata else f.name + ' =':<36} # {f.metadata['doc']}"
         for f in dataclasses.fields(ArmSection)
     ]
+    race = RaceSection(learning_rates=[0.002, 0.004, 0.008])
+    lines += ["", f"[race]  # {about['race']}", *section_lines(race)]
     lines += ["", f"[noise]  # {about['noise']}"]
     lines += [f"{f.name + ' =':<36} # {f.metadata['doc']}" for f in dataclasses.fields(NoiseSection)]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """Run and race folders -> report.html, report.png and report.json beside them. Reads files; never trains.
 
 read.py reads the folders, verdict.py says what the numbers support, charts.py chooses what is drawn,
-svg.py and png.py draw, page.py lays out.
+svg.py and png.py draw, page.py lays out. race/ does the first two and the last for a full race, whose race.json has a
+"race" table (docs/fairness.md); the drawing is the same.
 """
 
 from __future__ import annotations
@@ -21,10 +22,17 @@ def read_report(folder: Path | str) -> dict[str, Any]:
     Arms stand in the race's own order and carry their `rank` (1 = lowest bits per byte, None = not finished).
     Raises ValueError, one line naming the file, for a folder that is neither and for a broken piece.
     """
+    from .race.read import is_full_race, read_full_race
     from .read import read_folder
     from .verdict import judge
 
-    return judge(read_folder(Path(folder)))
+    folder = Path(folder)
+    if is_full_race(folder):
+        from .race.doubts import judge_race
+        from .race.numbers import calculate
+
+        return judge_race(calculate(read_full_race(folder)))
+    return judge(read_folder(folder))
 
 
 def write_report(folder: Path | str) -> dict[str, Path]:
@@ -32,18 +40,21 @@ def write_report(folder: Path | str) -> dict[str, Path]:
 
     Each file appears whole or not at all. Raises ValueError as `read_report` does, or where it cannot write.
     """
-    from .page import page, png_texts, top_charts
+    from . import page as simple
     from .png import write_png
+    from .race import page as full
 
     folder = Path(folder)
     report = read_report(folder)
+    layout = full if report.get("race") else simple
     paths = {kind: folder / f"report.{kind}" for kind in ("html", "png", "json")}
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as staging:
             made = {kind: Path(staging) / path.name for kind, path in paths.items()}
             made["json"].write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            made["html"].write_text(page(report), encoding="utf-8", errors="replace")
-            write_png(report, top_charts(report), *png_texts(report), made["png"])
+            made["html"].write_text(layout.page(report), encoding="utf-8", errors="replace")
+            title, note = layout.png_texts(report)
+            write_png(report, layout.top_charts(report), title, note, made["png"])
             for kind, path in paths.items():
                 os.replace(made[kind], path)
     except OSError as error:

@@ -27,6 +27,8 @@ class Series:
     x: list[float]
     y: list[float]
     notes: list[str] = field(default_factory=list)  # the read-out of each point, in lines
+    low: list[float] = field(default_factory=list)  # a band about y, where there is one
+    high: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Chart:
     events: list[Event]
     whole: bool = False  # show all of y from 0 on, also on a linear axis, and growths without words
     shared_y: tuple[float, float] | None = None  # of charts that stand side by side
+    points: bool = False  # few results, each marked, rather than a curve; x and y show just them
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
@@ -102,7 +105,8 @@ def thinned(line: Series, most: int = 400) -> Series:
         return line
     kept = [*range(0, len(line.x) - 1, math.ceil(len(line.x) / most)), len(line.x) - 1]
     x, y, notes = [line.x[i] for i in kept], [line.y[i] for i in kept], [line.notes[i] for i in kept]
-    return Series(line.name, line.colour, x, y, notes)
+    low, high = ([band[i] for i in kept] if band else [] for band in (line.low, line.high))
+    return Series(line.name, line.colour, x, y, notes, low, high)
 
 
 def x_range(chart: Chart, log: bool) -> tuple[float, float]:
@@ -111,7 +115,8 @@ def x_range(chart: Chart, log: bool) -> tuple[float, float]:
         xs = [x for x in xs if x > 0] or [1.0]
         low, high = min(xs), max(xs)
         return (low, high) if high > low else (low / 2, high * 2)
-    return 0.0, max(xs, default=1.0) or 1.0
+    high = max(xs, default=1.0) or 1.0
+    return (min(xs, default=0.0) - 0.03 * high if chart.points else 0.0), high
 
 
 def y_range(chart: Chart, log: bool) -> tuple[float, float]:
@@ -120,8 +125,9 @@ def y_range(chart: Chart, log: bool) -> tuple[float, float]:
         return chart.shared_y
     shown = []
     for s in chart.series:
-        start = 0.0 if log or chart.whole else SHOWN_FROM * max(s.x, default=0.0)
-        shown += [y for x, y in zip(s.x, s.y, strict=True) if x >= start and (x > 0 or not log)]
+        start = 0.0 if log or chart.whole or chart.points else SHOWN_FROM * max(s.x, default=0.0)
+        for y in (s.y, s.low, s.high):
+            shown += [y for x, y in zip(s.x, y, strict=False) if x >= start and (x > 0 or not log)]
     low, high = min(shown, default=0.0), max(shown, default=1.0)
     margin = (high - low or abs(high) or 1.0) * 0.06
     return (0.0 if chart.whole else low - margin), high + margin

@@ -14,6 +14,8 @@ from .tables import arms_table, data_section, difference, growth_table, provenan
 from .units import bits_text, gap_text
 from .verdict import by_rank
 
+TOGGLE = '<label class="toggle" hidden><input type="checkbox" id="logx"> log x-axis</label>'
+
 
 def top_charts(report: dict[str, Any]) -> list[Chart]:
     """Held-out bits per byte over FLOPs and over seconds, on one y-axis."""
@@ -51,10 +53,15 @@ def png_texts(report: dict[str, Any]) -> tuple[str, str]:
     if len(charts[0].events) > EVENTS_IN_WORDS:
         cut += " Dashed and numbered: growths; the page lists them."
     noise = "" if report["kind"] == "run" else " Noise: " + noise_text(report) + "."
+    return answer, small_print(report, f"Held-out text, bits per byte; lower is better.{noise}{cut}")
+
+
+def small_print(report: dict[str, Any], text: str) -> str:
+    """At most three lines under the picture, the red notes first."""
     red = [item["text"] for item in report["status_warnings"] + report["warnings"] if item["level"] == "bad"]
     doubts = f"Red notes: {' '.join(red)} ".replace("**", "") if red else ""
-    small = textwrap.wrap(f"{doubts}Held-out text, bits per byte; lower is better.{noise}{cut}", 190)
-    return answer, "\n".join(small[:3] if len(small) <= 3 else [*small[:2], small[2][:180] + " …"])
+    small = textwrap.wrap(doubts + text, 190)
+    return "\n".join(small[:3] if len(small) <= 3 else [*small[:2], small[2][:180] + " …"])
 
 
 def figure(chart: Chart, key: str) -> str:
@@ -87,9 +94,8 @@ def growth_key(chart: Chart) -> str:
 def legend(report: dict[str, Any]) -> str:
     if report["kind"] == "run":
         return ""
-    chips = (
-        f'<li data-arm="{colour_of(report, a)}">{name_of(report, a)}</li>' for a in by_rank(report["arms"])
-    )
+    arms = report["arms"] if report.get("race") else by_rank(report["arms"])
+    chips = (f'<li data-arm="{colour_of(report, a)}">{name_of(report, a)}</li>' for a in arms)
     return f'<ul class="legend">{"".join(chips)}</ul>'
 
 
@@ -161,27 +167,13 @@ def style() -> str:
 
 def page(report: dict[str, Any]) -> str:
     """The whole page. It names no address, so it reads the same from a disk, a mail or a server."""
-    tiles = "".join(
-        f'<div class="tile"><dt>{e(t["label"])}</dt>'
-        f"<dd>{e(t['text'])}<small>{e(t['note'])}</small></dd></div>"
-        for t in report["headline"]
-    )
     top = top_charts(report)
     charts = "".join(figure(chart, f"top{i}") for i, chart in enumerate(top))
     training = "".join(figure(chart, f"train{i}") for i, chart in enumerate(training_charts(report)))
-    toggle = '<label class="toggle" hidden><input type="checkbox" id="logx"> log x-axis</label>'
-    lead, *rest = report["answer"]
-    about = f'<p class="about">{e(report["description"])}</p>' if report["description"] else ""
     plural = "Arms" if report["kind"] == "race" else "Run"
-    script = files(__package__).joinpath("page.js").read_text("utf-8")
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     body = (
-        f'<header><p class="kind">tokenformer {report["kind"]}</p><h1>{e(report["name"])}</h1>'
-        f'{notes(report["status_warnings"])}<p class="answer">{prose(lead)}</p>'
-        f"{''.join(f'<p class=answer2>{prose(s)}</p>' for s in rest)}{about}"
-        f"{notes(report['warnings'])}</header>"
-        f'<dl class="tiles">{tiles}</dl>{ranking(report)}'
-        f'<div class="bar-top"><h2>Along the way</h2>{toggle}</div>'
+        f"{head(report)}{ranking(report)}"
+        f'<div class="bar-top"><h2>Along the way</h2>{TOGGLE}</div>'
         f'{legend(report)}<div class="charts">{charts}</div>'
         f"{growth_key(top[0])}"
         f"<details><summary>Training loss and learning rate</summary>"
@@ -189,6 +181,31 @@ def page(report: dict[str, Any]) -> str:
         f"<h2>{plural}</h2>{arms_table(report)}{growth_table(report)}{samples(report)}{recipes(report)}"
         f"{data_section(report)}{provenance(report)}"
     )
+    return document(report, body)
+
+
+def head(report: dict[str, Any]) -> str:
+    """The answer first, what to doubt about it, and its figures as tiles."""
+    lead, *rest = report["answer"]
+    about = f'<p class="about">{e(report["description"])}</p>' if report["description"] else ""
+    tiles = "".join(
+        f'<div class="tile"><dt>{e(t["label"])}</dt>'
+        f"<dd>{e(t['text'])}<small>{e(t['note'])}</small></dd></div>"
+        for t in report["headline"]
+    )
+    return (
+        f'<header><p class="kind">tokenformer {report["kind"]}</p><h1>{e(report["name"])}</h1>'
+        f'{notes(report["status_warnings"])}<p class="answer">{prose(lead)}</p>'
+        f"{''.join(f'<p class=answer2>{prose(s)}</p>' for s in rest)}{about}"
+        f"{notes(report['warnings'])}</header>"
+        f'<dl class="tiles">{tiles}</dl>'
+    )
+
+
+def document(report: dict[str, Any], body: str) -> str:
+    """A body inside the frame that all pages share: style, script, and a policy that forbids the network."""
+    script = files(__package__).joinpath("page.js").read_text("utf-8")
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

@@ -59,6 +59,10 @@ def draw_axes(axes: Any, chart: Chart) -> None:
     axes.set_title(chart.y_label, size=10, color="#555555", loc="left", pad=9)
     drawn, styles = [s for s in chart.series if s.x], ("-", (0, (5, 3)), (0, (1, 2)))
     for s in drawn:
+        if s.low:
+            axes.fill_between(s.x, s.low, s.high, color=LIGHT[s.colour % 7], alpha=0.12, linewidth=0, zorder=2)
+        if chart.points:
+            axes.plot(s.x, s.y, "o", color=LIGHT[s.colour % 7], markersize=3.5, zorder=3, clip_on=False)
         axes.plot(
             s.x, s.y, color=LIGHT[s.colour % 7], linestyle=styles[s.colour // 7 % 3], linewidth=1.9, zorder=3
         )

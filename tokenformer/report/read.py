@@ -152,6 +152,7 @@ def read_run(folder: Path, name: str | None = None, description: str = "") -> di
         "unique_tokens": result.get("unique_tokens"),
         "epochs": result.get("epochs"),
         "seconds": ended("seconds"),
+        "peak_memory_bytes": result.get("peak_memory_bytes"),
         "growth": [
             {k: line[k] for k in (*AXIS_KEYS, *GROWTH_KEYS, "growth_flops", "trigger", "slope") if k in line}
             for line in lines

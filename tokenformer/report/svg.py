@@ -140,10 +140,14 @@ def svg(chart: Chart, log: bool, narrow: bool, key: str) -> tuple[str, list[list
         if not seen:
             continue
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in seen)
-        out.append(
-            f'<g class="arm" data-arm="{s.colour}"><path class="line s{s.colour % 7}"{dash(s)} d="{path}" '
-            f'clip-path="url(#{key})"/>'
-        )
+        out.append(f'<g class="arm" data-arm="{s.colour}">')
+        if s.low:
+            edge = [(x, to_y(s.high[i])) for x, _, i in seen] + [(x, to_y(s.low[i])) for x, _, i in reversed(seen)]
+            outline = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in edge) + "Z"
+            out.append(f'<path class="spread f{s.colour % 7}" d="{outline}" clip-path="url(#{key})"/>')
+        out.append(f'<path class="line s{s.colour % 7}"{dash(s)} d="{path}" clip-path="url(#{key})"/>')
+        for x, y, _ in seen[:-1] if chart.points else ():
+            out.append(f'<circle class="end f{s.colour % 7}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
         out.append(
             f'<circle class="end f{s.colour % 7}" cx="{seen[-1][0]:.1f}" cy="{seen[-1][1]:.1f}" r="3.5"/></g>'
         )

@@ -123,14 +123,19 @@ def samples(report: dict[str, Any]) -> str:
     return f'<h2>Samples</h2>{note}<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
+def differing_table(report: dict[str, Any], arms: list[dict[str, Any]], flat: list[dict[str, Any]]) -> str:
+    """A row per key that differs, a column per arm; `flat` are the arms' recipes, flattened."""
+    rows = [[f"<code>{e(k)}</code>", *(e(shown(f.get(k))) for f in flat)] for k in report["differing_keys"]]
+    return table(["key", *(name_of(report, arm) for arm in arms)], rows, "diff")
+
+
 def recipes(report: dict[str, Any]) -> str:
     arms = [arm for arm in by_rank(report["arms"]) if arm["recipe"]]
     flat, keys = [flatten(arm["recipe"]) for arm in arms], report["differing_keys"]
     out = ["<h2>Recipes</h2>"]
     if keys:
-        rows = [[f"<code>{e(k)}</code>", *(e(shown(f.get(k))) for f in flat)] for k in keys]
         out.append('<p class="small">What differs between the arms; everything else is the same.</p>')
-        out.append(table(["key", *(name_of(report, a) for a in arms)], rows, "diff"))
+        out.append(differing_table(report, arms, flat))
     for arm, values in zip(arms, flat, strict=True):
         out.append(
             f"<details><summary>Full recipe of {name_of(report, arm)}</summary>"
@@ -139,18 +144,23 @@ def recipes(report: dict[str, Any]) -> str:
     return "".join(out)
 
 
-def data_section(report: dict[str, Any]) -> str:
+def data_texts(report: dict[str, Any]) -> str:
     """The text behind the numbers; said once where all arms read the same."""
     arms = [arm for arm in report["arms"] if arm["data"]]
     same = all(arm["data"] == arms[0]["data"] for arm in arms)
     out = ["<h2>Data</h2>"]
     for arm in arms[:1] if same else arms:
         out.append(("" if same else f"<h3>{name_of(report, arm)}</h3>") + pairs(flatten(arm["data"])))
+    return "".join(out)
+
+
+def data_section(report: dict[str, Any]) -> str:
+    arms = [arm for arm in report["arms"] if arm["data"]]
     rows = [
         [name_of(report, arm), exact(arm["tokens"]), exact(arm["unique_tokens"]), epochs_html(arm)]
         for arm in by_rank(arms)
     ]
-    return "".join(out) + table(["arm", "tokens seen", "unique tokens", "epochs"], rows, "", (1, 2, 3))
+    return data_texts(report) + table(["arm", "tokens seen", "unique tokens", "epochs"], rows, "", (1, 2, 3))
 
 
 def exact(value: float | None) -> str:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..statistics import student
 from .units import bits_text, count_text, flops_text, gap_text, seconds_text, small_text
 
 EQUAL_FLOPS = 0.01  # budgets within this share of each other count as one: arms stop at whole steps
 IMPLAUSIBLE_BITS_PER_BYTE = 0.5  # text is not that predictable: repeated or leaked text is
 EXACT_LOGIT_CHANGE = 1e-4  # float32 rounding of logits up to 25 or so; tiling reaches 4e-5 on a trained model
-STUDENT_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
 def noise_threshold(noise: dict[str, Any] | None) -> float | None:
@@ -23,7 +23,7 @@ def noise_threshold(noise: dict[str, Any] | None) -> float | None:
     if noise is None:
         return None
     runs = noise.get("runs")
-    factor = 2.0 if not runs else STUDENT_95.get(max(1, int(runs) - 1), 2.0)
+    factor = student(max(1, int(runs) - 1)) if runs else 2.0
     return factor * math.sqrt(2) * noise["standard_deviation_bits_per_byte"]
 
 
@@ -99,41 +99,67 @@ def status_warnings(arms: list[dict[str, Any]]) -> list[dict[str, str]]:
     return notes
 
 
+def run_doubts(arm: dict[str, Any]) -> list[tuple[str, str]]:
+    """(kind, text) of what makes one run's result hard to believe; all of it is red."""
+    name, bits, epochs = f"**{arm['name']}**", arm["bits_per_byte"], arm["epochs"]
+    doubts = []
+    if epochs is not None and epochs > 1 + 1e-9:
+        doubts.append(("repeated", f"{name} saw its training text {epochs:.2f} times: its loss is partly memory."))
+    if bits is not None and bits < IMPLAUSIBLE_BITS_PER_BYTE:
+        text = (
+            f"{name}: {bits_text(bits)} bits per byte is below {IMPLAUSIBLE_BITS_PER_BYTE}, which is "
+            "implausible for text; look for held-out text in the training data."
+        )
+        doubts.append(("too low", text))
+    for event in arm["growth"]:
+        moved = event["max_logit_change"]
+        if event["promise"] == "exact" and (moved is None or moved > EXACT_LOGIT_CHANGE):
+            text = (
+                f"{name} grew at step {event['step']} by {event['operator']}, which promises to be "
+                f"exact, but the logits moved by {small_text(moved)}."
+            )
+            doubts.append(("not exact", text))
+    return doubts
+
+
+def stream_doubts(arms: list[dict[str, Any]]) -> list[str]:
+    """Whether runs that are compared read the same text and were evaluated on the same; all of it is red."""
+    doubts = []
+    if len({arm["data"].get("sha256") for arm in arms}) > 1:
+        doubts.append("The arms did not read the same token stream: their data have different sha256.")
+    if len({(arm["data"].get("token_files") or {}).get("valid.bin", {}).get("sha256") for arm in arms}) > 1:
+        doubts.append("The arms were not evaluated on the same held-out text: its sha256 differs.")
+    return doubts
+
+
+def environment_doubts(arms: list[dict[str, Any]], environment: dict[str, Any]) -> list[str]:
+    doubts = []
+    starts = [start for a in arms for start in (a["environment"], *(a["environment"].get("resumed") or []))]
+    keys = differing_keys(starts, ignore=("command", "started", "resumed")) if starts else []
+    if keys:
+        doubts.append(f"Not all of this ran in the same environment; what differs: {', '.join(keys)}.")
+    if environment.get("dirty"):
+        doubts.append("The code had uncommitted changes: the commit named below is not all of it.")
+    return doubts
+
+
+def levels(bad: list[str], warn: list[str]) -> list[dict[str, str]]:
+    return [{"level": "bad", "text": t} for t in bad] + [{"level": "warn", "text": t} for t in warn]
+
+
 def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
     """What a reader must know before believing the numbers; "bad" is shown in red, "warn" in amber."""
     arms = [arm for arm in report["arms"] if arm["status"] != "not started"]
     finished = [arm for arm in arms if arm["status"] == "finished"]
-    bad, warn = [], []
-    for arm in arms:
-        name, bits, epochs = f"**{arm['name']}**", arm["bits_per_byte"], arm["epochs"]
-        if epochs is not None and epochs > 1 + 1e-9:
-            bad.append(f"{name} saw its training text {epochs:.2f} times: its loss is partly memory.")
-        if bits is not None and bits < IMPLAUSIBLE_BITS_PER_BYTE:
-            bad.append(
-                f"{name}: {bits_text(bits)} bits per byte is below {IMPLAUSIBLE_BITS_PER_BYTE}, which is "
-                "implausible for text; look for held-out text in the training data."
-            )
-        for event in arm["growth"]:
-            moved = event["max_logit_change"]
-            if event["promise"] == "exact" and (moved is None or moved > EXACT_LOGIT_CHANGE):
-                bad.append(
-                    f"{name} grew at step {event['step']} by {event['operator']}, which promises to be "
-                    f"exact, but the logits moved by {small_text(moved)}."
-                )
-    if len({arm["data"].get("sha256") for arm in arms}) > 1:
-        bad.append("The arms did not read the same token stream: their data have different sha256.")
-    if len({(arm["data"].get("token_files") or {}).get("valid.bin", {}).get("sha256") for arm in arms}) > 1:
-        bad.append("The arms were not evaluated on the same held-out text: its sha256 differs.")
+    bad, warn = [text for arm in arms for _, text in run_doubts(arm)] + stream_doubts(arms), []
     if len(finished) > 1 and not equal_budget(finished):
-        low, high = min(a["flops"] for a in finished), max(a["flops"] for a in finished)
-        warn.append(f"The arms did not spend equal FLOPs: {flops_text(low)} to {flops_text(high)}.")
-    starts = [start for a in arms for start in (a["environment"], *(a["environment"].get("resumed") or []))]
-    keys = differing_keys(starts, ignore=("command", "started", "resumed"))
-    if keys:
-        warn.append(f"Not all of this ran in the same environment; what differs: {', '.join(keys)}.")
-    if report["environment"].get("dirty"):
-        warn.append("The code had uncommitted changes: the commit named below is not all of it.")
-    return [{"level": "bad", "text": t} for t in bad] + [{"level": "warn", "text": t} for t in warn]
+        warn.append(unequal_text(finished))
+    return levels(bad, warn + environment_doubts(arms, report["environment"]))
+
+
+def unequal_text(arms: list[dict[str, Any]]) -> str:
+    low, high = min(a["flops"] for a in arms), max(a["flops"] for a in arms)
+    return f"The arms did not spend equal FLOPs: {flops_text(low)} to {flops_text(high)}."
 
 
 def comparison(arm: dict[str, Any], others: list[dict[str, Any]], threshold: float | None) -> str:

@@ -1,0 +1,336 @@
+"""A race with a [race] table: its arms, controls, grid, branches and checks; the same when cut in pieces."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import tiny
+
+from tokenformer import runs
+from tokenformer.data import prepare
+from tokenformer.models import build_config
+from tokenformer.race import checks, jobs, plan_race, processes, race_of, run_race
+from tokenformer.race.arms import arms_of
+from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
+from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from tokenformer.train import Stopped, train
+
+GROWN = {"name": "grown", "growth": [{"at_fraction": 0.2, "to": {"ffn_tokens": 32}}]}
+LLAMA: dict[str, Any] = {
+    "name": "llama",
+    "model": {"architecture": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 16, "tie_word_embeddings": True},
+}
+RACE: dict[str, Any] = {
+    "learning_rates": [0.005, 0.01, 0.02], "tune_fraction": 0.3, "budgets": [0.5, 1.0], "seeds": [0, 1],
+    "most_extensions": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    place = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENFORMER_CACHE", str(place / "cache"))
+        yield place
+
+
+def racing(folder: Path, *arms: dict[str, Any], race: dict[str, Any] | None = None, **train: Any) -> Recipe:
+    table = recipe_to_dict(tiny(folder, growth=[], train={"steps": None, "flops": 9e7, "decay_fraction": 0.4, **train}))
+    table |= {"arm": list(arms or (GROWN,)), "race": {**RACE, **(race or {})}}
+    return recipe_from_dict(table, "the test")
+
+
+def alone(todo: Any, folder: Path, slots: int, tell: Any, progress: Any = None, minutes: Any = None) -> None:
+    """Stands for `run_jobs`: the jobs one after another in this process."""
+    while waiting := todo():
+        job = waiting[0]
+        place = folder / runs.ARMS / job.name
+        train(job.recipe, place, resume=True, say=None)
+        if job.final_text:
+            processes.evaluate_final(job.recipe, place, *job.final_text)
+
+
+# --- arms and controls ---
+
+
+def test_the_controls_are_always_there(shared: Path) -> None:
+    race = {"sizes": [{"ffn_tokens": 8}], "cosine": ["scratch"]}
+    arms = {arm.name: arm for arm in arms_of(racing(shared, GROWN, LLAMA, race=race), 256)}
+    roles = {name: (arm.role, arm.of) for name, arm in arms.items()}
+    assert roles == {
+        "grown": ("arm", None), "llama": ("arm", None), "scratch": ("scratch", "grown"), "small": ("small", "grown"),
+        "dropped": ("dropped", "grown"), "size-1": ("size", "small"), "copy": ("copy", "scratch"),
+    }
+    tokens = {name: arm.recipe.model.fields.get("ffn_tokens") for name, arm in arms.items()}
+    assert tokens == {"grown": 16, "llama": None, "scratch": 32, "small": 16, "dropped": 16, "size-1": 8, "copy": 32}
+    assert [event.moments for event in arms["dropped"].recipe.growth] == ["drop"]
+    assert not arms["scratch"].grows and arms["copy"].tuned_as == "scratch" and arms["dropped"].tuned_as == "grown"
+
+
+def test_an_arm_that_is_a_control_already_is_not_run_twice(shared: Path) -> None:
+    mine = {"name": "mine", "model": {"ffn_tokens": 32, "head_dim": 4}}  # as what follows from the other fields
+    arms = {arm.name: arm.role for arm in arms_of(racing(shared, GROWN, mine), 256)}
+    assert arms == {"grown": "arm", "mine": "scratch", "small": "small", "dropped": "dropped", "copy": "copy"}
+    two = [GROWN, {"name": "late", "growth": [{"at_fraction": 0.5, "to": {"ffn_tokens": 32}}]}]
+    names = [arm.name for arm in arms_of(racing(shared, *two), 256)]
+    assert names == ["grown", "late", "scratch", "small", "dropped", "copy"]
+    other = [GROWN, {"name": "wide", "growth": [{"at_fraction": 0.5, "to": {"ffn_tokens": 64}}]}]
+    names = [arm.name for arm in arms_of(racing(shared, *other), 256)]
+    assert names == ["grown", "wide", "scratch", "small", "scratch-wide", "dropped", "copy"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "event", "expected"),
+    [
+        ("llama", {"intermediate_size": 16}, {"operator": "zero", "to": {"hidden_size": 16, "num_attention_heads": 4,
+         "num_key_value_heads": 4}}, {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16}),
+        ("llama", {"intermediate_size": 16}, {"operator": "stack", "to": {"num_hidden_layers": 2}},
+         {"num_hidden_layers": 2}),
+        ("llama", {"intermediate_size": 16}, {"operator": "upcycle", "to": {"num_local_experts": 4}},
+         {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("llama", {"intermediate_size": 16, "rank": 2}, {"operator": "rank", "to": {"rank": 4}}, {}),
+    ],
+)
+def test_scratch_is_of_the_size_that_the_arm_ends_with(
+    shared: Path, architecture: str, fields: Any, event: Any, expected: Any
+) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = {"architecture": architecture, **sizes, **fields}
+    arm = {"name": "grown", "model": model, "growth": [{"at_fraction": 0.5, **event}]}
+    race = race_of(racing(shared, arm), Path())
+    arms = {arm.name: arm for arm in race.arms}
+    scratch = arms["scratch"].recipe
+    config = build_config(scratch.model.architecture, None, {"vocab_size": 256, **scratch.model.fields})
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert scratch.model.rank == (4 if "rank" in fields else None)
+    assert race.plan(arms["scratch"], scratch).phases[-1].flops_per_step == (
+        race.plan(arms["grown"], arms["grown"].recipe).phases[-1].flops_per_step
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"race": {"learning_rates": [0.01, 0.02]}}, "race.learning_rates: .*three or more"),
+        ({"race": {"learning_rates": [0.01, 0.02, 0.03]}}, "race.learning_rates: .*constant factor"),
+        ({"race": {"budgets": [0.5]}}, "race.budgets: .*end at 1"),
+        ({"race": {"seeds": [0]}}, "race.seeds: .*two or more"),
+        ({"race": {"seeds": [0, 1000]}}, "race.tune_seed: .*no headline runs"),
+        ({"race": {"reference": "nobody"}}, "race.reference: 'nobody' is no arm; there are grown"),
+        ({"race": {"cosine": ["nobody"]}}, "race.cosine: 'nobody' is no arm"),
+        ({"race": {"controls": False, "sizes": [{}]}}, "race.sizes: has no effect"),
+        ({"schedule": "cosine"}, "train.schedule: 'cosine' cannot be branched"),
+    ],
+)
+def test_a_race_that_cannot_be_fair_is_refused(shared: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arms_of(racing(shared, **changes), 256)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"train": {"learning_rate": 1.0}}, "arm bad: train.learning_rate is the race's"),
+        ({"train": {"flops": 1e9}}, "arm bad: train.flops is the race's"),
+        ({"data": {"repeat": True}}, "arm bad: data is the race's"),
+        ({"growth": [{"at_step": 3, "to": {"ffn_tokens": 32}}]}, "arm bad: growth.at_step = 3.*use at_fraction"),
+    ],
+)
+def test_an_arm_may_not_bend_what_all_share(shared: Path, arm: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        racing(shared, {"name": "bad", **arm})
+
+
+# --- what is run, and in what order ---
+
+
+def pretend(race: Race, name: str, bits: float) -> None:
+    """A run that has ended, with a checkpoint at every fiftieth of its FLOPs."""
+    place = race.place(name)
+    place.mkdir(parents=True)
+    status = {"status": "finished", "bits_per_byte": bits} if math.isfinite(bits) else {"status": "failed"}
+    (place / runs.RESULT).write_text(json.dumps({**status, "diverged": not math.isfinite(bits), "step": 1, "flops": 1}))
+    for i in range(50) if "seed" in name else []:
+        folder = runs.checkpoint_folder(place, i)
+        folder.mkdir(parents=True)
+        cost = {"flops": int(9e7 * i / 50), "tokens": 64 * i, "seconds": 0.0, "streams": []}
+        (folder / "trainer.json").write_text(json.dumps(cost))
+
+
+def test_the_grid_grows_for_every_arm_where_one_lies_at_its_edge(shared: Path, tmp_path: Path) -> None:
+    race = race_of(racing(shared, GROWN, LLAMA), tmp_path)
+    best = {"grown": 0.01, "llama": 0.02, "scratch": 0.01, "small": 0.01}
+    rates, waiting = grid(race)
+    assert rates == [0.005, 0.01, 0.02] and len(waiting) == 3 * 4  # neither dropped nor copy is tuned
+    for job in waiting:
+        arm, _, rate = job.name.partition("/tune/lr-")
+        pretend(race, job.name, 2 + abs(math.log(float(rate) / best[arm])) if rate != "0.005" else math.inf)
+    rates, waiting = grid(race)
+    assert rates == [0.005, 0.01, 0.02, 0.04]
+    assert sorted(job.name for job in waiting) == sorted(f"{arm}/tune/lr-0.04" for arm in best)
+    for job in waiting:
+        pretend(race, job.name, 1.0 if job.name.startswith("llama") else 9.0)
+    assert grid(race) == ([0.005, 0.01, 0.02, 0.04], [])  # most_extensions = 1, though llama is at the edge again
+    chosen = {arm.name: best_rate(race, arm, grid(race)[0]) for arm in race.arms if arm.tuned_as == arm.name}
+    assert chosen == {"grown": 0.01, "llama": 0.04, "scratch": 0.01, "small": 0.01}
+
+    first = [job for job in todo(race) if "seed-0" in job.name]
+    assert [job.name for job in first] == [f"{arm.name}/seed-0" for arm in race.arms]
+    rate = {job.name: job.recipe.train.learning_rate for job in first}
+    assert rate["dropped/seed-0"] == rate["grown/seed-0"] == 0.01 and rate["llama/seed-0"] == 0.04
+    pretend(race, "grown/seed-0", 1.9)
+    pretend(race, "small/seed-0", math.inf)
+    names = [job.name for job in todo(race)]
+    assert names[0] == "grown/seed-0_at-0.5" and "small/seed-0" not in names
+    assert not any(name.startswith("small/seed-0_") for name in names)  # it diverged: there is nothing to branch from
+
+
+def test_a_tie_or_an_end_within_the_grid_does_not_extend_it(shared: Path, tmp_path: Path) -> None:
+    race = race_of(racing(shared), tmp_path)
+    for job in grid(race)[1]:
+        pretend(race, job.name, 2.0 if job.name.endswith("0.01") else 3.0)
+    assert grid(race) == ([0.005, 0.01, 0.02], [])
+
+
+def test_runs_of_one_seed_share_text_and_differ_between_seeds_and_copies(shared: Path, tmp_path: Path) -> None:
+    race = race_of(racing(shared), tmp_path)
+    arms = {arm.name: arm for arm in race.arms}
+
+    def seeds(name: str, seed: int) -> tuple[int, int]:
+        recipe = headline(race, arms[name], seed, 0.01).recipe
+        return recipe.data.seed, recipe.train.seed
+
+    assert seeds("grown", 0) == seeds("scratch", 0) == (0, 0) and seeds("grown", 1) == (1, 1)
+    assert seeds("copy", 1)[0] == 1 and seeds("copy", 1)[1] != 1
+    assert headline(race, arms["grown"], 1, 0.01).recipe.growth[0].seed == 1
+    tuned = trial(race, arms["grown"], 0.01).recipe
+    assert tuned.data.seed == tuned.train.seed == 1000 and tuned.train.flops == pytest.approx(0.3 * 9e7)
+    assert tuned.growth[0].at_fraction == 0.2
+
+
+def test_a_branch_ends_as_the_run_that_was_meant_for_its_budget(shared: Path, tmp_path: Path) -> None:
+    race = race_of(racing(shared, evaluate_every=1000), tmp_path)
+    arm = race.arms[0]
+    trunk = headline(race, arm, 0, 0.01)
+    train(trunk.recipe, race.place(trunk.name), say=None)
+    job = jobs.branch(race, arm, trunk, 0.5)
+    branched = train(job.recipe, race.place(job.name), say=None)
+    whole = replace(trunk.recipe.train, flops=4.5e7, keep_at=[])
+    growth = [replace(event, at_fraction=0.4) for event in trunk.recipe.growth]
+    single = train(replace(trunk.recipe, train=whole, growth=growth), tmp_path / "single", say=None)
+    assert branched["flops"] == single["flops"] and branched["tokens"] == single["tokens"]
+    gap = abs(branched["bits_per_byte"] - single["bits_per_byte"])
+    undecayed = replace(whole, schedule="constant")
+    flat = train(replace(trunk.recipe, train=undecayed, growth=growth), tmp_path / "flat", say=None)
+    assert gap < 0.2 * abs(flat["bits_per_byte"] - single["bits_per_byte"])
+    begun = runs.read_json(race.place(job.name) / runs.START)
+    assert begun["flops"] >= 0.3 * trunk.flops and len(branched["growth"]) == 1
+
+
+# --- the whole ---
+
+
+def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenformer.race.run_jobs", alone)
+    (tmp_path / "final.txt").write_text("abcdef " * 200)
+    race = {"final_text": str(tmp_path / "final.txt"), "final_tokens": 400, "most_extensions": 0}
+    recipe = racing(shared, race=race, evaluate_every=1000, log_every=1000, flops=4e7)
+    said: list[str] = []
+    page = run_race(recipe, tmp_path / "whole", say=said.append)
+    assert page.exists()
+    written = runs.read_json(tmp_path / "whole" / runs.RACE)
+    assert {arm["role"] for arm in written["arms"]} == {"arm", "scratch", "small", "dropped", "copy"}
+    assert written["arms"][0]["parameters"]["total"] < written["arms"][0]["parameters_end"]["total"]
+    assert written["race"]["flops"] == 4e7 and written["checks"]["lzma_bits_per_byte"] > 0.5
+    results = sorted((tmp_path / "whole").rglob(runs.RESULT))
+    assert len(results) == 3 * 3 + 5 * 2 * 2  # trials of three arms, two seeds and two budgets of five
+    headline_runs = [path for path in results if "seed" in path.parent.name]
+    assert all((path.parent / jobs.FINAL).exists() for path in headline_runs)
+
+    def ended(folder: Path, job: jobs.Job) -> bool:
+        return bits_of(folder / "arms" / job.name, bool(job.final_text)) is not None
+
+    def interrupted(todo: Any, *rest: Any) -> None:
+        for _ in range(7):
+            job = todo()[0]
+            alone(lambda job=job: [] if ended(tmp_path / "cut", job) else [job], *rest)
+        raise Stopped("time is over", 15)
+
+    monkeypatch.setattr("tokenformer.race.run_jobs", interrupted)
+    with pytest.raises(Stopped):
+        run_race(recipe, tmp_path / "cut")
+    monkeypatch.setattr("tokenformer.race.run_jobs", alone)
+    run_race(recipe, tmp_path / "cut", resume=True)
+    for path in results:
+        again = tmp_path / "cut" / path.relative_to(tmp_path / "whole")
+        assert runs.read_json(again)["bits_per_byte"] == runs.read_json(path)["bits_per_byte"]
+
+
+def test_a_race_stops_after_its_minutes_and_says_how_to_go_on(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "RUN_PROGRAM", "import sys, time; sys.stdin.readline(); time.sleep(60)")
+    job = jobs.Job("slow", racing(shared), 1)
+    with pytest.raises(Stopped, match="minutes are over.*--resume continues") as caught:
+        processes.run_jobs(lambda: [job], tmp_path, 1, lambda line: None, None, 0.005)
+    assert caught.value.exit_code == 75
+
+
+def test_a_plan_says_what_a_race_comes_to_and_trains_nothing(shared: Path, tmp_path: Path) -> None:
+    lines = plan_race(racing(shared), 1)
+    assert lines[0].split()[:4] == ["arm", "role", "architecture", "parameters"]
+    grown = next(line for line in lines if line.startswith("grown")).split()
+    assert grown[3] < grown[4] and grown[-1].endswith("%")
+    assert any("29 runs" in line for line in lines)  # 3 arms x 3 rates + 5 arms x 2 seeds x 2 budgets
+    assert not list(tmp_path.iterdir())
+
+
+# --- checks ---
+
+
+def test_overlap_counts_the_stretches_that_were_trained_on() -> None:
+    generator = np.random.default_rng(0)
+    training = generator.integers(0, 256, 100_000, dtype=np.uint8)
+    fresh = generator.integers(0, 256, 64 * 30, dtype=np.uint8)
+    taken = training[777 : 777 + 64 * 10]  # at no multiple of anything
+    blocks = [training[:60_000], training[60_000 - 64 :]]
+    assert checks.overlap(np.concatenate([fresh, taken]), iter(blocks)) == pytest.approx(0.25)
+    assert checks.overlap(fresh, iter(blocks)) == 0
+    nearly = taken.copy()
+    nearly[::64] ^= 1  # one bit of every stretch
+    assert checks.overlap(nearly, iter(blocks)) == 0
+    naive = sum(taken[i : i + 64].tobytes() in training.tobytes() for i in range(0, len(taken), 64))
+    assert naive == 10
+
+
+def test_text_that_was_trained_on_is_refused_as_held_out(shared: Path) -> None:
+    corpus = prepare(racing(shared).data, 0)
+    found = checks.check_texts(corpus, 0, None)
+    assert found["overlap"] < 0.05 and found["final_overlap"] is None
+    with pytest.raises(ValueError, match="race.final_text: 100% of its stretches .* occur in the training text"):
+        checks.check_texts(corpus, 0, np.asarray(corpus.train[:2048]))
+
+
+class Peeking(torch.nn.Module):
+    """Says at every position which token comes next."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        logits = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 256).float()
+        return type("Output", (), {"logits": logits})
+
+
+def test_a_model_that_looks_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {key: value for key, value in LLAMA["model"].items() if key != "architecture"}
+    config = build_config("llama", None, {"vocab_size": 256, **fields})
+    checks.require_causal(config, "llama")
+    monkeypatch.setattr(checks, "build_model", lambda config, seed: Peeking())
+    with pytest.raises(ValueError, match="arm cheat: its model sees the tokens that it should predict"):
+        checks.require_causal(config, "cheat")

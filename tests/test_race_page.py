@@ -1,0 +1,396 @@
+"""The page of a full race, on fabricated folders of known truth: what it says is so, and what spoils it is red."""
+
+import html
+import json
+import math
+import re
+
+import pytest
+from scipy import stats
+from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
+
+from tokenformer.report import read_report, write_report
+from tokenformer.report.race.page import page as page_of
+
+BUDGETS, SEEDS = (0.25, 0.5, 1.0), (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def race(tmp_path_factory):
+    folder = write_full_race(tmp_path_factory.mktemp("race") / "fair", cosine=("scratch", "grown"))
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(race):
+    return json.loads((race / "report.json").read_text())
+
+
+def reds(report):
+    return [n["text"] for n in report["status_warnings"] + report["warnings"] if n["level"] == "bad"]
+
+
+def ambers(report):
+    return [n["text"] for n in report["status_warnings"] + report["warnings"] if n["level"] == "warn"]
+
+
+def pair(report, a, b, share=1.0):
+    budget = next(b for b in report["budgets"] if b["share"] == share)
+    return next(p for p in budget["pairs"] if {p["arm"], p["other"]} == {a, b})
+
+
+def cell(report, arm, share=1.0):
+    budget = next(b for b in report["budgets"] if b["share"] == share)
+    return next(c for c in budget["arms"] if c["arm"] == arm)
+
+
+# --- arithmetic ---
+
+
+def test_means_and_deviations_are_those_of_the_fabricated_runs(report):
+    for name in ARMS:
+        for share in BUDGETS:
+            y = [plausible(name, 0.004, seed, share) for seed in SEEDS]
+            found = cell(report, name, share)
+            assert found["values"] == y and found["flops"] == FLOPS * share
+            assert (found["mean"], found["sd"]) == pytest.approx((sum(y) / 3, stats.tstd(y)))
+    assert cell(report, "small")["tokens_per_parameter"] == pytest.approx(1000 * 2048 / 412_000)
+    assert cell(report, "grown")["parameters"] == 720_000 and cell(report, "grown", 0.25)["parameters"] == 412_000
+
+
+def test_the_pooled_interval_is_that_of_a_two_way_table(report):
+    y = {name: [plausible(name, 0.004, seed, 1.0) for seed in SEEDS] for name in ARMS}
+    grand = sum(map(sum, y.values())) / (3 * len(y))
+    seed_means = [sum(row[j] for row in y.values()) / len(y) for j in SEEDS]
+    squares = sum((row[j] - sum(row) / 3 - seed_means[j] + grand) ** 2 for row in y.values() for j in SEEDS)
+    df = (len(y) - 1) * 2
+    half = stats.t.ppf(0.975, df) * math.sqrt(squares / df) * math.sqrt(2 / 3)
+    p = pair(report, "grown", "small")
+    assert p["value"] == pytest.approx(sum(y["grown"]) / 3 - sum(y["small"]) / 3)
+    assert p["high"] - p["value"] == pytest.approx(half) and p["value"] - p["low"] == pytest.approx(half)
+    own = stats.ttest_rel(y["grown"], y["small"]).confidence_interval(0.95)
+    assert (p["own_low"], p["own_high"]) == pytest.approx(tuple(own))
+    last = report["budgets"][-1]
+    assert len(last["pairs"]) == 21 and last["expected_false_alarms"] == pytest.approx(21 * 0.05)
+
+
+def test_the_page_shows_the_numbers_of_the_json(race, report):
+    page = html.unescape((race / "report.html").read_text())
+    p = pair(report, "grown", "scratch")
+    half = (p["high"] - p["low"]) / 2
+    assert f"<b>−{abs(p['value']):.3f} ±{half:.3f}</b>" in page and f"<b>+{abs(p['value']):.3f} ±{half:.3f}</b>" in page
+    for name in ARMS:
+        found = cell(report, name)
+        assert f"<b>{found['mean']:.3f} ± {found['sd']:.3f}</b>" in page
+    for name in ("grown", "scratch", "small"):
+        for rate in (0.002, 0.004, 0.008):
+            assert f"{plausible(name, rate, 1000, 0.2):.3f}" in page
+    assert page.count("✓") == sum(arm["role"] not in ("copy", "dropped") for arm in ARMS.values())
+    ratio = report["reach"][1]["ratios"]["grown"]
+    assert f"{ratio['value']:.2f} [{ratio['low']:.2f} to {ratio['high']:.2f}]" in page
+    for text in ("tokenformer race fair", "ab" * 32, "0123456789abcdef", "lzma_bits_per_byte", "before growth"):
+        assert text in page
+    assert not any(f" {bad}" in re.sub("<[^>]*>", " ", page) for bad in ("nan ", "None ", "inf "))
+
+
+def test_the_answer_comes_first_in_two_sentences_with_every_control(race, report):
+    first, second = report["answer"]
+    assert first.startswith("At 12.0 TFLOP, ancestors included, the best of 2 growing arms, **grown**")
+    for name in ("scratch", "small", "dropped", "size 560 k"):
+        assert f"**{name}**" in first
+    p = pair(report, "grown", "scratch")
+    near, far = sorted((abs(p["low"]), abs(p["high"])))
+    assert f"by {abs(p['value']):.3f} [{near:.3f} to {far:.3f}]" in first
+    assert "**faster**" in second and second.count("**scratch**") == 2
+    page = (race / "report.html").read_text()
+    assert page.index('class="answer"') < page.index("<h2>") and "red notes" not in first
+
+
+def test_flops_to_a_loss_follow_from_the_arms_own_curves(report):
+    # By hand, for one arm at the middle budget: a straight line over log FLOPs between its results.
+    logs = []
+    for seed in SEEDS:
+        target = plausible("scratch", 0.004, seed, 0.5)
+        curve = [(share, plausible("grown", 0.004, seed, share)) for share in BUDGETS]
+        (c0, y0), (c1, y1) = (curve[:2]) if curve[1][1] <= target else curve[1:]
+        logs.append(math.log(c0) + math.log(c1 / c0) * (y0 - target) / (y0 - y1) - math.log(0.5))
+    found = report["reach"][1]["ratios"]["grown"]
+    assert found["value"] == pytest.approx(math.exp(sum(logs) / 3)) and found["value"] < 1
+    assert report["reach"][0]["ratios"]["grown"]["side"] == "less than"
+    assert report["reach"][2]["ratios"]["small"]["side"] == "more than"
+
+
+def test_sunk_costs_count_what_came_after_the_growth_alone(report):
+    sunk = {(s["arm"], s["share"]): s for s in report["sunk"]}
+    assert sunk["grown", 1.0]["flops"] == pytest.approx(0.7 * FLOPS)  # grew at 0.3
+    assert sunk["grown", 0.5]["flops"] == pytest.approx(0.2 * FLOPS)  # its trunk grew before it branched off
+    assert ("grown", 0.25) not in sunk and ("scratch", 1.0) not in sunk  # not grown by then; never grown
+
+
+def test_a_rise_after_growth_is_shown_with_what_made_it_good(tmp_path):
+    arms = {**ARMS, "grown": {**ARMS["grown"], "rise": 0.25}}
+    told = read_report(write_full_race(tmp_path / "race", arms=arms))
+    events = {a["name"]: [v for r in a["runs"] for v in r["growth"]] for a in told["arms"]}
+    assert [v["rise"] for v in events["grown"]] == pytest.approx([0.25] * 3)
+    assert all(0 < v["recovery_flops"] <= 0.04 * FLOPS + 1 for v in events["grown"])
+    assert [v["rise"] for v in events["grown late"]] == pytest.approx([0.0] * 3)
+
+
+def test_the_compute_optimal_size_is_found_and_an_edge_is_said(report, tmp_path):
+    assert [b["compute_optimal"][0]["arm"] for b in report["budgets"]] == ["size 560 k"] * 3
+    assert all(b["compute_optimal"][0]["edge"] == "" for b in report["budgets"])
+    arms = {name: arm for name, arm in ARMS.items() if name != "size 560 k"}
+    folder = write_full_race(tmp_path / "race", arms=arms)
+    told = read_report(folder)
+    assert told["budgets"][-1]["compute_optimal"][0] | {"loss": 0} == {
+        "architecture": "tokenformer",
+        "arm": "scratch",
+        "parameters": 720_000,
+        "loss": 0,
+        "sizes": 2,
+        "edge": "largest",
+    }
+    assert any("not bracketed" in text for text in told["changes"])
+    assert "not bracketed: the largest of 2" in page_of(read_report(folder))
+
+
+def test_a_power_law_is_fitted_where_there_are_four_budgets(report, tmp_path):
+    assert "at least 4" in report["power_laws"]["grown"]["reason"]
+    folder = write_full_race(
+        tmp_path / "race", budgets=(0.125, 0.25, 0.5, 1.0), loss=lambda *at: plausible(*at, s=0.0002)
+    )
+    law = read_report(folder)["power_laws"]["small"]
+    assert law["reason"] is None and law["alpha"] == pytest.approx(0.3, abs=0.1)
+    assert law["E"] == pytest.approx(2.055, abs=0.15)
+
+
+# --- self-tests: a copy, a handicap, and what spoils an answer ---
+
+
+def test_a_copy_is_not_told_apart_and_a_handicap_is_found(report):
+    for share in BUDGETS:
+        assert pair(report, "scratch", "copy of scratch", share)["word"] == "not told apart"
+    p = pair(report, "scratch", "small")
+    assert {"scratch": "better", "small": "worse"}[p["arm"]] == p["word"]
+    copy = [c for c in report["copies"] if c["share"] == 1.0][0]
+    apart = [plausible("copy of scratch", 0.004, s, 1.0) - plausible("scratch", 0.004, s, 1.0) for s in SEEDS]
+    assert copy["differences"] == pytest.approx(apart)
+    assert copy["s"] == pytest.approx(math.sqrt(sum(d * d for d in apart) / 6))
+
+
+def test_copies_of_copies_are_told_apart_about_as_often_as_chance_has_it(tmp_path):
+    told = pairs = 0
+    for i in range(12):
+        arms = {f"a{i}": ARMS["grown"], **{f"b{i}{j}": ARMS["grown late"] for j in range(5)}}
+        folder = write_full_race(
+            tmp_path / str(i), arms=arms, reference=f"a{i}", budgets=(1.0,), rates=(0.004,), loss=plausible
+        )
+        last = read_report(folder)["budgets"][-1]
+        told, pairs = told + last["told_apart"], pairs + len(last["pairs"])
+    assert 0.01 < told / pairs < 0.10 and pairs == 180
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag", "control"),
+    [
+        ({"changed": lambda a, s, b: {"epochs": 2.0} if a == "small" else {}}, "saw its training text 2.00 times", {}),
+        ({"checks": {"overlap": 0.06}}, "6% of the held-out text also occurs", {"checks": {"overlap": 0.05}}),
+        (
+            {"checks": {"final_overlap": 0.5}},
+            "50% of the final text also occurs",
+            {"checks": {"final_overlap": 0.01}},
+        ),
+        (
+            {"loss": lambda *at: plausible(*at) - 2.0},
+            "less than a quarter of LZMA's 2.40",
+            {"loss": lambda *at: plausible(*at) - 1.7},
+        ),
+        ({"loss": lambda *at: plausible(*at) - 1.99}, "is below 0.5, which is implausible", {}),
+        ({"seeds": (0, 1)}, "Fewer than 3 seeds: 2", {"seeds": (0, 1, 2)}),
+        (
+            {"changed": lambda a, s, b: {"flops": 1.05 * b * FLOPS} if a == "small" else {}},
+            "did not spend equal FLOPs: 12.0 TFLOP to 12.6 TFLOP",
+            {"changed": lambda a, s, b: {"flops": 1.005 * b * FLOPS} if a == "small" else {}},
+        ),
+        (
+            {"loss": lambda a, r, s, b: None if (a, s, b) == ("small", 1, 1.0) else plausible(a, r, s, b)},
+            "**small** failed (seed 1 at the whole budget: the loss is nan)",
+            {},
+        ),
+        (
+            {"arms": {**ARMS, "small": {**ARMS["small"], "rate": 0.002}}},
+            "ran at a learning rate of 0.002, and the best of its trials is 0.004",
+            {},
+        ),
+        (
+            {"arms": {**ARMS, "dropped": {**ARMS["dropped"], "rate": 0.002}}},
+            "ran at a learning rate of 0.002, and the rate of **grown** is 0.004",
+            {},
+        ),
+    ],
+)
+def test_what_spoils_the_answer_is_red(tmp_path, changes, flag, control):
+    folder = write_full_race(tmp_path / "bad", **changes)
+    bad = read_report(folder)
+    assert any(flag in text for text in reds(bad)), reds(bad)
+    assert bad["answer"][0].startswith("**Read the red notes first.**")
+    page = html.unescape(page_of(bad))
+    assert (
+        'class="note bad"' in page
+        and flag.replace("**small**", "<b>small</b>").replace("**grown**", "<b>grown</b>") in page
+    )
+    fine = read_report(write_full_race(tmp_path / "fine", **control))
+    assert reds(fine) == [] and not fine["answer"][0].startswith("**Read")
+
+
+def test_streams_that_differ_are_red(tmp_path):
+    folder = write_full_race(tmp_path / "race")
+    path = folder / "arms/small/seed-1/data.json"
+    write(path, json.loads(path.read_text()) | {"sha256": "cd" * 32})
+    assert any("same token stream" in text for text in reds(read_report(folder)))
+    folder = write_full_race(tmp_path / "order")
+    path = folder / "arms/small/seed-0/recipe.json"
+    stored = json.loads(path.read_text())
+    write(path, {**stored, "data": {**stored["data"], "sequence_length": 128}})
+    assert any("data.sequence_length differ" in text for text in reds(read_report(folder)))
+
+
+def test_a_best_rate_at_the_edge_is_flagged_and_a_trial_that_diverged_is_not_the_best(tmp_path):
+    def loss(arm, rate, seed, share):
+        if arm == "small":
+            return None if rate == 0.008 else plausible(arm, 0.004 if rate == 0.002 else 0.008, seed, share)
+        return plausible(arm, rate, seed, share)
+
+    folder = write_full_race(tmp_path / "race", loss=loss)
+    told = read_report(folder)
+    small = next(arm for arm in told["arms"] if arm["name"] == "small")
+    assert (small["best_rate"], small["edge"], len(small["trials"])) == (0.002, "lowest", 3)
+    assert any("edge of the grid for **small** (lowest)" in text for text in ambers(told)) and reds(told) == []
+    assert any("lower learning rate may suit **small**" in text for text in told["changes"])
+    page = page_of(read_report(folder))
+    assert "diverged" in page and "at the lowest of the grid" in page
+
+
+# --- final text, races in progress, broken pieces ---
+
+
+def test_verdicts_rest_on_the_final_text_where_it_was_given(tmp_path):
+    def final(arm, rate, seed, share):  # turns the order of scratch and small about
+        return plausible({"scratch": "small", "small": "scratch"}.get(arm, arm), rate, seed, share) + 0.1
+
+    folder = write_full_race(tmp_path / "race", final=final)
+    told = read_report(folder)
+    assert all(b["measure"] == "final_bits_per_byte" for b in told["budgets"])
+    assert "on the final text" in told["answer"][0]
+    assert cell(told, "small")["mean"] < cell(told, "scratch")["mean"]
+    assert cell(told, "small")["held_out_mean"] > cell(told, "scratch")["held_out_mean"]
+    p = pair(told, "scratch", "small")
+    assert {"scratch": "worse", "small": "better"}[p["arm"]] == p["word"]
+    page = page_of(read_report(folder))
+    assert f"held out {cell(told, 'small')['held_out_mean']:.3f}" in page
+    (folder / "arms/small/seed-2/final.json").unlink()
+    assert cell(read_report(folder), "small")["seeds"] == [0, 1]
+
+
+def test_a_race_in_progress_has_a_page_that_says_so(tmp_path):
+    def skip(arm, seed, share):  # two arms have begun; one of them lacks a seed of the largest budget
+        return arm not in ("grown", "scratch") or (arm, seed, share) == ("grown", 2, 1.0)
+
+    folder = write_full_race(tmp_path / "race", skip=skip)
+    told = read_report(folder)
+    assert any("17 of 63 headline runs have finished; 5 arms have no headline run yet" in t for t in ambers(told))
+    assert reds(told) == [] and told["answer"][0].startswith("With arms missing: at 12.0 TFLOP")
+    assert pair(told, "grown", "scratch")["seeds"] == [0, 1]
+    page = page_of(read_report(folder))
+    assert "2 of 3 seeds" in page and "0 of 3 seeds" in page
+    (folder / "arms/grown/seed-0/result.json").unlink()  # at work right now
+    told = read_report(folder)
+    assert pair(told, "grown", "scratch")["seeds"] == [1]
+    assert pair(told, "grown", "scratch")["own_low"] is None
+    (folder / "arms/grown/seed-0/data.json").unlink()  # just beginning: not all its files are there
+    assert any("16 of 63" in t for t in ambers(read_report(folder)))
+    (folder / "arms/grown/seed-1/data.json").unlink()  # the control: a finished run has to have them
+    with pytest.raises(ValueError, match="data.json: no such file"):
+        read_report(folder)
+
+
+def test_a_race_that_only_has_trials_has_no_answer_yet(tmp_path):
+    folder = write_full_race(tmp_path / "race", skip=lambda *at: True)
+    told = read_report(folder)
+    assert told["answer"] == ["No answer yet: 0 of 63 headline runs have finished."]
+    page = page_of(read_report(folder))
+    assert "Learning-rate trials" in page and "there is no result yet" in page
+
+
+def test_a_race_without_growth_names_the_best_arm(tmp_path):
+    arms = {
+        n: {"role": "arm", "parameters": (720_000, 720_000), "architecture": n} for n in ("llama", "gpt2", "mamba2")
+    }
+    arms["copy of llama"] = {"role": "copy", "of": "llama", "parameters": (720_000, 720_000), "architecture": "llama"}
+    away = {"gpt2": 0.05, "mamba2": 0.1}
+    folder = write_full_race(
+        tmp_path / "race", arms=arms, reference="llama", loss=lambda a, *at: plausible(a, *at) + away.get(a, 0.0)
+    )
+    told = read_report(folder)
+    assert "the best arm, **llama**" in told["answer"][0] and "**better** than **gpt2** by" in told["answer"][0]
+    assert "Growths" not in page_of(read_report(folder))
+
+
+def test_without_a_named_reference_it_is_the_target_size_from_scratch(tmp_path):
+    folder = write_full_race(tmp_path / "race", reference=None)
+    assert read_report(folder)["race"]["reference"] == "scratch"
+    assert "that **scratch** has" in read_report(folder)["answer"][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"race": {"seeds": []}}, "race.budgets must be a list|race.learning_rates must be a list"),
+        ({"race": [1]}, "race must be an object"),
+        ({"arms": []}, "at least one arm"),
+        (
+            {"arms": [{"name": "a", "folder": "arms/small"}]},
+            "race.reference is 'scratch', which is no arm: a",
+        ),
+        ({"arms": [{"name": "a"}]}, r"arms\[0\] needs a name and a folder"),
+        ({"arms": [{"name": "a", "folder": "arms/grown", "role": "hero"}]}, "role must be one of arm, scratch"),
+        ({"arms": [{"name": "scratch", "folder": "arms/nowhere"}]}, "no run of this race has started"),
+        ({"arms": [{"name": "a", "folder": "arms/grown"}, {"name": "a", "folder": "arms/small"}]}, "two arms have one"),
+    ],
+)
+def test_broken_pieces_give_one_line(tmp_path, change, message):
+    folder = write_full_race(tmp_path / "race")
+    path = folder / "race.json"
+    write(path, json.loads(path.read_text()) | change)
+    with pytest.raises(ValueError, match=message) as error:
+        write_report(folder)
+    assert "\n" not in str(error.value) and not list(folder.glob("report.*"))
+
+
+def test_the_page_needs_no_network_escapes_text_and_is_the_same_each_time(tmp_path):
+    evil = "<script>alert(1)</script> & 'q'"
+    arms = {**ARMS, "grown": {**ARMS["grown"], "description": evil, "architecture": evil}}
+    folder = write_full_race(tmp_path / "race", arms=arms, name=evil, description=evil, command=evil)
+    first = {kind: path.read_bytes() for kind, path in write_report(folder).items()}
+    assert {kind: path.read_bytes() for kind, path in write_report(folder).items()} == first
+    page = first["html"].decode()
+    assert page.count("<script") == 1 and "http:" not in page and "https:" not in page and "default-src 'none'" in page
+    assert first["png"].startswith(b"\x89PNG")
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_cosine_that_turns_a_verdict_about_is_said(report, tmp_path):
+    assert [row["arm"] for row in report["cosine"]] == ["grown", "scratch"]
+    assert not any("change places" in text for text in report["changes"])
+    folder = write_full_race(tmp_path / "race", cosine=("scratch", "grown"))
+    path = folder / "arms/grown/seed-0_cosine/result.json"
+    write(path, json.loads(path.read_text()) | {"bits_per_byte": 3.0})
+    assert any("**grown** and **scratch** change places" in text for text in read_report(folder)["changes"])
+
+
+def test_a_near_miss_says_how_many_seeds_would_settle_it(tmp_path):
+    told = read_report(write_full_race(tmp_path / "race", loss=lambda *at: plausible(*at, s=0.03)))
+    texts = [text for text in told["changes"] if text.startswith("More seeds")]
+    assert texts and all(re.search(r"(about \d+|more than 30) seeds would tell them apart", t) for t in texts)

@@ -1,0 +1,267 @@
+"""The statistics of a race, against numbers worked by hand, scipy's tests and simulated truth."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tokenformer import statistics as st
+
+RNG_SEED = 20
+
+
+def drawn(rng, means, seeds=3, s=0.01, seed_effect=0.05):
+    """y = arm + seed + rest with a known rest."""
+    shift = rng.normal(0, seed_effect, seeds)
+    return {arm: {j: mean + shift[j] + rng.normal(0, s) for j in range(seeds)} for arm, mean in means.items()}
+
+
+# --- the two-way table ---
+
+# Worked by hand. Arm means 2, 3, 5; seed means 2, 10/3, 14/3; grand mean 10/3; the rests are then
+# 1/3 0 -1/3 | -2/3 0 2/3 | 1/3 0 -1/3, their squares sum to 12/9, over (3 - 1)(3 - 1) degrees of freedom: 1/3.
+HAND = {"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 1.0, 1: 3.0, 2: 5.0}, "c": {0: 4.0, 1: 5.0, 2: 6.0}}
+
+
+def test_the_pooled_spread_is_that_of_the_two_way_table_worked_by_hand():
+    spread = st.spread_of(HAND)
+    assert spread.df == 4 and spread.s == pytest.approx(math.sqrt(1 / 3))
+    d = st.difference(HAND, "a", "c", spread)
+    assert d.value == pytest.approx(-3) and d.seeds == [0, 1, 2]
+    assert d.high - d.low == pytest.approx(2 * 2.7764451 * math.sqrt(1 / 3) * math.sqrt(2 / 3))  # t(4) of tables
+    assert d.word == "better" and st.difference(HAND, "c", "a", spread).word == "worse"
+    assert st.difference(HAND, "a", "b", spread).word == "not told apart"
+    ungrouped = np.std([y for row in HAND.values() for y in row.values()], ddof=1)
+    assert spread.s < ungrouped  # the control: without arms and seeds taken out it would be another number
+
+
+def test_two_arms_give_the_paired_t_test():
+    rng = np.random.default_rng(RNG_SEED)
+    table = drawn(rng, {"a": 2.0, "b": 2.02}, seeds=5)
+    a, b = ([table[arm][j] for j in range(5)] for arm in "ab")
+    reference = stats.ttest_rel(a, b).confidence_interval(0.95)
+    d = st.difference(table, "a", "b", st.spread_of(table))
+    assert (d.low, d.high) == pytest.approx(tuple(reference)) == (d.own_low, d.own_high)
+    unpaired = stats.ttest_ind(a, b).confidence_interval(0.95)
+    assert unpaired.high - unpaired.low > 2 * (d.high - d.low)  # the control: pairs matter here
+
+
+def test_the_own_interval_is_scipys_whatever_the_other_arms_are():
+    d = st.difference(HAND, "a", "b", st.spread_of(HAND))
+    reference = stats.ttest_rel([1, 2, 3], [1, 3, 5]).confidence_interval(0.95)
+    assert (d.own_low, d.own_high) == pytest.approx(tuple(reference))
+    assert (d.low, d.high) != pytest.approx(tuple(reference))
+
+
+def test_a_missing_cell_is_left_out_of_both_arms_and_costs_a_degree_of_freedom():
+    table = {arm: dict(row) for arm, row in HAND.items()}
+    del table["c"][2]
+    spread = st.spread_of(table)
+    # By hand, as Yates (1933) has it: with (3 * 9 + 3 * 8 - 24) / 4 = 6.75 in the gap, which leaves no rest there, the
+    # full table's squares sum to 156/144, and the gap takes one degree of freedom.
+    assert spread.s == pytest.approx(math.sqrt(156 / 144 / 3))
+    assert spread.df == 3
+    d = st.difference(table, "a", "c", spread)
+    assert d.seeds == [0, 1] and d.value == pytest.approx(-3)
+    assert d.high - d.value == pytest.approx(st.student(3) * spread.s * math.sqrt(2 / 2))
+    assert st.difference(table, "a", "b", spread).seeds == [0, 1, 2]
+    # A constant added to arms and seeds changes no rest, missing cells or not.
+    moved = {arm: {j: y + 10 * j + len(arm) for j, y in row.items()} for arm, row in table.items()}
+    assert st.spread_of(moved).s == pytest.approx(spread.s)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{}, {"a": {}}, {"a": {0: 1.0}}, {"a": {0: 1.0, 1: 2.0}}, {"a": {0: 1.0}, "b": {1: 2.0}}, {"a": {}, "b": {0: 1.0}}],
+)
+def test_too_little_gives_no_interval_and_no_crash(table):
+    spread = st.spread_of(table)
+    assert spread == st.Spread(None, 0)
+    for d in st.differences(table, spread):
+        assert (d.low, d.high) == (None, None) and d.word in ("not compared", "not told apart")
+        assert (d.word == "not compared") == (d.seeds == [])
+
+
+def test_intervals_cover_a_known_difference_95_times_in_a_hundred():
+    rng, hits, narrow, times = np.random.default_rng(RNG_SEED), 0, 0, 600
+    for _ in range(times):
+        table = drawn(rng, {"a": 2.0, "b": 2.03, "c": 2.1, "d": 2.0})
+        d = st.difference(table, "a", "b", st.spread_of(table))
+        hits += d.low <= -0.03 <= d.high
+        half = (d.high - d.low) / 4
+        narrow += abs(d.value + 0.03) <= half
+    # Three standard errors of a share of 0.95 among 600 are 0.027.
+    assert abs(hits / times - 0.95) < 0.027
+    assert narrow / times < 0.90  # the control: half the width covers less
+
+
+def test_coverage_holds_when_a_run_has_failed():
+    rng, hits, times = np.random.default_rng(RNG_SEED), 0, 600
+    for _ in range(times):
+        table = drawn(rng, {"a": 2.0, "b": 2.03, "c": 2.1, "d": 2.0})
+        del table["b"][1], table["d"][2]
+        d = st.difference(table, "a", "b", st.spread_of(table))
+        hits += d.low <= -0.03 <= d.high
+    assert abs(hits / times - 0.95) < 0.027
+
+
+def test_a_copy_is_not_told_apart_and_a_handicap_is_found():
+    rng, words, times = np.random.default_rng(RNG_SEED), [], 400
+    for _ in range(times):
+        table = drawn(rng, {"reference": 2.0, "copy": 2.0, "handicapped": 2.05, "other": 1.9})
+        spread = st.spread_of(table)
+        words.append([st.difference(table, arm, "reference", spread).word for arm in ("copy", "handicapped")])
+    copies, handicaps = zip(*words, strict=True)
+    assert abs(copies.count("not told apart") / times - 0.95) < 0.033
+    assert handicaps.count("worse") / times > 0.95 and handicaps.count("better") == 0
+
+
+def test_the_noise_of_a_copy_is_the_standard_deviation_of_one_run():
+    assert st.copy_noise(HAND, "a", "b") | {"s": None} == {
+        "copy": "a",
+        "original": "b",
+        "seeds": [0, 1, 2],
+        "differences": [0.0, -1.0, -2.0],
+        "s": None,
+    }
+    assert st.copy_noise(HAND, "a", "b")["s"] == pytest.approx(math.sqrt((0 + 1 + 4) / 3 / 2))
+    table = drawn(np.random.default_rng(RNG_SEED), {"a": 2.0, "b": 2.0}, seeds=4000)
+    assert st.copy_noise(table, "a", "b")["s"] == pytest.approx(0.01, rel=0.05)
+    assert st.copy_noise({"a": {}, "b": {0: 1.0}}, "a", "b")["s"] is None
+
+
+def test_false_alarms_are_counted_as_chance_would_have_them():
+    assert st.false_alarms(45) == pytest.approx(2.25)
+    rng, alarms, times = np.random.default_rng(RNG_SEED), 0, 300
+    for _ in range(times):
+        table = drawn(rng, dict.fromkeys("abcde", 2.0))
+        alarms += sum(d.word != "not told apart" for d in st.differences(table, st.spread_of(table)))
+    assert alarms / times == pytest.approx(st.false_alarms(10), rel=0.3)
+
+
+def test_so_many_seeds_would_settle_it():
+    n = st.seeds_needed(0.01, 0.01, arms=6)
+    width = [stats.t.ppf(0.975, 5 * (k - 1)) * 0.01 * math.sqrt(2 / k) for k in (n - 1, n)]
+    assert width[1] < 0.01 <= width[0]
+    assert st.seeds_needed(-0.01, 0.01, arms=6) == n and st.seeds_needed(0.02, 0.01, arms=6) < n
+    assert st.seeds_needed(0.0, 0.01, arms=6) is None
+
+
+def test_students_points_are_those_of_tables():
+    assert [round(st.student(df), 2) for df in (1, 2, 3, 9)] == [12.71, 4.30, 3.18, 2.26]
+    assert st.student(2, 0.9) < st.student(2)
+    with pytest.raises(ValueError, match="df: 0 is too small"):
+        st.student(0)
+
+
+# --- FLOPs to reach a loss ---
+
+
+def test_flops_to_reach_a_loss_lie_on_straight_lines_over_log_flops():
+    curve = [(1e12, 3.0), (4e12, 2.0), (16e12, 1.5)]
+    assert st.flops_to_reach(curve, 2.5) == (pytest.approx(2e12), "")  # halfway in the logarithm, not 2.5e12
+    assert st.flops_to_reach(list(reversed(curve)), 1.75) == (pytest.approx(8e12), "")
+    assert st.flops_to_reach(curve, 3.0) == (1e12, "")
+    assert st.flops_to_reach(curve, 3.1) == (1e12, "less than")
+    assert st.flops_to_reach(curve, 1.4) == (16e12, "more than")
+    assert st.flops_to_reach([(1e12, 3.0), (2e12, 2.0), (4e12, 2.2), (8e12, 1.0)], 2.1)[0] < 2e12  # the first time
+    with pytest.raises(ValueError, match="empty"):
+        st.flops_to_reach([], 2.0)
+
+
+def law(flops):
+    return 1.0 + 0.5 * (flops / 1e12) ** -0.3
+
+
+def race_of_laws(rng, speeds, s=0.0, budgets=(0.25e12, 0.5e12, 1e12), seeds=3):
+    """Arms that get `speed` times as far with the same FLOPs: they need 1 / speed of the reference's."""
+    shift = rng.normal(0, 0.02, seeds)
+    return {
+        arm: {
+            j: [(c, law(c * speed) + shift[j] + (rng.normal(0, s) if s else 0.0)) for c in budgets]
+            for j in range(seeds)
+        }
+        for arm, speed in speeds.items()
+    }
+
+
+def ratios(curves, index):
+    targets = {seed: curve[index] for seed, curve in curves["reference"].items()}
+    table = {arm: {seed: curve[index][1] for seed, curve in rows.items()} for arm, rows in curves.items()}
+    spread = st.spread_of(table)
+    losses = {arm: st.difference(table, arm, "reference", spread) for arm in curves if arm != "reference"}
+    return st.flops_ratios({a: c for a, c in curves.items() if a != "reference"}, targets, losses)
+
+
+def test_a_known_saving_of_flops_is_found_with_its_interval():
+    rng = np.random.default_rng(RNG_SEED)
+    speeds = {"reference": 1.0, "grown": 1 / 0.7, "slow": 0.8, "slower": 0.7}
+    exact = ratios(race_of_laws(rng, speeds), 1)
+    assert exact["grown"].value == pytest.approx(0.7, rel=0.02) and exact["grown"].side == ""
+    assert exact["slow"].value == pytest.approx(1 / 0.8, rel=0.02)
+    noisy = ratios(race_of_laws(rng, speeds, s=0.001), 1)
+    assert noisy["grown"].low < noisy["grown"].value < noisy["grown"].high < 1 < noisy["slow"].low
+    assert (noisy["grown"].word, noisy["slow"].word) == ("faster", "slower")
+
+
+def test_the_interval_of_a_ratio_covers_the_truth():
+    rng, hits, copies, times = np.random.default_rng(RNG_SEED), 0, 0, 300
+    speeds = {"reference": 1.0, "copy": 1.0, "fast": 1.25, "slow": 0.8, "other": 0.9}
+    truth = ratios(race_of_laws(rng, speeds), 1)["fast"].value  # straight lines bend it by a percent
+    for _ in range(times):
+        found = ratios(race_of_laws(rng, speeds, s=0.003), 1)
+        hits += found["fast"].low <= truth <= found["fast"].high
+        copies += found["copy"].word == "not told apart"
+    assert abs(hits / times - 0.95) < 0.04 and abs(copies / times - 0.95) < 0.04
+
+
+def test_nothing_is_extrapolated():
+    rng = np.random.default_rng(RNG_SEED)
+    curves = race_of_laws(rng, {"reference": 1.0, "fast": 3.0, "slow": 1 / 3}, s=1e-4)
+    last, first = ratios(curves, 2), ratios(curves, 0)
+    assert (last["slow"].side, last["slow"].value) == ("more than", pytest.approx(1.0))
+    assert last["slow"].low is None and last["slow"].word == "slower"
+    assert (first["fast"].side, first["fast"].word) == ("less than", "faster")
+    assert first["slow"].side == "" and first["slow"].value == pytest.approx(3.0, rel=0.02)
+    assert last["fast"].side == "" and last["fast"].value == pytest.approx(1 / 3, rel=0.02)
+    curves["slow"][0] = [(c, 0.1) for c, _ in curves["slow"][0]]  # one seed below all thresholds, the others above
+    assert (ratios(curves, 2)["slow"].side, ratios(curves, 2)["slow"].low) == ("unbounded", None)
+    del curves["slow"][0], curves["slow"][1], curves["slow"][2]
+    assert ratios(curves, 1)["slow"] == st.Ratio([], None, "", None, None, None, None, "not compared")
+
+
+# --- power law, recovery, size ---
+
+
+def test_a_power_law_is_recovered_and_too_few_points_are_refused():
+    rng = np.random.default_rng(RNG_SEED)
+    budgets = (0.1e12, 0.25e12, 0.5e12, 1e12, 2e12)
+    curves = {j: [(c, law(c) + rng.normal(0, 1e-4)) for c in budgets] for j in range(3)}
+    fit = st.power_law(curves)
+    assert isinstance(fit, st.PowerLaw)
+    assert fit.E == pytest.approx(1.0, abs=0.02) and fit.alpha == pytest.approx(0.3, abs=0.02)
+    assert fit.E + fit.A * 1e12**-fit.alpha == pytest.approx(1.5, abs=1e-3)
+    for name, (low, high) in fit.intervals.items():
+        assert low <= getattr(fit, name) <= high
+    assert st.power_law(curves) == fit
+    few = st.power_law({j: curve[:3] for j, curve in curves.items()})
+    assert few == "a fit needs at least 4 budgets that all seeds have, and there are 3"
+    assert "at least 2" in st.power_law({0: curves[0]}) and "there are 0" in st.power_law({})
+
+
+def test_a_rise_after_growth_and_the_flops_until_it_is_made_good():
+    after = [(10.0, 2.1), (12.0, 2.3), (15.0, 2.05), (20.0, 1.9), (25.0, 1.8)]
+    assert st.recovery(2.0, 10.0, after) == {"rise": pytest.approx(0.3), "flops": 10.0}
+    assert st.recovery(1.0, 10.0, after) == {"rise": pytest.approx(1.3), "flops": None}
+    assert st.recovery(2.3, 10.0, after) == {"rise": 0.0, "flops": 0.0}
+    assert st.recovery(2.0, 10.0, []) == {"rise": None, "flops": None}
+
+
+def test_the_best_size_is_found_and_an_edge_is_said_to_be_one():
+    sizes = {"small": (1e5, 2.2), "middle": (2e5, 2.0), "large": (4e5, 2.1)}
+    assert st.compute_optimal(sizes)["arm"] == "middle" and st.compute_optimal(sizes)["edge"] == ""
+    del sizes["small"]
+    assert st.compute_optimal(sizes)["edge"] == "smallest"
+    assert st.compute_optimal({"a": (1e5, 3.0), "b": (2e5, 2.0)})["edge"] == "largest"
+    assert st.compute_optimal({"a": (1e5, 3.0)})["edge"] == "only" and st.compute_optimal({}) is None

@@ -1,0 +1,193 @@
+"""A race: the runs of one recipe side by side, then one report over all of them.
+
+    RACE/race.json      the recipe, the environment, the arms and their folders, what was checked before
+    RACE/arms/NAME/     run folders (see runs.py), of which a race with a [race] table has many per arm (see jobs.py)
+
+arms.py       the arms and the controls that are always there
+jobs.py       what is to be run next, read off what has been run
+processes.py  runs as processes, side by side
+checks.py     leaks between texts, models that look ahead
+final.py      headline runs on text that nothing was chosen by
+planned.py    what a race comes to, before anything is trained
+"""
+
+from pathlib import Path
+from typing import Any
+
+from .. import environment, runs
+from ..data import Corpus, load_tokenizer
+from ..recipe import Recipe, recipe_to_dict
+from ..report import write_report
+from ..report.units import printable
+from ..runs import Say
+from ..train import require_feasible
+from .arms import Arm, arms_of, ends, parameters_of
+from .checks import check_texts, require_causal
+from .final import final_windows
+from .jobs import Race, all_jobs, bits_of, grid, headline, todo, trial
+from .planned import plan_lines, table
+from .processes import Progress, run_jobs, run_main
+
+__all__ = ["plan_race", "run_main", "run_race"]
+
+
+def run_race(
+    recipe: Recipe,
+    folder: str | Path,
+    resume: bool = False,
+    say: Say = None,
+    jobs: int = 2,
+    minutes: float | None = None,
+) -> Path:
+    """Run every arm of the recipe, `jobs` runs at a time, into `folder`; returns the path of the report's page.
+
+    Runs whose train.threads is 0 get an equal share of the cores. With `resume`, what has ended is left as it is and
+    the rest goes on. A mistake in the last arm is found before the first one has run. The first run that fails ends
+    the race: the others are told to stop, write a checkpoint, and its message is raised as ValueError; but with [race],
+    one that diverges counts as a result. Raises `Stopped` after SIGTERM or SIGINT, and when `minutes` are over, when
+    every run has stopped.
+    """
+    folder, tell = Path(folder), say or (lambda line: None)
+    race = race_of(recipe, folder)
+    with runs.locked(folder, runs.LOCK_SECONDS if resume else 0):
+        runs.check_folder(folder, recipe_to_dict(recipe), resume, "race")
+        corpus = require_all_feasible(race, say)
+        open_race(race, corpus)
+        progress = None if recipe.race is None else progress_of(race)
+        for arm in race.arms if recipe.race is None else []:
+            if runs.finished_result(race.place(arm.name)):
+                tell(f"{arm.name}: finished before")
+        run_jobs(lambda: todo(race), folder, jobs, tell, progress, minutes)
+        if recipe.race is not None:
+            note_rates(race)
+        paths = write_report(folder)
+    for line in summary(runs.read_json(paths["json"])):
+        tell(line)
+    return paths["html"]
+
+
+def plan_race(recipe: Recipe, jobs: int = 2) -> list[str]:
+    """What the race would be, in lines: arms, parameters, FLOPs, runs, and the time that a few timed steps foretell."""
+    race = race_of(recipe, Path())
+    require_all_feasible(race, None)
+    return plan_lines(race, jobs)
+
+
+def race_of(recipe: Recipe, folder: Path) -> Race:
+    if not recipe.arms:
+        raise ValueError(f"{recipe.name}: has no [[arm]], so there is nothing to race")
+    vocab_size = load_tokenizer(recipe.data.tokenizer).vocab_size
+    return Race(recipe, folder, arms_of(recipe, vocab_size), vocab_size)
+
+
+def require_all_feasible(race: Race, say: Say) -> Corpus:
+    """ValueError, naming the arm, unless every arm can be run to its end; returns the text that all of them read."""
+    for arm in race.arms:
+        first = [Path(arm.name)]
+        recipes = [arm.recipe]
+        if race.recipe.race is not None:
+            rate = race.section.learning_rates[0]
+            named = (trial(race, arm, rate), headline(race, arm, race.section.seeds[0], rate))
+            first, recipes = [Path(job.name) for job in named], [job.recipe for job in named]
+        try:
+            for name, recipe in zip(first, recipes, strict=True):
+                _, corpus, _, _ = require_feasible(recipe, race.place(str(name)), say)
+            if race.recipe.race is not None:
+                for config in ends(arm.recipe, race.vocab_size)[:2]:
+                    require_causal(config, arm.name)
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if text.startswith("arm ") else f"arm {arm.name}: {text}") from None
+    return corpus
+
+
+def open_race(race: Race, corpus: Corpus) -> None:
+    """Remove what a killed process left half written, check the texts, and write race.json unless it is there."""
+    runs.remove_unfinished(race.folder)
+    path, recipe = race.folder / runs.RACE, race.recipe
+    if path.exists():
+        return
+    written: dict[str, Any] = {
+        "name": recipe.name,
+        "description": recipe.description,
+        "recipe": recipe_to_dict(recipe),
+        "command": environment.command(),
+        "environment": environment.environment(),
+        "arms": [
+            {"name": arm.name, "description": arm.description, "folder": f"{runs.ARMS}/{arm.name}"}
+            for arm in race.arms
+        ],
+        "noise": recipe_to_dict(recipe)["noise"],
+    }
+    if recipe.race is not None:
+        final = None
+        if race.final_text:
+            final = final_windows(recipe, *race.final_text)[0][:, 1:].flatten().numpy()
+        flops = recipe.train.flops or 0.0
+        whole = {"flops": flops, "tune_flops": flops * recipe.race.tune_fraction}
+        written["race"] = {**recipe_to_dict(recipe)["race"], **whole}
+        written["checks"] = check_texts(corpus, 0, final)
+        written["arms"] = [arm_entry(race, arm) for arm in race.arms]
+    runs.write_json(path, written)
+
+
+def arm_entry(race: Race, arm: Arm) -> dict[str, Any]:
+    start, end = parameters_of(arm.recipe, race.vocab_size)
+    return {
+        "name": arm.name,
+        "description": arm.description,
+        "role": arm.role,
+        "of": arm.of,
+        "folder": f"{runs.ARMS}/{arm.name}",
+        "architecture": ends(arm.recipe, race.vocab_size)[0].model_type,
+        "grows": arm.grows,
+        "parameters": start,
+        "parameters_end": end,
+    }
+
+
+def note_rates(race: Race) -> None:
+    """Write into race.json how far the grid has grown."""
+    path = race.folder / runs.RACE
+    written = runs.read_json(path)
+    written["race"]["learning_rates"] = grid(race)[0]
+    runs.write_json(path, written)
+
+
+def progress_of(race: Race) -> Progress:
+    """How many runs and FLOPs have ended before this session, and how many there are."""
+    done = [path.parent for path in race.place("").rglob(runs.RESULT) if bits_of(path.parent) is not None]
+    return Progress(lambda: all_jobs(race), len(done), sum(run_flops(path) for path in done))
+
+
+def run_flops(run: Path) -> int:
+    """What a run cost itself, without the one that it started from."""
+    total = runs.read_object(run / runs.RESULT, {"flops": int})["flops"]
+    start = run / runs.START
+    return total - (runs.read_object(start, {"flops": int})["flops"] if start.exists() else 0)
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """The report's answer as plain text, after the table of arms, best first, where each arm is one run."""
+    answer = [sentence.replace("**", "") for sentence in report["answer"]]
+    if "race" in report:
+        return ["", *answer]
+    arms = sorted(report["arms"], key=lambda arm: arm["rank"] or len(report["arms"]) + 1)
+    rows = [("arm", "bits per byte", "parameters", "steps", "tokens", "FLOPs", "seconds")]
+    for arm in arms:
+        numbers = (arm["parameters"].get("total"), arm["step"], arm["tokens"])
+        rows.append(
+            (
+                arm["name"],
+                f"{arm['bits_per_byte']:.4f}",
+                *(f"{number:,}" for number in numbers),
+                f"{arm['flops']:.4g}",
+                f"{arm['seconds']:.0f}",
+            )
+        )
+    lines = table(rows)
+    best = arms[0]
+    if best.get("sample"):
+        sample = best["sample"]
+        lines += ["", f"A sample from {best['name']}, after {sample['prompt']!r}:", printable(sample["text"])]
+    return ["", *lines, "", *answer]

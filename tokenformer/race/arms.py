@@ -1,0 +1,192 @@
+"""The arms of a race: those that the recipe names, and the controls that a race with a [race] table always has.
+
+docs/fairness.md, rules 7 to 11, says why each of them is there.
+"""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..flops import count_parameters, parameters
+from ..growth.lowrank import Ranks, factorise, settled_ranks
+from ..models import build_model
+from ..plan import model_config, phase_configs, plan
+from ..recipe import Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
+from ..start import Start
+
+WEIGHTS_SEED = 10_000  # added to the seed of a copy's weights
+NOT_SIZES = ("architectures", "dtype", "torch_dtype", "model_type", "transformers_version", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a race. `recipe` is its run of the largest budget with the first seed, its rate not yet tuned.
+
+    role: arm, scratch, small, dropped, size or copy. `of`: the arm that a control stands beside; a dropped arm and a
+    copy take its learning rate.
+    """
+
+    name: str
+    description: str
+    role: str
+    of: str | None
+    recipe: Recipe
+
+    @property
+    def tuned_as(self) -> str:
+        return self.of if self.role in ("dropped", "copy") and self.of else self.name
+
+    @property
+    def grows(self) -> bool:
+        return bool(self.recipe.growth)
+
+
+def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
+    """The recipe's arms, then the controls that none of them is already. ValueError where a recipe cannot be raced."""
+    arms = [Arm(each.name, each.description, "arm", None, arm_recipe(recipe, each)) for each in recipe.arms]
+    race = recipe.race
+    if race is None:
+        return arms
+    growing = [arm for arm in arms if arm.grows]
+    if race.controls:
+        for arm in growing:
+            if arm.recipe.model.checkpoint:
+                raise ValueError(f"arm {arm.name}: starts from model.checkpoint, so its controls cannot be made; "
+                                 "write them as arms and set race.controls = false")
+            target, small = target_of(arm, vocab_size), ungrown(arm.recipe)
+            add(arms, "scratch", arm, target, "the grown size from the first step", vocab_size)
+            add(arms, "small", arm, small, "the size before growth, trained longer", vocab_size)
+        dropping = next((arm for arm in growing if all(event.moments == "keep" for event in arm.recipe.growth)), None)
+        if dropping:
+            words = "growth with the optimizer's state thrown away"
+            add(arms, "dropped", dropping, dropped(dropping.recipe), words, vocab_size)
+        base = next((arm for arm in arms if arm.role == "small"), arms[0])
+        for number, fields in enumerate(race.sizes, start=1):
+            sized = changed_model(base.recipe, fields)
+            add(arms, f"size-{number}", base, sized, "another size from scratch", vocab_size, "size")
+    elif race.sizes:
+        raise ValueError("race.sizes: has no effect with race.controls = false")
+    scratch = next((arm.name for arm in arms if arm.role == "scratch"), arms[0].name)
+    reference = arm_named(arms, race.reference or scratch, "race.reference")
+    for name in race.cosine:
+        arm_named(arms, name, "race.cosine")
+    copy = replace(reference.recipe, name=f"{recipe.name}/copy")
+    words = f"{reference.name} again with other initial weights: what lies between them is noise"
+    return [*arms, Arm(free_name(arms, "copy", reference.name), words, "copy", reference.name, copy)]
+
+
+def arm_named(arms: list[Arm], name: str, key: str) -> Arm:
+    for arm in arms:
+        if arm.name == name:
+            return arm
+    raise ValueError(f"{key}: {name!r} is no arm; there are {', '.join(arm.name for arm in arms)}")
+
+
+def add(
+    arms: list[Arm], name: str, of: Arm, recipe: Recipe, description: str, vocab_size: int, role: str = ""
+) -> None:
+    """Append a control; an arm that is trained just so already takes its role instead."""
+    for i, arm in enumerate(arms):
+        if same_run(arm.recipe, recipe, vocab_size):
+            if arm.role == "arm":
+                arms[i] = replace(arm, role=role or name, of=of.name)
+            return
+    name = free_name(arms, name, of.name)
+    full = recipe.name.rpartition("/")[0] + "/" + name
+    arms.append(Arm(name, description, role or name.split("-")[0], of.name, replace(recipe, name=full)))
+
+
+def free_name(arms: list[Arm], name: str, of: str) -> str:
+    taken = {arm.name for arm in arms}
+    return name if name not in taken else next(n for n in (f"{name}-{of}", f"{name}-of-{of}") if n not in taken)
+
+
+def same_run(a: Recipe, b: Recipe, vocab_size: int) -> bool:
+    """Whether both train the same model in the same way, however their fields are written."""
+
+    def trained(recipe: Recipe) -> list[Any]:
+        table = recipe_to_dict(recipe)
+        config = ends(recipe, vocab_size)[0].to_dict()
+        return [config, recipe.model.rank, *(table[key] for key in ("data", "train", "growth"))]
+
+    return trained(a) == trained(b)
+
+
+# --- the recipes of controls ---
+
+
+def ungrown(recipe: Recipe) -> Recipe:
+    return replace(recipe, growth=[])
+
+
+def dropped(recipe: Recipe) -> Recipe:
+    """Moments dropped at every growth. New rows have no warm-up of their own then: all of them warm up."""
+    policies = {"rewarm_new": "rewarm_all"}
+    events = [
+        replace(event, moments="drop", learning_rate=policies.get(event.learning_rate, event.learning_rate))
+        for event in recipe.growth
+    ]
+    return replace(recipe, growth=events)
+
+
+def changed_model(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
+    table = recipe_to_dict(ungrown(recipe))
+    table["model"] |= fields
+    return recipe_from_dict(table, "race.sizes")
+
+
+def target_of(arm: Arm, vocab_size: int) -> Recipe:
+    """The run whose model has the sizes of the arm's last growth from its first step."""
+    recipe = arm.recipe
+    first, last, changed = ends(recipe, vocab_size)
+    before, after = first.to_dict(), last.to_dict()
+    model = dataclasses.asdict(recipe.model)
+    if first.model_type == last.model_type:
+        # Sizes are whole numbers, or lists of one entry per layer; an epsilon that growth has moved is no size.
+        sizes_of = {key: value for key, value in after.items() if isinstance(value, int | list)}
+        fields = recipe.model.fields | {key: value for key, value in sizes_of.items() if before.get(key) != value}
+    else:  # dense to mixture: another architecture, of which all is said that is not its own default
+        usual = type(last)().to_dict()
+        fields = {key: value for key, value in after.items() if key not in NOT_SIZES and usual.get(key) != value}
+    model |= {"architecture": last.model_type, "fields": fields}
+    target = replace(recipe, model=type(recipe.model)(**model), growth=[])
+    if changed.get("rank") is None:
+        return target
+    ranked = replace(target, model=replace(target.model, rank=changed["rank"] or None))
+    try:  # a rank that is whole is none
+        plan(ranked, vocab_size, Start())
+    except ValueError:
+        return replace(target, model=replace(target.model, rank=None, rank_start="random"))
+    return ranked
+
+
+def ends(recipe: Recipe, vocab_size: int) -> tuple[Any, Any, dict[str, int]]:
+    """The configurations before the first growth and after the last, and the sizes that growth has changed."""
+    _, phases = phase_configs(recipe, vocab_size, Start())
+    return model_config(recipe, vocab_size, Start()), phases[-1][0], phases[-1][1]
+
+
+def parameters_of(recipe: Recipe, vocab_size: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Counts at the start and at the end: total, active, embedding, other."""
+    first, last, sizes = ends(recipe, vocab_size)
+    rank = recipe.model.rank
+    return counted(first, rank), counted(last, rank and sizes.get("rank", rank))
+
+
+def counted(config: Any, rank: int | None) -> dict[str, int]:
+    count = parameters(config)
+    if rank and settled_ranks(config, Ranks("rank", rank), "model.rank") is not None:
+        model = build_model(config, 0)
+        factorise(model, rank)
+        count = count_parameters(model)
+    return {"active": count["total"], **count}
+
+
+def with_seed(recipe: Recipe, seed: int, weights_seed: int | None = None) -> Recipe:
+    """A seed decides the weights, the order of the text and the new entries of each growth."""
+    return replace(
+        recipe,
+        data=replace(recipe.data, seed=seed),
+        train=replace(recipe.train, seed=seed if weights_seed is None else weights_seed),
+        growth=[replace(event, seed=seed + 100 * i) for i, event in enumerate(recipe.growth)],
+    )

@@ -1,0 +1,39 @@
+"""What a headline run reaches on text that nothing was chosen by (docs/fairness.md, rule 26)."""
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import runs
+from ..checkpoint import find_checkpoint, load_checkpoint, restore_carried
+from ..data import load_tokenizer, text_windows
+from ..distributed import Ranks, choose_device
+from ..evaluate import evaluate
+from ..recipe import Recipe
+from .jobs import FINAL
+
+
+def evaluate_final(recipe: Recipe, folder: Path, text: str, most_tokens: int) -> None:
+    """Write RUN/final.json, unless it is there: bits per byte of the run's last checkpoint on the beginning of a text
+    file, whole windows of at most so many tokens."""
+    if (folder / FINAL).exists():
+        return
+    device = choose_device(recipe.train.device, Ranks())
+    newest = find_checkpoint(folder)
+    model, _ = load_checkpoint(newest)
+    restore_carried(newest, model)
+    windows = final_windows(recipe, text, most_tokens)
+    measured = evaluate(model.to(device), windows, recipe.data.batch_size, device, recipe.train.dtype)
+    about = {"text_sha256": hashlib.sha256(Path(text).read_bytes()).hexdigest()}
+    runs.write_json(folder / FINAL, {**about, **measured})
+
+
+def final_windows(recipe: Recipe, text: str, most_tokens: int) -> tuple[Tensor, Tensor]:
+    """Token ids and bytes, (W, T + 1) each; ValueError where the text fills no window."""
+    length = recipe.data.sequence_length
+    tokens, sizes = text_windows([text], load_tokenizer(recipe.data.tokenizer), length)[0]
+    count = min(len(tokens), most_tokens // length)
+    if tokens.shape[1] != length + 1 or not count:
+        raise ValueError(f"race.final_text = {text!r}: holds less than one window of {length} tokens")
+    return tokens[:count], sizes[:count]

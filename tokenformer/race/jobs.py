@@ -1,0 +1,218 @@
+"""What a race has yet to run, read off the files of what it has run: so it goes on from anywhere.
+
+A race without a [race] table is one run per arm. With one (docs/fairness.md, rules 12 to 18):
+
+    ARM/tune/lr-0.004        trials of the learning rate, short and fully decayed
+    ARM/seed-0               a headline run of the largest budget
+    ARM/seed-0_at-0.25       its branch: from its checkpoint where the decay to a quarter of the budget begins
+    ARM/seed-0_cosine        the check on another schedule
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .. import runs
+from ..plan import Plan, plan
+from ..recipe import RaceSection, Recipe
+from ..start import Start
+from .arms import WEIGHTS_SEED, Arm, with_seed
+
+FINAL = "final.json"  # what a headline run reaches on race.final_text
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a race. `name` is its folder below RACE/arms; `flops` is what it costs itself."""
+
+    name: str
+    recipe: Recipe
+    flops: int
+    final_text: tuple[str, int] | None = None  # a file, and the most tokens of it
+
+
+@dataclass
+class Race:
+    """A race at work: its recipe, where it lies, its arms; plans are worked out once."""
+
+    recipe: Recipe
+    folder: Path
+    arms: list[Arm]
+    vocab_size: int
+    plans: dict[str, Plan] = field(default_factory=dict)
+
+    @property
+    def section(self) -> RaceSection:
+        assert self.recipe.race is not None
+        return self.recipe.race
+
+    @property
+    def final_text(self) -> tuple[str, int] | None:
+        return (self.section.final_text, self.section.final_tokens) if self.section.final_text else None
+
+    def place(self, name: str) -> Path:
+        return self.folder / runs.ARMS / name
+
+    def plan(self, arm: Arm, recipe: Recipe) -> Plan:
+        """The plan of one of the arm's runs, which all seeds and rates share."""
+        key = f"{arm.name} {recipe.train.flops} {recipe.train.schedule}"
+        if key not in self.plans:
+            self.plans[key] = plan(recipe, self.vocab_size, None if recipe.model.checkpoint else Start())
+        return self.plans[key]
+
+
+def bits_of(place: Path, final: bool = False) -> float | None:
+    """Bits per byte of a job that has ended, infinite if it diverged; None of one that is still to be run."""
+    if not (place / runs.RESULT).exists():
+        return None
+    result = runs.read_object(place / runs.RESULT, {"status": str})
+    if result["status"] == "failed" and result.get("diverged"):
+        return math.inf
+    if result["status"] != "finished" or final and not (place / FINAL).exists():
+        return None
+    return float(result["bits_per_byte"])
+
+
+def todo(race: Race) -> list[Job]:
+    """The jobs that can be started now, in the order in which they should be; some may be running already."""
+    if race.recipe.race is None:
+        jobs = [Job(arm.name, arm.recipe, race.plan(arm, arm.recipe).flops) for arm in race.arms]
+        return [job for job in jobs if not runs.finished_result(race.place(job.name))]
+    rates, waiting = grid(race)
+    return waiting or headline_jobs(race, rates)
+
+
+# --- tuning ---
+
+
+def trial(race: Race, arm: Arm, rate: float) -> Job:
+    section, train = race.section, arm.recipe.train
+    assert train.flops is not None
+    train = replace(train, flops=train.flops * section.tune_fraction, learning_rate=rate)
+    recipe = with_seed(replace(arm.recipe, train=train), section.tune_seed)
+    name = f"{arm.name}/tune/lr-{rate:g}"
+    return Job(name, replace(recipe, name=f"{race.recipe.name}/{name}"), race.plan(arm, recipe).flops)
+
+
+def grid(race: Race) -> tuple[list[float], list[Job]]:
+    """The grid as far as the trials so far have extended it, and its trials that have no result yet.
+
+    All arms' trials end before the grid grows, and it grows for all: every arm has as many.
+    """
+    section = race.section
+    rates = list(section.learning_rates)
+    factor = rates[1] / rates[0]
+    tuned = [arm for arm in race.arms if arm.tuned_as == arm.name]
+    for extension in range(section.most_extensions + 1):
+        jobs = [trial(race, arm, rate) for rate in rates for arm in tuned]
+        waiting = [job for job in jobs if bits_of(race.place(job.name)) is None]
+        if waiting or extension == section.most_extensions:
+            return rates, waiting
+        best = {best_rate(race, arm, rates) for arm in tuned}
+        lower = [rounded(rates[0] / factor)] if rates[0] in best else []
+        higher = [rounded(rates[-1] * factor)] if rates[-1] in best else []
+        if not lower and not higher:
+            return rates, []
+        rates = [*lower, *rates, *higher]
+    return rates, []
+
+
+def rounded(rate: float) -> float:
+    """Six digits, so that a rate has one name however it was reached."""
+    return float(f"{rate:.6g}")
+
+
+def best_rate(race: Race, arm: Arm, rates: list[float]) -> float:
+    """The rate of the lowest bits per byte among the arm's trials; of equal ones the lower rate."""
+    found = [(bits_of(race.place(trial(race, arm, rate).name)), rate) for rate in rates]
+    return min((bits, rate) for bits, rate in found if bits is not None)[1]
+
+
+# --- headline runs ---
+
+
+def headline_jobs(race: Race, rates: list[float]) -> list[Job]:
+    """Of each seed every arm's run and, as soon as it has ended, its branches; the cosine checks last."""
+    section, by_name = race.section, {arm.name: arm for arm in race.arms}
+    chosen = {arm.name: best_rate(race, by_name[arm.tuned_as], rates) for arm in race.arms}
+    jobs: list[Job] = []
+    for seed in section.seeds:
+        branches, trunks = [], []
+        for arm in race.arms:
+            trunk = headline(race, arm, seed, chosen[arm.name])
+            bits = bits_of(race.place(trunk.name), bool(section.final_text))
+            if bits is None:
+                trunks.append(trunk)
+            elif math.isfinite(bits):
+                branches += [branch(race, arm, trunk, share) for share in section.budgets[:-1]]
+        jobs += branches + trunks
+    for name in section.cosine:
+        jobs.append(cosine(race, headline(race, by_name[name], section.seeds[0], chosen[name])))
+    return [job for job in jobs if bits_of(race.place(job.name), bool(job.final_text)) is None]
+
+
+def headline(race: Race, arm: Arm, seed: int, rate: float) -> Job:
+    """The run of the largest budget, with a checkpoint where each branch starts."""
+    section, decay = race.section, arm.recipe.train.decay_fraction
+    keep = [rounded(share * (1 - decay)) for share in section.budgets[:-1]]
+    train = replace(arm.recipe.train, learning_rate=rate, keep_at=keep)
+    recipe = replace(arm.recipe, train=train)
+    recipe = with_seed(recipe, seed, seed + WEIGHTS_SEED if arm.role == "copy" else None)
+    name = f"{arm.name}/seed-{seed}"
+    flops = race.plan(arm, recipe).flops
+    return Job(name, replace(recipe, name=f"{race.recipe.name}/{name}"), flops, race.final_text)
+
+
+def branch(race: Race, arm: Arm, trunk: Job, share: float) -> Job:
+    """From the trunk's checkpoint at (1 - decay) of the smaller budget, decaying all the way to that budget."""
+    train, decay = trunk.recipe.train, trunk.recipe.train.decay_fraction
+    assert train.flops is not None
+    budget = train.flops * share
+    begin = checkpoint_at(race.place(trunk.name), round(share * (1 - decay) * trunk.flops))
+    seen = runs.read_object(begin / "trainer.json", runs.COST)
+    recipe = replace(
+        trunk.recipe,
+        name=f"{trunk.recipe.name}_at-{share:g}",
+        model=type(trunk.recipe.model)(checkpoint=str(begin.resolve())),
+        data=replace(trunk.recipe.data, skip_tokens=seen["tokens"]),
+        train=replace(train, flops=budget, keep_at=[], warmup_steps=0, decay_fraction=1.0),
+        growth=[],
+    )
+    return Job(f"{trunk.name}_at-{share:g}", recipe, round(budget - seen["flops"]), trunk.final_text)
+
+
+def checkpoint_at(run: Path, flops: int) -> Path:
+    """The checkpoint of a run that had cost nearest to so many FLOPs."""
+
+    def away(folder: Path) -> int:
+        return abs(runs.read_object(folder / "trainer.json", runs.COST)["flops"] - flops)
+
+    return min(runs.checkpoints(run), key=away)
+
+
+def cosine(race: Race, trunk: Job) -> Job:
+    train = replace(trunk.recipe.train, schedule="cosine", keep_at=[])
+    recipe = replace(trunk.recipe, name=f"{trunk.recipe.name}_cosine", train=train)
+    return dataclasses.replace(trunk, name=f"{trunk.name}_cosine", recipe=recipe)
+
+
+# --- all of it ---
+
+
+def all_jobs(race: Race) -> tuple[int, int]:
+    """How many runs the race comes to, going by its grid as it stands, and their FLOPs."""
+    if race.recipe.race is None:
+        return len(race.arms), sum(race.plan(arm, arm.recipe).flops for arm in race.arms)
+    section, count, flops = race.section, 0, 0.0
+    rates, _ = grid(race)
+    for arm in race.arms:
+        run = headline(race, arm, section.seeds[0], section.learning_rates[0])
+        decayed = sum(section.budgets[:-1]) * arm.recipe.train.decay_fraction
+        cosines = arm.name in section.cosine
+        count += len(section.seeds) * len(section.budgets) + cosines
+        flops += run.flops * (len(section.seeds) * (1 + decayed) + cosines)
+        if arm.tuned_as == arm.name:
+            count += len(rates)
+            flops += len(rates) * trial(race, arm, rates[0]).flops
+    return count, round(flops)

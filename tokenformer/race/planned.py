@@ -1,0 +1,86 @@
+"""What a race comes to, worked out and timed before anything is trained."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ..evaluate import cross_entropy
+from ..flops import training_flops
+from ..models import build_model
+from ..optim import AdamW, parameter_groups
+from .arms import Arm, ends, parameters_of
+from .jobs import Race, all_jobs
+from .processes import clock, with_threads
+
+TIMED_STEPS = 3
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of columns, the first flush left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+
+
+def plan_lines(race: Race, slots: int) -> list[str]:
+    rows = [("arm", "role", "architecture", "parameters", "at the end", "steps", "tokens", "per parameter", "grows at")]
+    seconds = 0.0
+    count, flops = all_jobs(race)
+    headline_flops = 0.0
+    for arm in race.arms:
+        planned = race.plan(arm, arm.recipe)
+        start, end = parameters_of(arm.recipe, race.vocab_size)
+        shares = [f"{planned.progress(step):.0%}" for step in planned.growth_steps]
+        rows.append(
+            (
+                arm.name,
+                arm.role,
+                ends(arm.recipe, race.vocab_size)[0].model_type,
+                f"{start['total']:,}",
+                f"{end['total']:,}" if arm.grows else "",
+                f"{planned.steps:,}",
+                f"{planned.tokens:,}",
+                f"{planned.tokens / end['total']:.1f}",
+                ", ".join(shares),
+            )
+        )
+        seconds += planned.flops * seconds_per_flop(race, arm, slots)
+        headline_flops += planned.flops
+    whole = flops / headline_flops * seconds / slots
+    lines = [*table(rows), ""]
+    if race.recipe.race is not None:
+        section = race.section
+        lines.append(
+            f"{len(section.learning_rates)} learning rates at {section.tune_fraction:.0%} of the length, "
+            f"{len(section.seeds)} seeds, {len(section.budgets)} budgets, {race.recipe.train.flops:.3g} FLOPs an arm"
+        )
+    told = f"{count} runs, {flops:.3g} FLOPs: about {clock(whole)} with {slots} at a time, going by {TIMED_STEPS} steps"
+    return [*lines, f"{told} of each arm; a grid that has to grow takes longer"]
+
+
+def seconds_per_flop(race: Race, arm: Arm, slots: int) -> float:
+    """Of training steps at the arm's first size on random tokens, the first step not counted."""
+    recipe = with_threads(arm.recipe, race.place(arm.name), slots)
+    threads = torch.get_num_threads()
+    config = ends(arm.recipe, race.vocab_size)[0]
+    length, batch = recipe.data.sequence_length, recipe.data.batch_size
+    try:
+        if recipe.train.threads:
+            torch.set_num_threads(recipe.train.threads)
+        model = build_model(config, 0)
+        optimizer = AdamW(parameter_groups(model, recipe.train.weight_decay), lr=0.0)
+        tokens = torch.randint(race.vocab_size, (batch, length + 1))
+        began = 0.0
+        for step in range(TIMED_STEPS + 1):
+            if step == 1:
+                began = time.perf_counter()
+            cross_entropy(model, tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds = time.perf_counter() - began
+    finally:
+        torch.set_num_threads(threads)
+    return seconds / TIMED_STEPS / training_flops(config, length, batch)

@@ -1,0 +1,235 @@
+"""What a reader of a full race must doubt, and what would change its answer, each read off the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...statistics import seeds_needed
+from ..units import bits_text, flops_text, gap_text
+from ..verdict import (
+    differing_keys,
+    environment_doubts,
+    equal_budget,
+    levels,
+    run_doubts,
+    stream_doubts,
+    unequal_text,
+)
+from .words import answer, answered, best_arm, controls_of, headline, listed, pair_of, progress, share_text, signed
+
+OVERLAP = 0.05  # above this share of its stretches in the training text, a text is no longer held out (rule 4)
+LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
+FEW_SEEDS = 3
+WORTH_SEEDS = 30  # more than so many seeds are not worth naming a number for
+
+
+# --- warnings ---
+
+
+def status_warnings(report: dict[str, Any]) -> list[dict[str, str]]:
+    bad, warn = [], []
+    runs = [run for arm in report["arms"] for run in arm["runs"]]
+    if any(run["status"] not in ("finished", "failed") for run in runs):
+        tuning = sum(not arm["learning_rate"] for arm in report["arms"])
+        more = f"; {tuning} arms have no headline run yet" if tuning else ""
+        warn.append(f"The race is not finished: {progress(report)}{more}. Its numbers may still change.")
+    for arm in report["arms"]:
+        failed = [run for run in arm["runs"] if run["status"] == "failed"]
+        if failed:
+            where = listed([f"seed {run['seed']} at {share_text(report, run)}" for run in failed])
+            why = f": {failed[0]['error']}" if failed[0]["error"] else ""
+            bad.append(
+                f"**{arm['name']}** failed ({where}{why}). It is compared over the seeds that are left, in its favour."
+            )
+    return levels(bad, warn)
+
+
+def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
+    """Red where the answer is spoilt, amber where a reader should know; one note per arm and kind."""
+    bad: list[str] = []
+    started = [(arm, run) for arm in report["arms"] for run in arm["runs"] if run["status"] != "not started"]
+    seen: dict[tuple[str, str], int] = {}
+    notes: dict[tuple[str, str], str] = {}
+    floor = report["checks"].get("lzma_bits_per_byte")
+    for arm, run in started:
+        doubts = run_doubts({**run, "name": arm["name"]})
+        lowest = min((b for b in (run["bits_per_byte"], run["final_bits_per_byte"]) if b is not None), default=None)
+        if floor and lowest is not None and lowest < LZMA_SHARE * floor:
+            text = f"**{arm['name']}**: {bits_text(lowest)} bits per byte is less than a quarter of LZMA's {floor:.2f}."
+            doubts.append(("below LZMA", text))
+        for kind, text in doubts:
+            key = arm["name"], kind
+            notes.setdefault(key, text)
+            seen[key] = seen.get(key, 0) + 1
+    bad += [text + (f" ({seen[key]} of its runs.)" if seen[key] > 1 else "") for key, text in notes.items()]
+    for check, what in (("overlap", "held-out text"), ("final_overlap", "final text")):
+        share = report["checks"].get(check)
+        if share is not None and share > OVERLAP:
+            bad.append(f"{share:.0%} of the {what} also occurs in the training text, which is above {OVERLAP:.0%}.")
+    bad += stream_doubts([run for _, run in started]) + order_doubts(report) + rate_doubts(report)
+    if len(report["race"]["seeds"]) < FEW_SEEDS:
+        bad.append(f"Fewer than {FEW_SEEDS} seeds: {len(report['race']['seeds'])}. Intervals are wide and fragile.")
+    for budget in report["budgets"]:
+        spent = [cell for cell in budget["arms"] if cell["flops"]]
+        if len(spent) > 1 and not equal_budget(spent):
+            bad.append(f"At {flops_text(budget['flops'])}: {unequal_text(spent)}")
+    return levels(bad, soft_doubts(report) + environment_doubts([r for _, r in started], report["environment"]))
+
+
+def order_doubts(report: dict[str, Any]) -> list[str]:
+    """The windows and their order follow from the recipe: data.seed may differ between arms by no more than `seeds`."""
+    recipes = [arm["recipe"] for arm in report["arms"] if arm["recipe"]]
+    apart = [k for k in differing_keys([{"data": r.get("data")} for r in recipes]) if k != "data.skip_tokens"]
+    firsts = {run["seed"] for arm in report["arms"] for run in started_trunks(arm)[:1]}
+    if len(firsts) > 1:  # the recipes at hand are of different seeds
+        apart = [key for key in apart if key != "data.seed"]
+    return [f"The arms did not read the same windows in one order: {', '.join(apart)} differ."] if apart else []
+
+
+def started_trunks(arm: dict[str, Any]) -> list[dict[str, Any]]:
+    return [run for run in arm["runs"] if run["share"] == arm["runs"][-1]["share"] and run["status"] != "not started"]
+
+
+def rate_doubts(report: dict[str, Any]) -> list[str]:
+    """Whether each arm ran at the best rate of its trials, or, without trials, at that of the arm it stands beside."""
+    bad, rates = [], {arm["name"]: arm["learning_rate"] for arm in report["arms"]}
+    for arm in report["arms"]:
+        due = arm["best_rate"] if arm["trials"] else rates.get(arm["of"])
+        if arm["learning_rate"] and due and arm["learning_rate"] != due:
+            whose = "the best of its trials" if arm["trials"] else f"the rate of **{arm['of']}**"
+            bad.append(f"**{arm['name']}** ran at a learning rate of {arm['learning_rate']:g}, and {whose} is {due:g}.")
+    return bad
+
+
+def soft_doubts(report: dict[str, Any]) -> list[str]:
+    warn, tuned = [], [arm for arm in report["arms"] if arm["trials"]]
+    edges = [f"**{arm['name']}** ({arm['edge']})" for arm in tuned if arm["edge"]]
+    if edges:
+        warn.append(f"The best learning rate lies at an edge of the grid for {listed(edges)}: it may not be tuned.")
+    if len({len(arm["trials"]) for arm in tuned}) > 1:
+        warn.append("The arms do not have equally many trials of the learning rate.")
+    return warn
+
+
+# --- what would change it ---
+
+
+def changes(report: dict[str, Any]) -> list[str]:
+    """What would have to be otherwise for the answer to be another, each read off the numbers."""
+    budget = answered(report)
+    arm = budget and (best_arm(report, budget, grows=True) or best_arm(report, budget))
+    if not budget or not arm:
+        return ["Everything: there is no result yet."]
+    out, grown = [], [a for a in report["arms"] if a["role"] == "arm" and a["grows"]]
+    if len(grown) > 1:
+        out.append(
+            f"**{arm['name']}** is the best of {len(grown)} growing arms, chosen after the fact; chance favours it, "
+            "and fresh seeds would be a fairer test."
+        )
+    names = list(controls_of(report, budget, arm)) or [a["name"] for a in report["arms"] if a is not arm]
+    out += nearest(budget, arm["name"], names)
+    for name in names:
+        out += more_seeds(budget, arm["name"], name) + trend(report, budget, arm["name"], name)
+    for best in budget["compute_optimal"]:
+        if best["edge"]:
+            out.append(
+                f"The optimum of the sizes from scratch ({best['architecture']}) is not bracketed: **{best['arm']}** "
+                f"is the {best['edge']} of {best['sizes']}, and a size beyond it may be better still."
+            )
+    for arm_at_edge in [a for a in report["arms"] if a["trials"] and a["edge"]]:
+        word = "lower" if arm_at_edge["edge"] == "lowest" else "higher"
+        out.append(
+            f"A {word} learning rate may suit **{arm_at_edge['name']}** better: its best lies at the edge of the grid."
+        )
+    return out + disagreeing_cosine(report, budget) + fewer_alarms(budget)
+
+
+def nearest(budget: dict[str, Any], arm: str, names: list[str]) -> list[str]:
+    """Of the others that an arm is told apart from, the one that noise would hide first."""
+    found = [pair for name in names if (pair := pair_of(budget, arm, name)) is not None]
+    apart = [pair for pair in found if pair["word"] in ("better", "worse")]
+    if not apart:
+        return []
+    pair = min(apart, key=lambda p: abs(p["value"]) / (p["high"] - p["low"]))
+    times = abs(pair["value"]) / ((pair["high"] - pair["low"]) / 2)
+    which = "is the first of these pairs that would" if len(apart) > 1 else "would"
+    return [
+        f"More noise: **{arm}** against **{pair['other']}** {which} no longer be told apart if runs scattered "
+        f"{times:.1f} times as much as they did (s = {gap_text(budget['s'])})."
+    ]
+
+
+def more_seeds(budget: dict[str, Any], arm: str, other: str) -> list[str]:
+    """For a pair that is not told apart: the interval against the difference, and how many seeds would settle it."""
+    pair = pair_of(budget, arm, other)
+    if pair is None or pair["low"] is None or pair["word"] != "not told apart" or not budget["s"]:
+        return []
+    half, filled = (pair["high"] - pair["low"]) / 2, sum(cell["mean"] is not None for cell in budget["arms"])
+    needed = seeds_needed(pair["value"], budget["s"], filled) if pair["value"] else None
+    what = f"about {needed} seeds" if needed and needed <= WORTH_SEEDS else f"more than {WORTH_SEEDS} seeds"
+    return [
+        f"More seeds: **{arm}** against **{other}** differs by {signed(pair['value'])} with an interval of "
+        f"±{gap_text(half)}; if that difference is the true one, {what} would tell them apart."
+    ]
+
+
+def trend(report: dict[str, Any], budget: dict[str, Any], arm: str, other: str) -> list[str]:
+    """Whether the difference to another arm shrinks or grows towards the largest budget."""
+    earlier = [b for b in report["budgets"] if b["share"] < budget["share"]]
+    before = pair_of(earlier[-1], arm, other) if earlier else None
+    now = pair_of(budget, arm, other)
+    if before is None or now is None or before["low"] is None or now["low"] is None:
+        return []
+    if before["high"] >= now["low"] and before["low"] <= now["high"]:
+        return []  # the two intervals overlap: no trend can be read
+    word = "moves in favour of" if now["value"] < before["value"] else "moves against"
+    return [
+        f"A larger budget: the difference to **{other}** {word} **{arm}**, from {signed(before['value'])} at "
+        f"{flops_text(earlier[-1]['flops'])} to {signed(now['value'])} at {flops_text(budget['flops'])}."
+    ]
+
+
+def disagreeing_cosine(report: dict[str, Any], budget: dict[str, Any]) -> list[str]:
+    rows = [r for r in report["cosine"] if r["cosine"] is not None and r["wsd"] is not None]
+    out = []
+    for i, a in enumerate(rows):
+        for b in rows[i + 1 :]:
+            pair = pair_of(budget, a["arm"], b["arm"])
+            turned = a["seed"] == b["seed"] and (a["cosine"] - b["cosine"]) * (a["wsd"] - b["wsd"]) < 0
+            if turned and pair and pair["word"] != "not told apart":
+                out.append(
+                    f"Another schedule: with cosine **{a['arm']}** and **{b['arm']}** change places "
+                    f"({signed(a['cosine'] - b['cosine'])} against {signed(a['wsd'] - b['wsd'])}, one seed)."
+                )
+    return out
+
+
+def fewer_alarms(budget: dict[str, Any]) -> list[str]:
+    if not budget["pairs"]:
+        return []
+    return [
+        f"Chance: of {len(budget['pairs'])} pairs compared, {budget['told_apart']} are told apart; where none truly "
+        f"differed, about {budget['expected_false_alarms']:.1f} would be."
+    ]
+
+
+def judge_race(report: dict[str, Any]) -> dict[str, Any]:
+    """The calculated report with answer, warnings and what would change the answer (names between **)."""
+    doubts, status = warnings(report), status_warnings(report)
+    said = answer(report)
+    if any(note["level"] == "bad" for note in doubts + status):
+        said[0] = f"**Read the red notes first.** {said[0]}"
+    for arm in report["arms"]:  # said once: environment and data stand at the head of the report and in the run folders
+        for run in (*arm["runs"], *arm["trials"], *arm["cosine"]):
+            del run["environment"], run["data"]
+    return {
+        **report,
+        "answer": said,
+        "headline": headline(report),
+        "status_warnings": status,
+        "warnings": doubts,
+        "changes": changes(report),
+        "differing_keys": differing_keys(
+            [arm["recipe"] for arm in report["arms"] if arm["recipe"]], ("name", "description", "arms", "race", "noise")
+        ),
+    }

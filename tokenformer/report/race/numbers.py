@@ -1,0 +1,292 @@
+"""A full race through the statistics: cells, verdicts, FLOPs to a loss, sunk costs, sizes, growths, trials.
+
+All verdicts of a budget rest on one text: the final one where the race has it and a run at that budget was tested
+on it (docs/fairness.md, rule 26), else the held-out one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from ...statistics import (
+    Curve,
+    Difference,
+    Table,
+    compute_optimal,
+    copy_noise,
+    difference,
+    differences,
+    false_alarms,
+    flops_ratios,
+    flops_to_reach,
+    mean_sd,
+    own_interval,
+    power_law,
+    recovery,
+    spread_of,
+)
+
+FROM_SCRATCH = ("scratch", "small", "size")  # roles that the compute-optimal size is chosen among
+THRESHOLDS = 3
+
+
+def calculate(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with every number that the page shows; each is None or absent where its runs are missing."""
+    arms, race = report["arms"], report["race"]
+    for arm in arms:
+        judge_trials(arm)
+        note_growths(arm)
+    report["budgets"] = [budget_of(report, share) for share in race["budgets"]]
+    report["reach"] = reach(report)
+    report["sunk"] = [sunk for arm in arms if arm["grows"] for sunk in sunk_costs(report, arm)]
+    report["power_laws"] = {arm["name"]: law_of(report, arm) for arm in arms}
+    report["cosine"] = cosine_check(report)
+    report["copies"] = [
+        {"share": b["share"], **copy_noise(values_at(report, b["share"]), arm["name"], arm["of"])}
+        for arm in arms
+        if arm["role"] == "copy" and any(other["name"] == arm["of"] for other in arms)
+        for b in report["budgets"]
+    ]
+    return report
+
+
+# --- cells ---
+
+
+def runs_at(arm: dict[str, Any], share: float) -> list[dict[str, Any]]:
+    return [run for run in arm["runs"] if run["share"] == share]
+
+
+def measure_at(report: dict[str, Any], share: float) -> str:
+    """ "final_bits_per_byte" or "bits_per_byte": what the verdicts of a budget rest on."""
+    asked = report["race"].get("final_text")
+    tested = any(run["final_bits_per_byte"] is not None for arm in report["arms"] for run in runs_at(arm, share))
+    return "final_bits_per_byte" if asked and tested else "bits_per_byte"
+
+
+def measure_of_all(report: dict[str, Any]) -> str:
+    """What curves over budgets are drawn of: one text for all of them."""
+    measures = {measure_at(report, share) for share in report["race"]["budgets"]}
+    return measures.pop() if len(measures) == 1 else "bits_per_byte"
+
+
+def value_of(run: dict[str, Any], measure: str) -> float | None:
+    return run[measure] if run["status"] == "finished" else None
+
+
+def values_at(report: dict[str, Any], share: float) -> Table:
+    measure = measure_at(report, share)
+    table: Table = {}
+    for arm in report["arms"]:
+        found = {run["seed"]: value_of(run, measure) for run in runs_at(arm, share)}
+        table[arm["name"]] = {seed: value for seed, value in found.items() if value is not None}
+    return table
+
+
+def mean_of(runs: list[dict[str, Any]], key: str) -> float | None:
+    return mean_sd([run[key] for run in runs if run[key] is not None])[0]
+
+
+def budget_of(report: dict[str, Any], share: float) -> dict[str, Any]:
+    table = values_at(report, share)
+    spread, cells = spread_of(table), []
+    for arm in report["arms"]:
+        finished = [run for run in runs_at(arm, share) if run["status"] == "finished"]
+        mean, sd = mean_sd(list(table[arm["name"]].values()))
+        held_out, held_out_sd = mean_sd([run["bits_per_byte"] for run in finished])
+        memory = [run["peak_memory_bytes"] for run in finished if run["peak_memory_bytes"] is not None]
+        total = mean_sd([run["parameters"]["total"] for run in finished if run["parameters"].get("total")])[0]
+        tokens = mean_of(finished, "tokens")
+        cells.append(
+            {
+                "arm": arm["name"],
+                "seeds": sorted(table[arm["name"]]),
+                "values": [table[arm["name"]][seed] for seed in sorted(table[arm["name"]])],
+                "mean": mean,
+                "sd": sd,
+                "held_out_mean": held_out,
+                "held_out_sd": held_out_sd,
+                "flops": mean_of(finished, "flops"),
+                "seconds": mean_of(finished, "seconds"),
+                "tokens": tokens,
+                "peak_memory_bytes": max(memory, default=None),
+                "parameters": total,
+                "tokens_per_parameter": tokens / total if tokens and total else None,
+                "growths": max((len(growths_of(arm, run)) for run in finished), default=0),
+            }
+        )
+    compared = [d for d in differences(table, spread) if d.value is not None]
+    return {
+        "share": share,
+        "flops": report["race"]["flops"] * share / report["race"]["budgets"][-1],
+        "measure": measure_at(report, share),
+        "s": spread.s,
+        "df": spread.df,
+        "arms": cells,
+        "pairs": [asdict(d) for d in compared],
+        "told_apart": sum(d.word != "not told apart" for d in compared),
+        "expected_false_alarms": false_alarms(len(compared)),
+        "compute_optimal": optimal_sizes(report, cells),
+    }
+
+
+def cell_of(budget: dict[str, Any], arm: str) -> dict[str, Any]:
+    return next(cell for cell in budget["arms"] if cell["arm"] == arm)
+
+
+def optimal_sizes(report: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per architecture, the best of the sizes trained from scratch."""
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    for arm, cell in zip(report["arms"], cells, strict=True):
+        if arm["role"] in FROM_SCRATCH and cell["mean"] is not None and cell["parameters"]:
+            groups.setdefault(arm["architecture"], {})[arm["name"]] = (cell["parameters"], cell["mean"])
+    found = [(architecture, compute_optimal(sizes)) for architecture, sizes in groups.items()]
+    return [{"architecture": architecture, **best} for architecture, best in found if best]
+
+
+# --- FLOPs: to reach a loss, spent after growth, as a power law ---
+
+
+def curves_of(report: dict[str, Any], arm: dict[str, Any]) -> dict[int, Curve]:
+    """seed -> its decayed results over FLOPs."""
+    measure, curves = measure_of_all(report), {}
+    for seed in report["race"]["seeds"]:
+        ended = [run for run in arm["runs"] if run["seed"] == seed and value_of(run, measure) is not None]
+        if ended:
+            curves[seed] = [(run["flops"], run[measure]) for run in ended]
+    return curves
+
+
+def reference_of(report: dict[str, Any]) -> dict[str, Any]:
+    return next(arm for arm in report["arms"] if arm["name"] == report["race"]["reference"])
+
+
+def spread_out(values: list[Any], most: int) -> list[Any]:
+    """The first, the last, and evenly between: at most so many of them."""
+    if len(values) <= most:
+        return values
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
+def reach(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """At three thresholds, each arm's FLOPs over the reference's to reach the reference's loss."""
+    reference, measure = reference_of(report), measure_of_all(report)
+    others = [arm for arm in report["arms"] if arm is not reference]
+    curves, out = {arm["name"]: curves_of(report, arm) for arm in others}, []
+    for share in spread_out(report["race"]["budgets"], THRESHOLDS):
+        ended = [run for run in runs_at(reference, share) if value_of(run, measure) is not None]
+        targets = {run["seed"]: (run["flops"], run[measure]) for run in ended}
+        table = values_at(report, share)
+        spread = spread_of(table)
+        losses: dict[str, Difference] = {
+            arm["name"]: difference(table, arm["name"], reference["name"], spread) for arm in others
+        }
+        out.append(
+            {
+                "share": share,
+                "flops": mean_sd([flops for flops, _ in targets.values()])[0],
+                "loss": mean_sd([loss for _, loss in targets.values()])[0],
+                "ratios": {name: asdict(r) for name, r in flops_ratios(curves, targets, losses).items()},
+            }
+        )
+    return out
+
+
+def growths_of(arm: dict[str, Any], run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The growths behind a run's result: its own, and those of its trunk before it branched off."""
+    trunk = next((r for r in arm["runs"] if r["seed"] == run["seed"] and r["share"] == arm["runs"][-1]["share"]), run)
+    if trunk is run or not run["curve"]:
+        return run["growth"]
+    began = min((flops for flops in run["curve"]["flops"] if flops is not None), default=0.0)
+    size = run["parameters"].get("total")  # tells apart a branch that starts just before a growth from one just after
+    behind = [v for v in trunk["growth"] if v["flops"] <= began]
+    return [v for v in behind if v["flops"] < began or v["parameters_after"] == size] + run["growth"]
+
+
+def sunk_costs(report: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """FLOPs after the last growth alone, over what the reference needs from its first step for the same loss."""
+    reference, measure, out = reference_of(report), measure_of_all(report), []
+    against = curves_of(report, reference)
+    for share in report["race"]["budgets"]:
+        spent, logs, sides = [], [], set()
+        for run in runs_at(arm, share):
+            events, value = growths_of(arm, run), value_of(run, measure)
+            if not events or value is None:
+                continue
+            after = run["flops"] - events[-1]["flops"]
+            spent.append(after)
+            if run["seed"] in against and after > 0:
+                needed, side = flops_to_reach(against[run["seed"]], value)
+                logs.append(math.log(after / needed))
+                # What bounds the reference's FLOPs from below bounds the ratio from above.
+                sides.add({"more than": "less than", "less than": "more than"}.get(side, ""))
+        if spent:
+            mean, low, high = own_interval(logs)
+            inside = sides == {""}
+            side = "" if inside or not sides else "unbounded" if len(sides - {""}) > 1 else (sides - {""}).pop()
+            ratio = None if mean is None else math.exp(mean)
+            bounds = [math.exp(b) if inside and b is not None else None for b in (low, high)]
+            more = {"ratio": ratio, "side": side, "low": bounds[0], "high": bounds[1]}
+            out.append({"arm": arm["name"], "share": share, "flops": mean_sd(spent)[0], "seeds": len(spent), **more})
+    return out
+
+
+def law_of(report: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
+    """The power law of an arm's results, or the reason why there is none."""
+    measure = measure_of_all(report)
+    curves: dict[int, Curve] = {}
+    for share in report["race"]["budgets"]:
+        ended = [run for run in runs_at(arm, share) if value_of(run, measure) is not None]
+        flops = mean_of(ended, "flops")  # runs end at whole steps; one x for all seeds
+        for run in ended:
+            curves.setdefault(run["seed"], []).append((flops or 0.0, run[measure]))
+    fit = power_law(curves)
+    return {"reason": fit} if isinstance(fit, str) else {"reason": None, **asdict(fit)}
+
+
+# --- one arm at a time ---
+
+
+def judge_trials(arm: dict[str, Any]) -> None:
+    """Rule 13: the lowest of the finished trials, and whether it lies at an edge of the grid."""
+    trials = [t for t in arm["trials"] if t["status"] == "finished" and t["bits_per_byte"] is not None]
+    best = min(trials, key=lambda t: t["bits_per_byte"], default=None)
+    arm["best_rate"] = best["learning_rate"] if best else None
+    rates = sorted(t["learning_rate"] for t in arm["trials"])
+    edge = "" if best is None or len(rates) < 2 else "lowest" if best["learning_rate"] == rates[0] else ""
+    arm["edge"] = "highest" if best and len(rates) > 1 and best["learning_rate"] == rates[-1] else edge
+
+
+def note_growths(arm: dict[str, Any]) -> None:
+    """Writes rise and recovery_flops into each growth of each run, from its held-out curve."""
+    for run in arm["runs"]:
+        if not run["curve"]:
+            continue
+        points = [p for p in zip(*(run["curve"][k] for k in ("step", "flops", "bits_per_byte")), strict=True)]
+        ends = [event["step"] for event in run["growth"][1:]] + [math.inf]
+        for event, until in zip(run["growth"], ends, strict=False):
+            at = [p for p in points if p[0] == event["step"]]  # one before the growth, one right after it
+            earlier = [p for p in points if p[0] < event["step"]]
+            after = [p for p in points if event["step"] < p[0] < until]
+            if not at + earlier:
+                continue
+            before, first = (at[0], at[1:]) if at else (earlier[-1], [])
+            seen = [(flops, bits) for _, flops, bits in (*first, *after) if bits is not None]
+            found = recovery(before[2], event["flops"], seen) if before[2] is not None else recovery(0.0, 0.0, [])
+            event["rise"], event["recovery_flops"] = found["rise"], found["flops"]
+
+
+def cosine_check(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Per arm and seed with a cosine run: both schedules at the largest budget."""
+    share, out = report["race"]["budgets"][-1], []
+    measure = measure_at(report, share)
+    for arm in report["arms"]:
+        for run in arm["cosine"]:
+            key = measure if run[measure] is not None else "bits_per_byte"
+            same = next((r for r in runs_at(arm, share) if r["seed"] == run["seed"]), None)
+            wsd = value_of(same, key) if same else None
+            more = {"status": run["status"], "measure": key, "cosine": value_of(run, key), "wsd": wsd}
+            out.append({"arm": arm["name"], "seed": run["seed"], **more})
+    return out

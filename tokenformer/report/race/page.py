@@ -1,0 +1,63 @@
+"""A full race as one page: answer, results over FLOPs and seconds, verdicts, arms, trials, what would change it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..markup import pairs, prose
+from ..page import TOGGLE, document, figure, growth_key, head, legend, small_print
+from ..tables import data_texts, provenance
+from .charts import top_charts, training_chart
+from .tables import arms_section, hyperparameters, trials_section
+from .verdicts import (
+    cosine_section,
+    growth_section,
+    law_section,
+    noise_section,
+    optimal_section,
+    reach_section,
+    sunk_section,
+    verdict_section,
+)
+
+__all__ = ["page", "png_texts", "top_charts"]
+
+
+def png_texts(report: dict[str, Any]) -> tuple[str, str]:
+    """The answer and the small print of the picture."""
+    bare = [re.sub(r" \(the [^)]*\)", "", said).replace("**", "") for said in report["answer"]]
+    told = " ".join(bare) if sum(map(len, bare)) < 430 else bare[0]
+    text = "Fully decayed results, bits per byte, lower is better: means over seeds, bands of one standard deviation."
+    return told, small_print(report, text)
+
+
+def page(report: dict[str, Any]) -> str:
+    """The whole page, in the frame of every page of this package."""
+    results = "".join(figure(chart, f"top{i}") for i, chart in enumerate(top_charts(report)))
+    training = training_chart(report)
+    band = "Each mark is a run that decayed fully at that budget, mean over seeds; the band is one standard deviation."
+    body = (
+        f'{head(report)}<div class="bar-top"><h2>Results</h2>{TOGGLE}</div>'
+        f'{legend(report)}<div class="charts">{results}</div><p class="small">{band}</p>'
+        f"{verdict_section(report)}{changes_section(report)}{reach_section(report)}{arms_section(report)}"
+        f"{optimal_section(report)}{growth_section(report)}{sunk_section(report)}"
+        f'<h2>On the way</h2><div class="charts one">{figure(training, "way")}</div>{growth_key(training)}'
+        '<p class="small">Runs of the whole budget: mean over seeds, the band from the lowest to the highest seed; '
+        "failed runs are left out. Dashed: growths.</p>"
+        f"{noise_section(report)}{law_section(report)}{cosine_section(report)}"
+        f"{trials_section(report)}{hyperparameters(report)}{checks_section(report)}"
+        f"{data_texts(report)}{provenance(report)}"
+    )
+    return document(report, body)
+
+
+def changes_section(report: dict[str, Any]) -> str:
+    items = "".join(f"<li>{prose(text)}</li>" for text in report["changes"])
+    return f'<h2>What would change the answer</h2><ul class="changes">{items}</ul>'
+
+
+def checks_section(report: dict[str, Any]) -> str:
+    """What was measured before the race: leaks, and how predictable the text is."""
+    checks = {key: value for key, value in report["checks"].items() if value is not None}
+    return f"<h2>Checks before the race</h2>{pairs(checks)}" if checks else ""

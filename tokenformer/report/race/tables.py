@@ -1,0 +1,130 @@
+"""The other tables of a full race: its arms, their trials of the learning rate, every hyperparameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..markup import e, name_of, pairs, table
+from ..tables import differing_table
+from ..units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text
+from ..verdict import flatten
+from .charts import trunks
+from .words import share_text
+
+ROLES = {
+    "arm": "",
+    "scratch": "control: target size from scratch",
+    "small": "control: small size, longer",
+    "dropped": "control: optimizer state dropped",
+    "size": "control: another size",
+    "copy": "control: copy, for the noise",
+}
+IGNORED = ("name", "description", "arms", "race", "noise")  # of a recipe: what is no hyperparameter of a run
+
+
+def span(start: Any, end: Any) -> str:
+    """A count, or from one to another where it grows."""
+    return count_text(end) if start == end or start is None else f"{count_text(start)} → {count_text(end)}"
+
+
+def mean_text(mean: float | None, sd: float | None) -> str:
+    return MISSING if mean is None else bits_text(mean) + ("" if sd is None else f" ± {gap_text(sd)}")
+
+
+def arms_section(report: dict[str, Any]) -> str:
+    budgets = report["budgets"]
+    final = any(b["measure"] == "final_bits_per_byte" for b in budgets)
+    memory = any(cell["peak_memory_bytes"] for b in budgets for cell in b["arms"])
+    sparse = any(arm["parameters_end"].get("active") != arm["parameters_end"].get("total") for arm in report["arms"])
+    counts = ["total", "active", "embedding"] if sparse else ["total", "embedding"]
+    head = ["arm", "architecture", "parameters", *counts[1:], "learning rate"]
+    head += [f"{share_text(report, b)}<br>{flops_text(b['flops'])}" for b in budgets]
+    head += ["tokens", "tokens per parameter", "FLOPs of growing", *(["memory"] if memory else []), "time"]
+    last, rows = budgets[-1], []
+    for i, arm in enumerate(report["arms"]):
+        beside = f", beside {arm['of']}" if arm["of"] else ""
+        role = f"<span class=about>{e(ROLES[arm['role']] + beside)}</span>"
+        about = f"<span class=about>{e(arm['description'])}</span>" if arm["description"] else ""
+        start, end = arm["parameters"], arm["parameters_end"]
+        row = [name_of(report, arm) + (role if ROLES[arm["role"]] else "") + about, e(arm["architecture"] or MISSING)]
+        row += [span(start.get(key), end.get(key)) for key in counts]
+        row.append(MISSING if arm["learning_rate"] is None else f"{arm['learning_rate']:g}")
+        for budget in budgets:
+            cell = budget["arms"][i]
+            text = f"<b>{mean_text(cell['mean'], cell['sd'])}</b>"
+            if final:
+                text += f"<span class=about>held out {mean_text(cell['held_out_mean'], cell['held_out_sd'])}</span>"
+            if len(cell["seeds"]) != len(report["race"]["seeds"]):
+                asked = len(report["race"]["seeds"])
+                text += f'<span class="tag warn">{len(cell["seeds"])} of {asked} seeds</span>'
+            growths = max(b["arms"][i]["growths"] for b in budgets)
+            if arm["grows"] and cell["mean"] is not None and cell["growths"] < growths:
+                grown = f"grown {cell['growths']} of {growths} times" if cell["growths"] else "before growth"
+                text += f'<span class="tag">{grown}</span>'
+            row.append(text)
+        cell = last["arms"][i]
+        spent = [sum(v.get("growth_flops", 0) for v in run["growth"]) for run in trunks(arm)]
+        grown = flops_text(sum(spent) / len(spent)) if spent and any(spent) else ("0" if spent else MISSING)
+        per = MISSING if cell["tokens_per_parameter"] is None else f"{cell['tokens_per_parameter']:.1f}"
+        row += [count_text(cell["tokens"]), per, grown]
+        row += [bytes_text(cell["peak_memory_bytes"])] if memory else []
+        rows.append([*row, seconds_text(cell["seconds"])])
+    text = "the final text, on which verdicts rest, and the held-out text" if final else "the held-out text"
+    note = (
+        f'<p class="small">Bits per byte on {text}: mean ± standard deviation over seeds, each fully decayed at its '
+        "budget. Tokens, memory and time are of the whole budget; arms that ran side by side shared a machine."
+        f"{'' if sparse else ' All parameters are active.'}</p>"
+    )
+    return f"<h2>Arms</h2>{table(head, rows, 'arms', tuple(range(2, len(head))))}{note}"
+
+
+def bytes_text(value: float | None) -> str:
+    return MISSING if value is None else f"{value / 2**20:,.0f} MiB"
+
+
+def trials_section(report: dict[str, Any]) -> str:
+    """A row per arm, a column per learning rate; the chosen one marked, an edge flagged."""
+    tuned = [arm for arm in report["arms"] if arm["trials"]]
+    rates = sorted({trial["learning_rate"] for arm in tuned for trial in arm["trials"]})
+    if not tuned:
+        return ""
+    rows = []
+    for arm in tuned:
+        found, row = {trial["learning_rate"]: trial for trial in arm["trials"]}, [name_of(report, arm)]
+        for rate in rates:
+            row.append(trial_html(found.get(rate), rate == (arm["learning_rate"] or arm["best_rate"])))
+        edge = f'<span class="tag warn">at the {arm["edge"]} of the grid</span>' if arm["edge"] else ""
+        rows.append([*row, edge])
+    race = report["race"]
+    note = (
+        f'<p class="small">Every trial: bits per byte at {flops_text(race.get("tune_flops"))} '
+        f"({100 * race.get('tune_fraction', 0):g} % of the budget), with a seed of its own. The lowest is taken; "
+        "copies and arms with dropped state take the rate of the arm that they stand beside.</p>"
+    )
+    head = ["arm", *(f"{rate:g}" for rate in rates), ""]
+    return f"<h2>Learning-rate trials</h2>{table(head, rows, 'trials', tuple(range(1, len(rates) + 1)))}{note}"
+
+
+def trial_html(trial: dict[str, Any] | None, chosen: bool) -> str:
+    if trial is None:
+        return MISSING
+    if trial["status"] == "failed":
+        return "diverged"
+    if trial["status"] != "finished":
+        return e(trial["status"])
+    bits = bits_text(trial["bits_per_byte"])
+    return f'<b class="chosen">✓ {bits}</b>' if chosen else bits
+
+
+def hyperparameters(report: dict[str, Any]) -> str:
+    """What differs, arm by arm, then what all share, once."""
+    arms = [arm for arm in report["arms"] if arm["recipe"]]
+    flat, keys = [flatten(arm["recipe"]) for arm in arms], report["differing_keys"]
+    out = ["<h2>Every hyperparameter</h2>"]
+    if keys:
+        out.append('<p class="small">What differs between the arms, in the recipe of each one’s first seed.</p>')
+        out.append(differing_table(report, arms, flat))
+    shared = {k: v for k, v in flat[0].items() if k not in keys and k.split(".")[0] not in IGNORED} if flat else {}
+    if shared:
+        out.append(f"<details><summary>What all arms share: {len(shared)} keys</summary>{pairs(shared)}</details>")
+    return "".join(out)
