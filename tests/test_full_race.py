@@ -16,10 +16,12 @@ from tiny_runs import tiny
 from tokenformer import runs
 from tokenformer.data import prepare
 from tokenformer.models import build_config
-from tokenformer.race import checks, jobs, plan_race, processes, race_of, run_race
+from tokenformer.race import checks, jobs, plan_race, processes, race_of, run_race, settle_moved
 from tokenformer.race.arms import arms_of
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
 from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from tokenformer.state import save_state
+from tokenformer.step import train_step as step
 from tokenformer.train import Diverged, Stopped, train
 
 GROWN = {"name": "grown", "growth": [{"at_fraction": 0.2, "to": {"ffn_tokens": 32}}]}
@@ -347,6 +349,36 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
     for path in results:
         again = tmp_path / "cut" / path.relative_to(tmp_path / "whole")
         assert runs.read_json(again)["bits_per_byte"] == runs.read_json(path)["bits_per_byte"]
+
+
+@pytest.mark.parametrize("steps_before", [0, 4])
+def test_a_branch_that_was_begun_goes_on_where_the_race_has_been_moved_to(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_before: int
+) -> None:
+    recipe = racing(shared, race={"controls": False}, evaluate_every=1000, checkpoint_every=1000, flops=5e7)
+    race = race_of(recipe, tmp_path / "here")
+    trunk = headline(race, race.arms[0], 0, 0.01)
+    train(trunk.recipe, race.place(trunk.name), say=None)
+
+    def killed(run: Any, state: Any, *rest: Any) -> Any:
+        if state.step == steps_before:
+            raise KeyboardInterrupt
+        taken = step(run, state, *rest)
+        if state.step == steps_before:
+            save_state(run, state)
+        return taken
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys.modules["tokenformer.train"], "train_step", killed)
+        job = jobs.branch(race, race.arms[0], trunk, 0.5)
+        train(job.recipe, race.place(job.name), say=None)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = race_of(recipe, tmp_path / "there")
+    job = jobs.branch(moved, moved.arms[0], trunk, 0.5)
+    with pytest.raises(ValueError, match="was begun with another recipe: model.checkpoint"):
+        train(job.recipe, moved.place(job.name), resume=True, say=None)
+    settle_moved(moved)
+    assert train(job.recipe, moved.place(job.name), resume=True, say=None)["status"] == "finished"
 
 
 def test_a_race_stops_after_its_minutes_and_says_how_to_go_on(

@@ -151,8 +151,8 @@ def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:
     """One run of an arm: what it came to, its growths, and its held-out loss on the way."""
     if not is_started(folder):
         empty: dict[str, Any] = {**dict.fromkeys(RUN_KEYS), "growth": [], "step": 0}
-        empty |= {"parameters": {}, "data": {}, "environment": {}}
-        return {**labels, **empty, "status": "not started", "final_bits_per_byte": None, "final_sha256": None, "curve": None}
+        empty |= {"parameters": {}, "data": {}, "environment": {}, "final_bits_per_byte": None, "final_sha256": None}
+        return {**labels, **empty, "status": "not started", "curve": None}
     run = read_run(folder)
     curve = {key: run["curves"]["eval"][key] for key in ("step", "flops", "seconds", "tokens", "bits_per_byte")}
     path = folder / "final.json"
