@@ -244,6 +244,32 @@ def test_what_spoils_the_answer_is_red(tmp_path, changes, flag, control):
     assert reds(fine) == [] and not fine["answer"][0].startswith("**Read")
 
 
+def test_runs_that_cannot_come_any_more_are_failed_and_so_is_tuning_that_only_diverged(tmp_path):
+    def loss(arm, rate, seed, share):
+        return None if arm == "small" and (share < 0.25 or seed == 2) else plausible(arm, rate, seed, share)
+
+    def skip(arm, seed, share):  # what would branch off a run that failed
+        return arm == "small" and seed == 2 and share < 1
+
+    told = read_report(write_full_race(tmp_path / "race", loss=loss, skip=skip))
+    small = next(arm for arm in told["arms"] if arm["name"] == "small")
+    assert [run["status"] for run in small["runs"]].count("failed") == 3
+    assert not any("not finished" in text for text in ambers(told))
+    assert any("Every trial of **small** failed" in text for text in reds(told))
+    waiting = read_report(write_full_race(tmp_path / "waiting", skip=skip))  # the control: its trunk has not failed
+    assert any("The race is not finished" in text for text in ambers(waiting)) and reds(waiting) == []
+
+
+def test_two_final_texts_are_red_and_two_budgets_are_said(tmp_path):
+    folder = write_full_race(tmp_path / "race", final=plausible)
+    assert reds(read_report(folder)) == [] and not any("budgets" in text for text in ambers(read_report(folder)))
+    path = folder / "arms/small/seed-1/final.json"
+    write(path, json.loads(path.read_text()) | {"text_sha256": "cd" * 32})
+    assert any("the same final text" in text for text in reds(read_report(folder)))
+    two = write_full_race(tmp_path / "two", budgets=(0.5, 1.0))
+    assert any("Fewer than 3 budgets: 2" in text for text in ambers(read_report(two)))
+
+
 def test_streams_that_differ_are_red(tmp_path):
     folder = write_full_race(tmp_path / "race")
     path = folder / "arms/small/seed-1/data.json"

@@ -18,6 +18,10 @@ SMALL = "train.threads=1 train.evaluate_every=100 data.batch_size=2 data.sequenc
 # What is added to a command so that it takes seconds: a budget of few steps, and for the GPU recipe no network.
 SHRINK = {
     "quickstart": f"train.flops=1e9 train.warmup_steps=2 {SMALL}",
+    "race growth_llama_cpu": (
+        "train.flops=3e11 train.warmup_steps=2 data.source=embedded data.valid_source=README.md "
+        f"race.final_text=README.md {SMALL}"
+    ),
     "train gpu_150m": (
         f"train.steps=3 train.warmup_steps=1 growth.0.at_fraction=0.4 growth.0.rewarm_steps=1 {SMALL} "
         "train.compile=false train.accumulation_steps=1 "

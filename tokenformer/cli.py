@@ -59,9 +59,9 @@ TEXTS = {
         report.html, .png and .json. --plan prints arms, parameters, FLOPs and the time foretold, and trains
         nothing. --minutes stops in good order, with exit code 75 while there is more to do; --resume goes on.
 
-          tokenformer race growth_cpu --plan
-          tokenformer race growth_cpu --out runs/growth data.source=text.txt.xz
-          tokenformer race growth_cpu --out runs/growth data.source=text.txt.xz --resume --minutes 10
+          tokenformer race growth_llama_cpu --plan
+          tokenformer race growth_llama_cpu --out runs/growth --jobs 2
+          tokenformer race growth_llama_cpu --out runs/growth --resume --minutes 10
         """,
     ),
     "grow": (

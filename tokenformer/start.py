@@ -57,7 +57,16 @@ def start_config(start: Start) -> Any:
     from transformers import CONFIG_MAPPING
 
     assert start.config is not None
-    return CONFIG_MAPPING[start.config["model_type"]].from_dict(start.config)
+    return CONFIG_MAPPING[start.config["model_type"]].from_dict(with_floats(start.config))
+
+
+def with_floats(value: Any) -> Any:
+    """What transformers writes as {"__float__": "Infinity"}, since JSON has no such number, as that number again."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: with_floats(each) for key, each in value.items()}
+    return [with_floats(each) for each in value] if isinstance(value, list) else value
 
 
 # --- the tokenizer ---

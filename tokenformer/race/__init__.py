@@ -24,7 +24,7 @@ from ..train import require_feasible
 from .arms import Arm, arms_of, ends, parameters_of
 from .checks import check_texts, require_causal
 from .final import final_windows
-from .jobs import Race, all_jobs, bits_of, grid, headline, todo, trial
+from .jobs import Race, all_jobs, bits_of, grid, headline, require_branches, todo, trial
 from .planned import plan_lines, table
 from .processes import Progress, run_jobs, run_main
 
@@ -82,19 +82,21 @@ def race_of(recipe: Recipe, folder: Path) -> Race:
 
 def require_all_feasible(race: Race, say: Say) -> Corpus:
     """ValueError, naming the arm, unless every arm can be run to its end; returns the text that all of them read."""
+    if race.recipe.race is not None and race.final_text:
+        final_windows(race.recipe, *race.final_text)
     for arm in race.arms:
-        first = [Path(arm.name)]
-        recipes = [arm.recipe]
-        if race.recipe.race is not None:
-            rate = race.section.learning_rates[0]
-            named = (trial(race, arm, rate), headline(race, arm, race.section.seeds[0], rate))
-            first, recipes = [Path(job.name) for job in named], [job.recipe for job in named]
         try:
-            for name, recipe in zip(first, recipes, strict=True):
-                _, corpus, _, _ = require_feasible(recipe, race.place(str(name)), say)
+            named = [(arm.name, arm.recipe)]
+            if race.recipe.race is not None:
+                rate = race.section.learning_rates[0]
+                first = (trial(race, arm, rate), headline(race, arm, race.section.seeds[0], rate))
+                named = [(job.name, job.recipe) for job in first]
+                require_branches(race, arm)
+            for name, recipe in named:
+                _, corpus, _, _ = require_feasible(recipe, race.place(name), say)
             if race.recipe.race is not None:
                 for config in ends(arm.recipe, race.vocab_size)[:2]:
-                    require_causal(config, arm.name)
+                    require_causal(config, arm.name, min(32, recipe.data.sequence_length))
         except ValueError as error:
             text = str(error)
             raise ValueError(text if text.startswith("arm ") else f"arm {arm.name}: {text}") from None
@@ -104,6 +106,7 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
 def open_race(race: Race, corpus: Corpus) -> None:
     """Remove what a killed process left half written, check the texts, and write race.json unless it is there."""
     runs.remove_unfinished(race.folder)
+    settle_moved(race)
     path, recipe = race.folder / runs.RACE, race.recipe
     if path.exists():
         return
@@ -129,6 +132,18 @@ def open_race(race: Race, corpus: Corpus) -> None:
         written["checks"] = check_texts(corpus, 0, final)
         written["arms"] = [arm_entry(race, arm) for arm in race.arms]
     runs.write_json(path, written)
+
+
+def settle_moved(race: Race) -> None:
+    """Branches that were begun name the checkpoint of their trunk: where it lies now, if the race has been moved."""
+    for path in race.place("").glob(f"*/*/{runs.START}"):
+        start, begun = runs.read_object(path, {"checkpoint": str}), path.parent / runs.RECIPE
+        here = race.place("").resolve().joinpath(*Path(start["checkpoint"]).parts[-4:])  # ARM/seed-0/checkpoints/step
+        if bits_of(path.parent) is None and str(here) != start["checkpoint"] and here.exists() and begun.exists():
+            recipe = runs.read_object(begun, {"model": dict})
+            recipe["model"]["checkpoint"] = str(here)
+            runs.write_json(begun, recipe)
+            runs.write_json(path, {**start, "checkpoint": str(here)})
 
 
 def arm_entry(race: Race, arm: Arm) -> dict[str, Any]:

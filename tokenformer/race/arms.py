@@ -10,7 +10,7 @@ from typing import Any
 from ..flops import count_parameters, parameters
 from ..growth.lowrank import Ranks, factorise, settled_ranks
 from ..models import build_model
-from ..plan import model_config, phase_configs, plan
+from ..plan import chooses_experts, model_config, phase_configs, plan
 from ..recipe import Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
 from ..start import Start
 
@@ -47,13 +47,17 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
     race = recipe.race
     if race is None:
         return arms
+    for arm in arms:
+        if arm.recipe.model.checkpoint and len(race.budgets) > 1:
+            raise ValueError(f"arm {arm.name}: starts from model.checkpoint, whose cost no smaller budget holds; "
+                             "set race.budgets = [1.0]")
     growing = [arm for arm in arms if arm.grows]
     if race.controls:
         for arm in growing:
             if arm.recipe.model.checkpoint:
                 raise ValueError(f"arm {arm.name}: starts from model.checkpoint, so its controls cannot be made; "
                                  "write them as arms and set race.controls = false")
-            target, small = target_of(arm, vocab_size), ungrown(arm.recipe)
+            target, small = target_of(arm, vocab_size), ungrown(arm.recipe, vocab_size)
             add(arms, "scratch", arm, target, "the grown size from the first step", vocab_size)
             add(arms, "small", arm, small, "the size before growth, trained longer", vocab_size)
         dropping = next((arm for arm in growing if all(event.moments == "keep" for event in arm.recipe.growth)), None)
@@ -62,7 +66,7 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
             add(arms, "dropped", dropping, dropped(dropping.recipe), words, vocab_size)
         base = next((arm for arm in arms if arm.role == "small"), arms[0])
         for number, fields in enumerate(race.sizes, start=1):
-            sized = changed_model(base.recipe, fields)
+            sized = changed_model(base.recipe, fields, f"race.sizes.{number - 1}", vocab_size)
             add(arms, f"size-{number}", base, sized, "another size from scratch", vocab_size, "size")
     elif race.sizes:
         raise ValueError("race.sizes: has no effect with race.controls = false")
@@ -115,8 +119,12 @@ def same_run(a: Recipe, b: Recipe, vocab_size: int) -> bool:
 # --- the recipes of controls ---
 
 
-def ungrown(recipe: Recipe) -> Recipe:
-    return replace(recipe, growth=[])
+def ungrown(recipe: Recipe, vocab_size: int) -> Recipe:
+    """Without growth; where that alone would have brought experts, there are none to keep in balance."""
+    small = replace(recipe, growth=[])
+    if chooses_experts(model_config(small, vocab_size, Start())):
+        return small
+    return replace(small, train=replace(small.train, expert_balance="none"))
 
 
 def dropped(recipe: Recipe) -> Recipe:
@@ -129,10 +137,15 @@ def dropped(recipe: Recipe) -> Recipe:
     return replace(recipe, growth=events)
 
 
-def changed_model(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
-    table = recipe_to_dict(ungrown(recipe))
+def changed_model(recipe: Recipe, fields: dict[str, Any], key: str, vocab_size: int) -> Recipe:
+    table = recipe_to_dict(ungrown(recipe, vocab_size))
     table["model"] |= fields
-    return recipe_from_dict(table, "race.sizes")
+    try:
+        sized = recipe_from_dict(table, key)
+        ends(sized, vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return sized
 
 
 def target_of(arm: Arm, vocab_size: int) -> Recipe:

@@ -83,7 +83,7 @@ def check_texts(corpus: Corpus, tokens: int, final: np.ndarray | None) -> dict[s
 
 
 def require_causal(config: Any, name: str, length: int = 32) -> None:
-    """ValueError if a model's logits at a position change with tokens after it."""
+    """ValueError if a model's logits at a position change with tokens after it, in texts of `length` tokens."""
     model = build_model(config, 0).eval()
     generator = torch.Generator().manual_seed(0)
     first = torch.randint(config.vocab_size, (2, length), generator=generator)

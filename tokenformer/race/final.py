@@ -32,7 +32,10 @@ def evaluate_final(recipe: Recipe, folder: Path, text: str, most_tokens: int) ->
 def final_windows(recipe: Recipe, text: str, most_tokens: int) -> tuple[Tensor, Tensor]:
     """Token ids and bytes, (W, T + 1) each; ValueError where the text fills no window."""
     length = recipe.data.sequence_length
-    tokens, sizes = text_windows([text], load_tokenizer(recipe.data.tokenizer), length)[0]
+    try:
+        tokens, sizes = text_windows([text], load_tokenizer(recipe.data.tokenizer), length)[0]
+    except ValueError as error:
+        raise ValueError(f"race.final_text: {str(error).removeprefix('--text ')}") from None
     count = min(len(tokens), most_tokens // length)
     if tokens.shape[1] != length + 1 or not count:
         raise ValueError(f"race.final_text = {text!r}: holds less than one window of {length} tokens")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .. import runs
-from ..plan import Plan, plan
+from ..plan import Plan, plan, ramp_steps
 from ..recipe import RaceSection, Recipe
 from ..start import Start
 from .arms import WEIGHTS_SEED, Arm, with_seed
@@ -180,6 +180,29 @@ def branch(race: Race, arm: Arm, trunk: Job, share: float) -> Job:
         growth=[],
     )
     return Job(f"{trunk.name}_at-{share:g}", recipe, round(budget - seen["flops"]), trunk.final_text)
+
+
+def require_branches(race: Race, arm: Arm) -> None:
+    """ValueError unless each smaller budget's branch begins in the stable phase and has a step to decay in.
+
+    Where a growth waits for a slope, it is taken to come at the latest.
+    """
+    planned, decay = race.plan(arm, arm.recipe), arm.recipe.train.decay_fraction
+    assert arm.recipe.train.flops is not None
+    rising = [arm.recipe.train.warmup_steps]  # steps of warm-up, or of growing in, at the beginning of each phase
+    for event in planned.events:
+        rewarms = event.section.learning_rate != "keep"
+        rising.append(max(event.section.rewarm_steps if rewarms else 0, ramp_steps(event)))
+    for share in race.section.budgets[:-1]:
+        step = planned.step_at(rounded(share * (1 - decay)))
+        index = max(i for i, phase in enumerate(planned.phases) if phase.first_step < max(step, 1))
+        phase = planned.phases[index]  # a growth on that boundary comes after the checkpoint
+        where = f"race.budgets: {share:g}: its decay would begin at step {step}"
+        if step < phase.first_step + rising[index]:
+            what = f"the warm-up or ramp of {planned.events[index - 1].name}" if index else "the warm-up"
+            raise ValueError(f"{where}, and {what} lasts until {phase.first_step + rising[index]}")
+        if arm.recipe.train.flops * share - planned.flops_at(step, index) < phase.flops_per_step:
+            raise ValueError(f"{where} and leave no room for a step; take a larger share, or more train.flops")
 
 
 def checkpoint_at(run: Path, flops: int) -> Path:

@@ -249,10 +249,10 @@ def check_race(recipe: Recipe, where: Where) -> None:
             raise ValueError(f"race.{name}: {getattr(race, name)}: must {must} (from {where(f'race.{name}')})")
     if recipe.train.flops is None:
         raise ValueError(f"race: needs train.flops, the largest budget (from {where('race')})")
-    if recipe.train.schedule != "wsd" or not recipe.train.decay_fraction:
+    if recipe.train.schedule != "wsd":
         raise ValueError(
             f"train.schedule: {recipe.train.schedule!r} cannot be branched at several budgets; a race with [race] "
-            f"takes 'wsd' and a train.decay_fraction above 0 (from {where('train.schedule')})"
+            f"takes 'wsd' (from {where('train.schedule')})"
         )
     if recipe.noise:
         raise ValueError(f"noise: a race with [race] measures its own (from {where('noise')})")
@@ -262,7 +262,20 @@ def check_race(recipe: Recipe, where: Where) -> None:
         changed += ["data"] if "data" in arm.overrides else []
         if changed:
             raise ValueError(f"arm {arm.name}: {changed[0]} is the race's, the same for all (from {where('arm')})")
-        for event in arm_recipe(recipe, arm).growth:
+        own = arm_recipe(recipe, arm)
+        decay = own.train.decay_fraction
+        if not 0 < decay < 1:
+            raise ValueError(
+                f"arm {arm.name}: train.decay_fraction = {decay:g}: must be above 0 and below 1 in a race with [race], "
+                f"whose runs all have a stable phase and a decay (from {where('arm')})"
+            )
+        for event in own.growth:
+            latest = event.until_fraction or event.at_fraction or event.at_latest_fraction or 0.0
+            if event.learning_rate not in ("restart", "rewind") and latest > 1 - decay:
+                raise ValueError(
+                    f"arm {arm.name}: growth at {latest:g} of the FLOPs, and the decay begins at {1 - decay:g}: it "
+                    f"belongs to the stable phase, or restarts the schedule (from {where('arm')})"
+                )
             if event.at_step is not None:
                 raise ValueError(
                     f"arm {arm.name}: growth.at_step = {event.at_step}: in a race with [race] growth comes at a share "

@@ -20,6 +20,7 @@ from .words import answer, answered, best_arm, controls_of, headline, listed, pa
 OVERLAP = 0.05  # above this share of its stretches in the training text, a text is no longer held out (rule 4)
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
 FEW_SEEDS = 3
+FEW_BUDGETS = 3  # FLOPs to reach a loss are read at three thresholds, between budgets (rule 22)
 WORTH_SEEDS = 30  # more than so many seeds are not worth naming a number for
 
 
@@ -66,6 +67,8 @@ def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
         share = report["checks"].get(check)
         if share is not None and share > OVERLAP:
             bad.append(f"{share:.0%} of the {what} also occurs in the training text, which is above {OVERLAP:.0%}.")
+    if len({run["final_sha256"] for _, run in started if run["final_sha256"]}) > 1:
+        bad.append("The runs were not tested on the same final text: its sha256 differs.")
     bad += stream_doubts([run for _, run in started]) + order_doubts(report) + rate_doubts(report)
     if len(report["race"]["seeds"]) < FEW_SEEDS:
         bad.append(f"Fewer than {FEW_SEEDS} seeds: {len(report['race']['seeds'])}. Intervals are wide and fragile.")
@@ -94,6 +97,8 @@ def rate_doubts(report: dict[str, Any]) -> list[str]:
     """Whether each arm ran at the best rate of its trials, or, without trials, at that of the arm it stands beside."""
     bad, rates = [], {arm["name"]: arm["learning_rate"] for arm in report["arms"]}
     for arm in report["arms"]:
+        if arm["trials"] and all(trial["status"] == "failed" for trial in arm["trials"]):
+            bad.append(f"Every trial of **{arm['name']}** failed: its learning rate is not tuned.")
         due = arm["best_rate"] if arm["trials"] else rates.get(arm["of"])
         if arm["learning_rate"] and due and arm["learning_rate"] != due:
             whose = "the best of its trials" if arm["trials"] else f"the rate of **{arm['of']}**"
@@ -108,6 +113,9 @@ def soft_doubts(report: dict[str, Any]) -> list[str]:
         warn.append(f"The best learning rate lies at an edge of the grid for {listed(edges)}: it may not be tuned.")
     if len({len(arm["trials"]) for arm in tuned}) > 1:
         warn.append("The arms do not have equally many trials of the learning rate.")
+    budgets = len(report["race"]["budgets"])
+    if budgets < FEW_BUDGETS:
+        warn.append(f"Fewer than {FEW_BUDGETS} budgets: {budgets}. FLOPs to reach a loss are hardly bounded.")
     return warn
 
 

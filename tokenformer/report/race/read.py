@@ -93,6 +93,10 @@ def read_arm(folder: Path, entry: Any, race: dict[str, Any], where: str) -> dict
     for seed in race["seeds"]:
         for share in race["budgets"]:
             runs.append(read_piece(run_folder(place, seed, share, race["budgets"]), seed=seed, share=share))
+        if runs[-1]["status"] == "failed":  # nothing will branch off it
+            missing = [run for run in runs if run["seed"] == seed and run["status"] == "not started"]
+            for run in missing:
+                run |= {"status": "failed", "error": runs[-1]["error"]}
     cosine = [
         read_piece(place / f"seed-{seed}_cosine", seed=seed, share=race["budgets"][-1])
         for seed in race["seeds"]
@@ -147,10 +151,12 @@ def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:
     """One run of an arm: what it came to, its growths, and its held-out loss on the way."""
     if not is_started(folder):
         empty: dict[str, Any] = {**dict.fromkeys(RUN_KEYS), "growth": [], "step": 0}
-        empty |= {"parameters": {}, "data": {}, "environment": {}}
-        return {**labels, **empty, "status": "not started", "final_bits_per_byte": None, "curve": None}
+        empty |= {"parameters": {}, "data": {}, "environment": {}, "final_bits_per_byte": None, "final_sha256": None}
+        return {**labels, **empty, "status": "not started", "curve": None}
     run = read_run(folder)
     curve = {key: run["curves"]["eval"][key] for key in ("step", "flops", "seconds", "tokens", "bits_per_byte")}
     path = folder / "final.json"
-    final = number(read_json(path), "bits_per_byte", str(path)) if path.exists() else None
-    return {**labels, **{key: run[key] for key in RUN_KEYS}, "final_bits_per_byte": final, "curve": curve}
+    stored = read_json(path) if path.exists() else {}
+    final = number(stored, "bits_per_byte", str(path)) if path.exists() else None
+    tested = {"final_bits_per_byte": final, "final_sha256": stored.get("text_sha256")}
+    return {**labels, **{key: run[key] for key in RUN_KEYS}, **tested, "curve": curve}
