@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..evaluate import cross_entropy
+from ..distributed import Ranks, choose_device
+from ..evaluate import autocast, cross_entropy
 from ..flops import training_flops
 from ..models import build_model
 from ..optim import AdamW, parameter_groups
@@ -70,16 +71,20 @@ def seconds_per_flop(race: Race, arm: Arm, slots: int) -> float:
     try:
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
-        model = build_model(config, 0)
+        device = choose_device(recipe.train.device, Ranks())
+        model = build_model(config, 0).to(device)
         optimizer = AdamW(parameter_groups(model, recipe.train.weight_decay), lr=0.0)
-        tokens = torch.randint(race.vocab_size, (batch, length + 1))
+        tokens = torch.randint(race.vocab_size, (batch, length + 1), device=device)
         began = 0.0
         for step in range(TIMED_STEPS + 1):
             if step == 1:
                 began = time.perf_counter()
-            cross_entropy(model, tokens).backward()
+            with autocast(device, recipe.train.dtype):
+                loss = cross_entropy(model, tokens)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            loss.item()  # a GPU has done its part only then
         seconds = time.perf_counter() - began
     finally:
         torch.set_num_threads(threads)
