@@ -391,6 +391,15 @@ def test_a_race_stops_after_its_minutes_and_says_how_to_go_on(
     assert caught.value.exit_code == 75
 
 
+def test_a_run_that_leaves_no_result_is_not_run_for_ever(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "RUN_PROGRAM", "import sys; sys.stdin.readline(); print('no room'); sys.exit(3)")
+    progress = processes.Progress(lambda: (1, 1))
+    with pytest.raises(ValueError, match="arm lost ended without a result: no room"):
+        processes.run_jobs(lambda: [jobs.Job("lost", racing(shared), 1)], tmp_path, 1, lambda line: None, progress)
+
+
 def test_a_plan_says_what_a_race_comes_to_and_trains_nothing(shared: Path, tmp_path: Path) -> None:
     lines = plan_race(racing(shared), 1)
     assert lines[0].split()[:4] == ["arm", "role", "architecture", "parameters"]

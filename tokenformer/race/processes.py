@@ -103,6 +103,8 @@ def run_jobs(
                     child = running.pop(name)
                     finish_run(child, diverging=progress is not None)
                     waiting = [job for job in todo() if job.name not in running]
+                    if name in [job.name for job in waiting]:  # a full disk, say: it would be run for ever
+                        raise ValueError(f"arm {name} ended without a result: {child.last_line}")
                     if progress is not None:
                         progress.runs_done += 1
                         progress.flops_done += child.job.flops
