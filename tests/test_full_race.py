@@ -429,10 +429,10 @@ def test_overlap_counts_the_stretches_that_were_trained_on() -> None:
 
 def test_text_that_was_trained_on_is_refused_as_held_out(shared: Path) -> None:
     corpus = prepare(racing(shared).data, 0)
-    found = checks.check_texts(corpus, 0, None)
+    found = checks.check_texts(corpus, None)
     assert found["overlap"] < 0.05 and found["final_overlap"] is None
     with pytest.raises(ValueError, match="race.final_text: 100% of its stretches .* occur in the training text"):
-        checks.check_texts(corpus, 0, np.asarray(corpus.train[:2048]))
+        checks.check_texts(corpus, np.asarray(corpus.train[:2048]))
 
 
 class Peeking(torch.nn.Module):

@@ -129,7 +129,7 @@ def open_race(race: Race, corpus: Corpus) -> None:
         flops = recipe.train.flops or 0.0
         whole = {"flops": flops, "tune_flops": flops * recipe.race.tune_fraction}
         written["race"] = {**recipe_to_dict(recipe)["race"], **whole}
-        written["checks"] = check_texts(corpus, 0, final)
+        written["checks"] = check_texts(corpus, final)
         written["arms"] = [arm_entry(race, arm) for arm in race.arms]
     runs.write_json(path, written)
 

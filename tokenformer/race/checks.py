@@ -32,10 +32,7 @@ def overlap(held_out: np.ndarray, training: Iterator[np.ndarray]) -> float:
     count = len(held_out) // STRETCH_BYTES
     if not count:
         return 0.0
-    sought = np.unique(hashes(held_out)[::STRETCH_BYTES][:count])
-    weights = np.zeros(len(sought), np.int64)
-    places = np.searchsorted(sought, hashes(held_out)[::STRETCH_BYTES][:count])
-    np.add.at(weights, places, 1)
+    sought, weights = np.unique(hashes(held_out)[::STRETCH_BYTES][:count], return_counts=True)
     shift = np.uint64(64 - TABLE_BITS)
     possible = np.zeros(2**TABLE_BITS, bool)
     possible[sought >> shift] = True
@@ -61,17 +58,16 @@ def text_blocks(corpus: Corpus, tokens: np.ndarray) -> Iterator[np.ndarray]:
             yield np.frombuffer(corpus.tokenizer.decode(part.tolist()).encode(), np.uint8)
 
 
-def check_texts(corpus: Corpus, tokens: int, final: np.ndarray | None) -> dict[str, Any]:
-    """Overlap of the held-out and the final text with the training tokens that a race can reach, and LZMA's rate.
+def check_texts(corpus: Corpus, final: np.ndarray | None) -> dict[str, Any]:
+    """Overlap of the held-out and the final text with the training text, and LZMA's rate.
 
     ValueError where more than half of a text has been trained on.
     """
     held_out = np.concatenate(list(text_blocks(corpus, corpus.valid)))
-    training = corpus.train[:tokens] if tokens else corpus.train
-    found: dict[str, Any] = {"overlap": overlap(held_out, text_blocks(corpus, training)), "final_overlap": None}
+    found: dict[str, Any] = {"overlap": overlap(held_out, text_blocks(corpus, corpus.train)), "final_overlap": None}
     if final is not None:
         text = np.concatenate(list(text_blocks(corpus, final)))
-        found["final_overlap"] = overlap(text, text_blocks(corpus, training))
+        found["final_overlap"] = overlap(text, text_blocks(corpus, corpus.train))
     for key, what in (("overlap", "the held-out text"), ("final_overlap", "race.final_text")):
         if (found[key] or 0) > REFUSED_OVERLAP:
             raise ValueError(

@@ -8,12 +8,12 @@ A race without a [race] table is one run per arm. With one (docs/fairness.md, ru
     ARM/seed-0_cosine        the check on another schedule
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .. import runs
+from ..checkpoint import ancestry
 from ..plan import Plan, plan, ramp_steps
 from ..recipe import RaceSection, Recipe
 from ..start import Start
@@ -170,7 +170,7 @@ def branch(race: Race, arm: Arm, trunk: Job, share: float) -> Job:
     assert train.flops is not None
     budget = train.flops * share
     begin = checkpoint_at(race.place(trunk.name), round(share * (1 - decay) * trunk.flops))
-    seen = runs.read_object(begin / "trainer.json", runs.COST)
+    seen = ancestry(begin)
     recipe = replace(
         trunk.recipe,
         name=f"{trunk.recipe.name}_at-{share:g}",
@@ -209,7 +209,7 @@ def checkpoint_at(run: Path, flops: int) -> Path:
     """The checkpoint of a run that had cost nearest to so many FLOPs."""
 
     def away(folder: Path) -> int:
-        return abs(runs.read_object(folder / "trainer.json", runs.COST)["flops"] - flops)
+        return abs(ancestry(folder)["flops"] - flops)
 
     return min(runs.checkpoints(run), key=away)
 
@@ -217,7 +217,7 @@ def checkpoint_at(run: Path, flops: int) -> Path:
 def cosine(race: Race, trunk: Job) -> Job:
     train = replace(trunk.recipe.train, schedule="cosine", keep_at=[])
     recipe = replace(trunk.recipe, name=f"{trunk.recipe.name}_cosine", train=train)
-    return dataclasses.replace(trunk, name=f"{trunk.name}_cosine", recipe=recipe)
+    return replace(trunk, name=f"{trunk.name}_cosine", recipe=recipe)
 
 
 # --- all of it ---

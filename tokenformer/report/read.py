@@ -215,11 +215,7 @@ def read_race(folder: Path) -> dict[str, Any]:
         description = entry.get("description") or ""
         started = (place / "metrics.jsonl").exists() or (place / "result.json").exists()
         arms.append(read_run(place, name, description) if started else absent_arm(name, description))
-    names = [arm["name"] for arm in arms]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"{race_path}: two arms have one name: {sorted(n for n in names if names.count(n) > 1)[0]}"
-        )
+    names_of(arms, race_path)
     if all(arm["status"] == "not started" for arm in arms):
         raise ValueError(f"{folder}: no arm of this race has started; there is nothing to report")
     environment = race.get("environment") or next(a["environment"] for a in arms if a["environment"])
@@ -234,6 +230,14 @@ def read_race(folder: Path) -> dict[str, Any]:
             "arms": arms,
         }
     )
+
+
+def names_of(arms: list[dict[str, Any]], path: Path) -> list[str]:
+    """The arms' names; ValueError, naming race.json, where two have one."""
+    names = [arm["name"] for arm in arms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: two arms have one name: {sorted(n for n in names if names.count(n) > 1)[0]}")
+    return names
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

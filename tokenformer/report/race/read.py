@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..read import finite, number, read_json, read_run
+from ..read import finite, names_of, number, read_json, read_run
 
 ROLES = ("arm", "scratch", "small", "dropped", "size", "copy")
 RACE_KEYS = ("learning_rates", "budgets", "seeds")  # lists of at least one number
@@ -58,9 +58,7 @@ def read_full_race(folder: Path) -> dict[str, Any]:
     race = {**race, "budgets": sorted(race["budgets"])}
     race.setdefault("tune_flops", race.get("tune_fraction", 0) * race["flops"])
     arms = [read_arm(folder, entry, race, f"{path}: arms[{i}]") for i, entry in enumerate(entries)]
-    names = [arm["name"] for arm in arms]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path}: two arms have one name: {sorted(n for n in names if names.count(n) > 1)[0]}")
+    names = names_of(arms, path)
     if not race.get("reference"):
         race["reference"] = next((arm["name"] for arm in arms if arm["role"] == "scratch"), names[0])
     if race["reference"] not in names:
