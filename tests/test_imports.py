@@ -39,6 +39,7 @@ ARROW["state"] = {*ARROW} - {"report", "grow_checkpoint"}
 ARROW["step"] = {*ARROW} - {"report"}
 ARROW["train"] = {*ARROW} - {"report"}
 ARROW["race"] = {*ARROW}
+ARROW["convert"] = {"pattention", "models", "checkpoint", "runs"}
 FRONT = {"__init__", "__main__", "cli", "verbs"}  # the ways in may call every room, and no room calls them
 
 

@@ -12,6 +12,7 @@ with the real name is complete.
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from . import runs
 from .growth.carried import carried_of, restore
+from .models.portable import keep_portable
 from .random_states import rng_state, set_rng_state
 
 WEIGHTS = "model.safetensors"
@@ -58,6 +60,7 @@ def save_checkpoint(
     with written_whole(folder) as temporary:
         with quiet():
             model.save_pretrained(temporary, state_dict=None if carried is None else carried.ordinary())
+        keep_portable(model.config, temporary)
         if carried is not None:
             save_tensors(carried.tensors(), temporary / CARRIED_TENSORS)
             runs.write_json(temporary / CARRIED, carried.describe())
@@ -139,6 +142,23 @@ def flush_path(path: Path) -> None:
 
 
 # --- loading ---
+
+
+def is_on_hub(checkpoint: str | Path) -> bool:
+    """Whether "org/name" is meant as a name on the Hugging Face hub: nothing on the disk looks like it."""
+    place = Path(checkpoint)
+    return not place.exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint))) and not place.parent.exists()
+
+
+def download(name: str, patterns: tuple[str, ...]) -> Path:
+    """The folder of a copy of those files of a model on the hub, which is kept in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # no network, no such model, no right to it: of many classes
+        reason = str(error).strip().split("\n")[0][:150]
+        raise ValueError(f"{name}: no such folder here, and not to be had from the hub ({reason})") from error
 
 
 def find_checkpoint(place: str | Path) -> Path:

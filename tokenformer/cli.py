@@ -87,13 +87,29 @@ TEXTS = {
           tokenformer operators lemon
         """,
     ),
-    "eval": (
-        "bits per byte of a checkpoint on held-out or on any text",
+    "convert": (
+        "turn the authors' released TokenFormers into transformers folders, and back",
         """
-        CHECKPOINT is a checkpoint or a run folder. Without --text, the held-out share of --source is scored,
-        by default that of the run which the checkpoint lies in or comes from. With --text, the whole of each
-        file or folder is scored. Loss is in nats per token; bits per byte can be compared between tokenizers.
+        CHECKPOINT is the authors' pytorch_model.bin or the folder that holds it, a DeepSpeed folder of their torch
+        code, or a name on the Hugging Face hub; OUT is then a transformers folder, which loads without this package
+        too. From a TokenFormer folder or a run, OUT is in the released format, or, with --to transformers, such a
+        folder that loads without this package. Tensors keep their dtype and bits. docs/convert.md has more.
 
+          tokenformer convert Haiyang-W/TokenFormer-150M tokenformer-150m --tokenizer EleutherAI/gpt-neox-20b
+          tokenformer convert tokenformer-150m released
+          tokenformer convert runs/first portable --to transformers
+        """,
+    ),
+    "eval": (
+        "tasks of the evaluation harness, and bits per byte on held-out or on any text",
+        """
+        CHECKPOINT is any transformers folder of a causal model, or a run folder. With --tasks, those of lm-eval are
+        run (pip install 'tokenformer[eval]'). With --text, the whole of each file or folder is scored in bits per
+        byte, which can be compared between tokenizers. With neither, the held-out share of --source is scored, by
+        default that of the run which the checkpoint lies in or comes from. Writes the numbers as JSON beside the
+        checkpoint: CHECKPOINT.tasks.json, or without --tasks CHECKPOINT.text.json. docs/evaluate.md has more.
+
+          tokenformer eval tokenformer-150m --tasks lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande
           tokenformer eval runs/first
           tokenformer eval runs/first --text README.md --out runs/first/readme.json
         """,
@@ -275,8 +291,23 @@ def parser() -> Parser:
     sub = verb("operators", verbs.operators)
     sub.add_argument("name", metavar="NAME", nargs="?", help="one of them, in full")
 
+    sub = verb("convert", verbs.convert)
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="released, also by hub name; or a TokenFormer folder")
+    sub.add_argument("out", metavar="OUT", help="the folder to make; it must not exist")
+    sub.add_argument("--to", choices=("transformers", "released"), help="the form of OUT (the one CHECKPOINT has not)")
+    sub.add_argument(
+        "--tokenizer", metavar="PLACE", help="tokenizer.json, a folder, or on the hub (that beside the weights)"
+    )
+    untold = "if neither a configuration beside the weights nor their shape tells"
+    sub.add_argument("--heads", type=int, metavar="N", help=f"attention heads, {untold}")
+    sub.add_argument("--rotary", type=float, metavar="SHARE", help="rotary share of a head, likewise")
+    sub.add_argument("--theta", metavar="NAME", help="l2_norm_gelu, gelu_l2_norm or softmax, likewise")
+
     sub = verb("eval", verbs.evaluate)
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a transformers folder, or a run folder")
+    sub.add_argument("--tasks", metavar="NAME,...", help="of the evaluation harness")
+    sub.add_argument("--include-path", metavar="FOLDER", help="tasks of your own, as the harness's YAML")
+    sub.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task (all)")
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--text", nargs="+", metavar="PATH", help="score all of these text files or folders")
     what.add_argument(
@@ -285,8 +316,9 @@ def parser() -> Parser:
     sub.add_argument(
         "--sequence-length", type=int, metavar="TOKENS", help="of each window (the run's own; 256 or the model's most)"
     )
+    sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at a time (%(default)s)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
-    sub.add_argument("--out", metavar="FILE", help="write the numbers as JSON as well")
+    sub.add_argument("--out", metavar="FILE", help="write the numbers there instead of beside the checkpoint")
 
     sub = verb("generate", verbs.generate)
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")

@@ -1,6 +1,12 @@
-"""Held-out loss in nats per token and in bits per byte of text, which models with other tokenizers share."""
+"""Held-out loss in nats per token and in bits per byte of text, which models with other tokenizers share; and the
+tasks of the evaluation harness (lm-eval, the extra `eval`)."""
 
+import importlib.metadata
+import importlib.util
+import logging
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +16,7 @@ from torch import Tensor, nn
 from . import distributed
 from .distributed import Ranks
 
+BOOTSTRAPS = 1000  # draws for the standard error of what has no formula for it, such as a perplexity
 PROMPT_BYTES, SAMPLE_BYTES, SAMPLE_TEMPERATURE, SAMPLE_SEED = 32, 200, 0.8, 0
 
 
@@ -93,3 +100,59 @@ def sample_text(model: Any, tokenizer: Any, windows: tuple[Tensor, Tensor]) -> d
         model.train(was_training)
         text = tokenizer.decode(written[0, prompt.shape[1] :].tolist())
     return {"prompt": tokenizer.decode(prompt[0].tolist()), "text": text}
+
+
+# --- the evaluation harness ---
+
+
+def require_harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("--tasks: needs the evaluation harness: pip install 'tokenformer[eval]'")
+
+
+def find_tasks(names: Sequence[str], include_path: str | Path | None = None) -> Any:
+    """The harness's manager of tasks, which knows each of `names`: those under `include_path`, and its own.
+
+    Raises ValueError, with the nearest name, on a task that it does not know.
+    """
+    from lm_eval.tasks import TaskManager
+
+    from .models.axes import nearest
+
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise ValueError(f"--include-path {include_path}: no such folder")
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(names) <= set(manager.all_tasks):  # to list its own takes the harness seconds
+            return manager
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    for name in names:
+        if name not in manager.all_tasks:
+            near = nearest(name, manager.all_tasks)
+            raise ValueError(f"--tasks {name}: the harness has no such task{near} (lm_eval ls tasks lists them)")
+    return manager
+
+
+def evaluate_tasks(
+    model: Any, tokenizer: Any, names: Sequence[str], manager: Any, batch_size: int = 8, limit: int | None = None
+) -> dict[str, Any]:
+    """What the harness measures on its tasks `names`, each at its own number of examples in the prompt.
+
+    tokenizer: transformers'. Returns "harness" (its version), "batch_size", "limit", and "tasks": of each task, and
+    of each group and its parts, the metrics by the harness's names, with "_stderr", "version" and "examples".
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    found = simple_evaluate(
+        lm, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
+    )
+    tasks = {}
+    for name, metrics in {**found["results"], **found.get("groups", {})}.items():
+        numbers = {k.removesuffix(",none"): v for k, v in metrics.items() if isinstance(v, int | float)}
+        examples = numbers.pop("sample_len", None)
+        tasks[name] = {"version": found["versions"].get(name), "examples": examples, **numbers}
+    about = {"harness": f"lm_eval {importlib.metadata.version('lm_eval')}", "batch_size": batch_size, "limit": limit}
+    return {**about, "tasks": tasks}

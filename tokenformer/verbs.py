@@ -170,20 +170,78 @@ def operators(arguments: Any) -> None:
         say(textwrap.indent(text or "", "    "))
 
 
+def convert(arguments: Any) -> None:
+    from .convert import convert
+
+    options = {key: getattr(arguments, key) for key in ("to", "tokenizer", "heads", "rotary", "theta")}
+    with terminated_as_interrupted():
+        convert(arguments.checkpoint, arguments.out, **options, say=say)
+
+
 def evaluate(arguments: Any) -> None:
-    if arguments.sequence_length is not None and arguments.sequence_length < 1:
-        raise ValueError(f"--sequence-length {arguments.sequence_length}: must be 1 or more")
-    if arguments.out:
-        require_writable(Path(arguments.out))
+    tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()] if arguments.tasks else []
+    scored = bool(arguments.text or arguments.source) or arguments.tasks is None
+    require_sense(arguments, tasks, scored)
     from .checkpoint import find_checkpoint, load_checkpoint, restore_carried
-    from .data import eval_windows, load_tokenizer, prepare, text_windows
+    from .data import load_tokenizer
     from .distributed import Ranks, choose_device
+    from .evaluate import evaluate_tasks, find_tasks, require_harness
     from .runs import write_json
 
+    if tasks:
+        require_harness()
     folder = find_checkpoint(arguments.checkpoint)
+    place = folder.resolve()
+    out = Path(arguments.out or place.with_name(f"{place.name}.{'tasks' if tasks else 'text'}.json"))
+    require_writable(out)
     device = choose_device(arguments.device, Ranks(), "--device")
+    manager = find_tasks(tasks, arguments.include_path) if tasks else None
     model, _ = load_checkpoint(folder)
     restore_carried(folder, model.to(device))
+    numbers: dict[str, Any] = {"checkpoint": str(folder), "dtype": str(model.dtype).removeprefix("torch.")}
+    if scored:
+        numbers |= score_text(arguments, folder, model, device)
+    if tasks:
+        tokenizer = load_tokenizer(str(folder)).tokenizer  # type: ignore[union-attr]  # a folder's is never ByteTokenizer
+        numbers |= evaluate_tasks(model, tokenizer, tasks, manager, arguments.batch_size, arguments.limit)
+        for name, measured in numbers["tasks"].items():
+            say(f"{name}: {', '.join(task_words(measured))}")
+    write_json(out, numbers)
+    say(f"numbers: {arguments.out or os.path.relpath(out)}")
+
+
+def require_sense(arguments: Any, tasks: list[str], scored: bool) -> None:
+    """ValueError on an option of `eval` that is out of range or without effect."""
+    if arguments.tasks is not None and not tasks:
+        raise ValueError(f"--tasks {arguments.tasks!r}: names no task")
+    for key, effect in (("include_path", tasks), ("limit", tasks), ("sequence_length", scored)):
+        option, value = f"--{key.replace('_', '-')}", getattr(arguments, key)
+        if value is not None and not effect:
+            beside = "with --tasks alone" if tasks else "without --tasks"
+            raise ValueError(f"{option} {value}: has no effect {beside}")
+    for key in ("sequence_length", "batch_size", "limit"):
+        if getattr(arguments, key) is not None and getattr(arguments, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(arguments, key)}: must be 1 or more")
+    if arguments.out:
+        require_writable(Path(arguments.out))
+
+
+def task_words(measured: dict[str, Any]) -> list[str]:
+    """["acc 0.4500 ± 0.0069", "perplexity 16.3800", "5153 examples"]"""
+    numbers = {key: value for key, value in measured.items() if key not in ("version", "examples")}
+    words = []
+    for key, value in numbers.items():
+        name, comma, filtered = key.partition(",")
+        error = numbers.get(f"{name}_stderr{comma}{filtered}")
+        if "_stderr" not in key:
+            words.append(f"{key} {value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+    return [*words, f"{measured['examples']} examples"]
+
+
+def score_text(arguments: Any, folder: Path, model: Any, device: Any) -> dict[str, Any]:
+    """Loss and bits per byte of --text, of --source, or of what the checkpoint's own run held out; said, too."""
+    from .data import eval_windows, load_tokenizer, prepare, text_windows
+
     section = run_section(folder) or stream_section(folder)
     section.source = arguments.source or section.source
     longest = positions(model)
@@ -199,18 +257,16 @@ def evaluate(arguments: Any) -> None:
         parts = [eval_windows(prepare(section, 0, progress=say), section.sequence_length)]
     else:
         raise ValueError(
-            f"{folder} names no text that it was trained on, so say what to score: --text PATH or --source embedded"
+            f"{folder} names no text that it was trained on, so say what to score: --text PATH, --source embedded or "
+            "--tasks"
         )
-    measured = score(model.to(device), parts, device)
+    measured = score(model, parts, device, arguments.batch_size)
     say(
         f"{measured['bits_per_byte']:.4f} bits per byte, loss {measured['loss']:.4f} nats per token: "
         f"{measured['tokens']:,} tokens, {measured['bytes']:,} bytes, windows of {section.sequence_length}"
     )
-    if arguments.out:
-        scored = {"text": arguments.text} if arguments.text else {"source": section.source}
-        about = {"checkpoint": str(folder), **scored, "sequence_length": section.sequence_length}
-        write_json(arguments.out, {**about, **measured})
-        say(f"numbers: {arguments.out}")
+    source = {"text": arguments.text} if arguments.text else {"source": section.source}
+    return {**source, "sequence_length": section.sequence_length, **measured}
 
 
 def positions(model: Any) -> int:
@@ -228,7 +284,7 @@ def require_writable(file: Path) -> None:
         raise ValueError(f"--out {file}: {file.parent} cannot be written")
 
 
-def score(model: Any, parts: list[tuple[Any, Any]], device: Any) -> dict[str, float]:
+def score(model: Any, parts: list[tuple[Any, Any]], device: Any, batch_size: int) -> dict[str, float]:
     """What `evaluate` measures, over parts whose windows differ in length."""
     import torch
 
@@ -237,7 +293,7 @@ def score(model: Any, parts: list[tuple[Any, Any]], device: Any) -> dict[str, fl
     nats, count, size = 0.0, 0, 0
     for tokens, text_bytes in parts:
         # The bytes are summed here: a part may be a single end mark, which stands for none.
-        measured = evaluate(model, (tokens, torch.ones_like(text_bytes)), device=device)
+        measured = evaluate(model, (tokens, torch.ones_like(text_bytes)), batch_size, device)
         nats += measured["loss"] * measured["tokens"]
         count += int(measured["tokens"])
         size += int(text_bytes[:, 1:].sum())

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import checkpoint as files
 from .. import runs
+from ..models.portable import keep_portable
 from .measure import MEASURES, measured
 from .plan import prepare
 from .shards import MAX_SHARD_BYTES
@@ -54,6 +55,7 @@ def grow_checkpoint(
         if not prepared.in_memory:
             rounding = write_streamed(prepared, temporary, max_shard_bytes, say)
         copy_others(prepared.folder, temporary)
+        keep_portable(prepared.new.config, temporary)
         event = {**prepared.event, "ancestor": files.ancestry(prepared.folder), **rounding}
         event |= measured(prepared, temporary, measure)
         runs.write_json(temporary / files.LINEAGE, [*prepared.lineage, event])

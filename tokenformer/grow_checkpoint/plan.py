@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,21 +111,10 @@ def prepare(
 
 def find_or_download(checkpoint: str | Path) -> Path:
     """The folder that is meant: one on the disk, or "org/name" on the Hugging Face hub, of which a copy is kept."""
-    name, place = str(checkpoint), Path(checkpoint)
-    if place.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or place.parent.exists():
-        return files.find_checkpoint(place)
-    require_supported(_download(name, HUB_FILES))  # before what is large comes
-    return _download(name, HUB_FILES + HUB_WEIGHTS)
-
-
-def _download(name: str, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # no network, no such model, no right to it: of many classes
-        reason = str(error).strip().split("\n")[0][:150]
-        raise ValueError(f"{name}: no such folder here, and not to be had from the hub ({reason})") from error
+    if not files.is_on_hub(checkpoint):
+        return files.find_checkpoint(checkpoint)
+    require_supported(files.download(str(checkpoint), HUB_FILES))  # before what is large comes
+    return files.download(str(checkpoint), HUB_FILES + HUB_WEIGHTS)
 
 
 def require_supported(folder: Path) -> None:
