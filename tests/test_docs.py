@@ -1,6 +1,7 @@
 """The pages under docs/ are true: their code runs, what they add passes the generated tests, the tables are current."""
 
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import architectures
 import pytest
+import stand_ins
 import test_growth_matrix as matrix
 
+from tokenformer import cli
 from tokenformer.growth import OPERATORS
 from tokenformer.models.tables import TABLES
 
@@ -17,10 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
 
-def run_blocks(page: str) -> dict:
+def blocks_of(page: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+def run_blocks(page: str, at_least: int = 3) -> dict:
     """The page's Python, block after block, as a reader would run it."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) >= 3
+    blocks = blocks_of(page, "python")
+    assert len(blocks) >= at_least
     names: dict = {}
     exec("\n".join(blocks), names)
     return names
@@ -93,6 +100,42 @@ def test_the_operator_of_the_page_passes_the_generated_tests(registries, capsys,
             matrix.test_every_kind_of_new_entry_is_alive_within_two_steps("uneven", name)
     assert matrix.parted_after_training("uneven", "qwen3", {"intermediate_size": 88}) > 1e-2
     assert matrix.parted_after_training("uneven", "qwen3", {"intermediate_size": 88}, share=0.5) < 1e-6
+
+
+def run_commands(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's commands one after the other, in this process; what they would fetch has been made here."""
+    commands = stand_ins.commands((DOCS / page).read_text(encoding="utf-8"))
+    assert len(commands) >= 4
+    for command in commands:
+        program, *words = stand_ins.words_here(command)
+        if program == "tokenformer":
+            assert cli.main(words) == 0, command
+        else:
+            monkeypatch.setattr(sys, "argv", words)
+            runpy.run_path(words[0], run_name="__main__")
+
+
+def test_the_commands_and_the_python_of_the_page_on_released_checkpoints_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stand_ins.prepare(tmp_path)
+    run_commands("convert.md", monkeypatch)
+    run_blocks("convert.md", at_least=1)
+    assert "The capital of France is" in capsys.readouterr().out
+    there, back = (Path(place) / "pytorch_model.bin" for place in ("authors", "back"))
+    assert there.read_bytes() == back.read_bytes()
+    assert cli.main(["convert", "authors", "back"]) == 2  # the control: a command that is wrong does fail
+
+
+def test_the_commands_and_the_task_of_the_page_on_evaluation_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stand_ins.prepare(tmp_path)
+    assert cli.main(["convert", "authors", "tokenformer-150m"]) == 0
+    (tmp_path / "my_tasks").mkdir()
+    for kind, name in (("yaml", "capitals.yaml"), ("json", "capitals.jsonl")):
+        (block,) = blocks_of("evaluate.md", kind)
+        (tmp_path / "my_tasks" / name).write_text(block)
+    run_commands("evaluate.md", monkeypatch)
+    assert "capitals: acc " in capsys.readouterr().out
 
 
 def test_the_tables_of_the_growth_page_are_current():

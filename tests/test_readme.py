@@ -1,14 +1,15 @@
 """The README's commands and its Python do what they say; sizes are made small, the commands are the reader's own."""
 
+import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import stand_ins
 
 from tokenformer.recipe import recipe_from_dict
 
@@ -32,28 +33,23 @@ SHRINK = {
 }
 
 
-def commands() -> list[str]:
-    """Every indented line of the README that calls `tokenformer` or `torchrun`, without its comment."""
-    lines = re.findall(r"^    ((?:tokenformer|torchrun) .*?)(?:\s+#.*)?$", README, re.M)
-    assert len(lines) >= 9
-    return lines
-
-
 def program(words: list[str]) -> list[str]:
     modules = {"tokenformer": "tokenformer", "torchrun": "torch.distributed.run"}
     return [sys.executable, "-m", modules[words[0]], *words[1:]]
 
 
 def test_the_commands_run_one_after_the_other(tmp_path):
-    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    stand_ins.prepare(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for command in commands():
+    commands = stand_ins.commands(README)
+    assert len(commands) >= 15
+    for command in commands:
         extra = next((words for start, words in SHRINK.items() if start in command), "")
         line = command.replace("--nproc-per-node 8", "--nproc-per-node 2")
         if "torchrun" in line:
             line = line.replace("runs/gpu_150m", "runs/two_ranks")
         done = subprocess.run(
-            program(shlex.split(f"{line} {extra}")),
+            program(stand_ins.words_here(f"{line} {extra}")),
             cwd=tmp_path,
             env=environment,
             capture_output=True,
@@ -63,6 +59,7 @@ def test_the_commands_run_one_after_the_other(tmp_path):
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     for page in ("quickstart", "first", "gpu_150m", "two_ranks"):
         assert (tmp_path / "runs" / page / "report.html").stat().st_size > 10_000
+    assert json.loads((tmp_path / "tokenformer-150m.tasks.json").read_text())["tasks"]
     wrong = subprocess.run(
         program(["tokenformer", "eval", "runs/nowhere"]), cwd=tmp_path, env=environment, capture_output=True, text=True
     )
