@@ -273,6 +273,8 @@ def test_the_code_in_the_folder_is_this_package_s_own(small: Path) -> None:
     lines = zip(theirs[CODE[0]].splitlines(), Path(str(models.__file__)).read_text().splitlines(), strict=True)
     (changed,) = [(there, here) for there, here in lines if there != here]
     assert changed[0] == changed[1].replace("from ..", "from .")
+    neighbour = re.compile(r"^ *(?:from|import) +(?:\.|tokenformer).*", re.M)
+    assert {name: neighbour.findall(text) for name, text in theirs.items()} == {CODE[0]: [changed[0]], CODE[1]: []}
 
 
 def test_what_is_saved_or_grown_from_such_a_folder_stays_such(small: Path, tmp_path: Path) -> None:

@@ -63,16 +63,14 @@ UNTOLD: dict[str, tuple[type, Any]] = {
     "max_position_embeddings": (int, 2048),
 }
 OPTIONS = {"heads": "num_attention_heads", "rotary": "rotary_pct", "theta": "norm_activation_type"}
-# What it may say besides, and what it then has to be for the model to be this one.
+# What it may say besides, and what it then has to be for the model to be this one. Tensors tell the rest, as of a head.
 SAME: dict[str, Any] = {
     "pos_emb": "rotary",
     "norm": "layernorm_nonparam",
     "final_norm": "layernorm",
     "gpt_j_residual": False,
-    "no_weight_tying": False,
     "use_mup": False,
     "sliding_window_width": None,
-    "tie_word_embeddings": True,
 }
 ALIASES = {"num_hidden_layers": "num_layers", "layer_norm_eps": "layernorm_epsilon"}  # transformers' names
 
@@ -445,7 +443,8 @@ def to_released(folder: Path, config: TokenFormerConfig, out: Path, say: Callabl
         "rotary_emb_base": config.rope_parameters["rope_theta"],
         "norm_activation_type": config.theta,
         "layernorm_epsilon": config.norm_eps,
-        **{key: SAME[key] for key in ("pos_emb", "norm", "final_norm", "gpt_j_residual", "no_weight_tying")},
+        **{key: SAME[key] for key in ("pos_emb", "norm", "final_norm", "gpt_j_residual")},
+        "no_weight_tying": False,
         "attention_config": [[["tokenformer"], config.num_hidden_layers]],
     }
     import yaml
