@@ -41,6 +41,7 @@ LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 HUB_FILES = (BIN, "*.json", "*.yml", "*.yaml", "*.txt")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+END = "<|endoftext|>"  # of GPT-NeoX-20B's tokenizer, whose tokenizer.json alone does not say that it is the end mark
 # The published norm has no epsilon, and gives NaN on a row of zeros. This one gives zero there, and elsewhere changes
 # a score by less than one part in 1e9 unless all of its row are below 1e-6.
 EPS = 1e-20
@@ -253,7 +254,7 @@ def settings_of(folder: Path, sizes: dict[str, int], options: dict[str, Any]) ->
     for path in setting_files(folder):
         for key, value in read_settings(path).items():
             key = ALIASES.get(key, key)
-            if key in SAME and value != SAME[key]:
+            if key in SAME and value not in (None, SAME[key]):
                 raise ValueError(f"{path}: {key} = {value!r} is another model; the released one has {SAME[key]!r}")
             if key in shapes and value != shapes[key] and key != "vocab_size":  # which it may give without the padding
                 raise ValueError(f"{path}: {key} = {value!r}, and the tensors have {shapes[key]}")
@@ -373,11 +374,10 @@ def tokenizer_of(given: str | Path | None, folder: Path, vocab_size: int) -> Any
     from transformers import PreTrainedTokenizerFast
 
     place = Path(given) if given is not None else folder
-    source = {"tokenizer_file": str(place)} if place.is_file() else None
+    made = PreTrainedTokenizerFast
     try:
         with files.quiet():
-            made = PreTrainedTokenizerFast
-            text = made(**source) if source else made.from_pretrained(str(place if place.exists() else given))
+            text = made(tokenizer_file=str(place)) if place.is_file() else made.from_pretrained(str(place))
     except Exception as error:  # of many kinds: a wrong name, a broken file, no network
         raise ValueError(f"--tokenizer {place}: cannot be loaded ({' '.join(str(error).split())[:100]})") from error
     vocabulary = text.get_vocab()
@@ -388,9 +388,6 @@ def tokenizer_of(given: str | Path | None, folder: Path, vocab_size: int) -> Any
     if text.bos_token_id is None:
         text.bos_token = text.eos_token
     return text
-
-
-END = "<|endoftext|>"  # of GPT-NeoX-20B's tokenizer
 
 
 # --- back ---
