@@ -43,6 +43,19 @@ class Growth:
         """What hangs on the model for a while: tell it `advance()` after every training step (carried.py)."""
         return carried_of(self.model)
 
+    def replace(self, model: nn.Module) -> None:
+        """Make the object `model` the grown one, for a training loop that holds on to the one it was given.
+
+        It takes the grown model's modules and configuration; what others have set on it (a patched `forward`) stays.
+        Raises ValueError unless both are of one class and nothing is carried by training.
+        """
+        if type(model) is not type(self.model):
+            names = type(model).__name__, type(self.model).__name__
+            raise ValueError(f"model: a {names[0]} cannot become the grown {names[1]}; use Growth.model")
+        if self.carried is not None:
+            raise ValueError(f"model: it would carry {self.carried.kind}, which hangs on Growth.model; use that")
+        vars(model).update(vars(self.model))
+
 
 def grow(
     model: PreTrainedModel,
