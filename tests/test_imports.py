@@ -38,6 +38,8 @@ ARROW: dict[str, set[str]] = {
 ARROW["state"] = {*ARROW} - {"report", "grow_checkpoint"}
 ARROW["step"] = {*ARROW} - {"report"}
 ARROW["train"] = {*ARROW} - {"report"}
+ARROW["adapters"] = {"pattention", "models", "growth", "flops", "optim", "checkpoint", "random_states", "runs", "data"}
+ARROW["adapters"] |= {"evaluate", "distributed", "recipe", "start", "grow_checkpoint"}
 ARROW["race"] = {*ARROW}
 FRONT = {"__init__", "__main__", "cli", "verbs"}  # the ways in may call every room, and no room calls them
 

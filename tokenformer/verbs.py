@@ -122,6 +122,26 @@ def grow(arguments: Any) -> None:
         )
 
 
+def adapt(arguments: Any) -> None:
+    require_seed(arguments.seed)
+    from .adapters import adapt
+
+    names = ("tokens", "kind", "where", "theta", "name", "seed")
+    memory = {name: getattr(arguments, name) for name in names}
+    with terminated_as_interrupted():
+        adapt(
+            arguments.base, arguments.out, arguments.text, arguments.overrides, arguments.merge, say=say, **memory
+        )
+
+
+def add_memories(model: Any, folders: Sequence[str]) -> None:
+    """Put the memories that --memory names onto a model, all on."""
+    from .adapters import load_parameter_tokens
+
+    for folder in folders:
+        load_parameter_tokens(model, folder)
+
+
 def operator_options(texts: Sequence[str]) -> dict[str, Any]:
     """["noise=0.1", "where=end"] -> {"noise": 0.1, "where": "end"}; true and false are such, not words."""
     options: dict[str, Any] = {}
@@ -184,6 +204,7 @@ def evaluate(arguments: Any) -> None:
     device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
     restore_carried(folder, model.to(device))
+    add_memories(model, arguments.memory)
     section = run_section(folder) or stream_section(folder)
     section.source = arguments.source or section.source
     longest = positions(model)
@@ -208,7 +229,8 @@ def evaluate(arguments: Any) -> None:
     )
     if arguments.out:
         scored = {"text": arguments.text} if arguments.text else {"source": section.source}
-        about = {"checkpoint": str(folder), **scored, "sequence_length": section.sequence_length}
+        memories = {"memories": arguments.memory} if arguments.memory else {}
+        about = {"checkpoint": str(folder), **memories, **scored, "sequence_length": section.sequence_length}
         write_json(arguments.out, {**about, **measured})
         say(f"numbers: {arguments.out}")
 
@@ -291,6 +313,7 @@ def generate(arguments: Any) -> None:
     device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
     restore_carried(folder, model.to(device))
+    add_memories(model, arguments.memory)
     tokenizer = load_tokenizer(str(folder))
     end = tokenizer.eos_token_id
     ids = torch.tensor([tokenizer.encode(arguments.prompt) or [end]], device=device)
