@@ -18,6 +18,7 @@ SMALL = "train.threads=1 train.evaluate_every=100 data.batch_size=2 data.sequenc
 # What is added to a command so that it takes seconds: a budget of few steps, and for the GPU recipe no network.
 SHRINK = {
     "quickstart": f"train.flops=1e9 train.warmup_steps=2 {SMALL}",
+    "adapt": "train.steps=3 train.warmup_steps=0 train.threads=1 data.batch_size=2 data.valid_tokens=512",
     "race growth_llama_cpu": (
         "train.flops=3e11 train.warmup_steps=2 data.source=embedded data.valid_source=README.md "
         f"race.final_text=README.md {SMALL}"
@@ -46,6 +47,7 @@ def program(words: list[str]) -> list[str]:
 
 def test_the_commands_run_one_after_the_other(tmp_path):
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    (tmp_path / "notes.txt").write_text(README * 3, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for command in commands():
         extra = next((words for start, words in SHRINK.items() if start in command), "")

@@ -75,7 +75,7 @@ def adapt(
     tell = say or (lambda line: None)
     before = evaluate(model, windows, device=device, dtype=recipe.train.dtype)
     count = sum(p.numel() for p in added.parameters())
-    tell(f"{count:,} parameters: {added.kind} of {added.tokens} tokens in {len(added.layers)} places; the base is frozen")
+    tell(f"{count:,} parameters to train: {added.kind}, {added.tokens} tokens in each of {len(added.layers)} places")
     tell(f"text: {len(batches.tokens):,} tokens to train on, {windows[0][:, 1:].numel():,} held out")
     tell(f"before: {before['bits_per_byte']:.4f} bits per byte, loss {before['loss']:.4f}")
     seconds = train_memory(model, added, recipe, batches, tell)
@@ -145,7 +145,7 @@ def train_memory(model: Any, memory: Memory, recipe: Recipe, batches: Batches, t
     train, began = recipe.train, time.perf_counter()
     assert train.steps is not None
     if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     betas = (train.beta1, train.beta2)
     groups = parameter_groups(nn.ParameterList(memory.parameters()), train.weight_decay)
     optimizer = AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon)
