@@ -30,6 +30,7 @@ from tokenformer.adapters import (
 from tokenformer.checkpoint import ancestry
 from tokenformer.data import ByteTokenizer
 from tokenformer.models import build_config, build_model
+from tokenformer.models.tables import TABLES
 from tokenformer.optim import parameter_groups
 from tokenformer.runs import read_json, write_json
 
@@ -121,6 +122,23 @@ def test_a_memory_starts_exactly_and_alive_and_off_is_off(name: str, kind: str, 
     }
     memory.remove()
     assert same(both(model), before) and not memories_of(model)
+
+
+def test_an_architecture_that_is_added_by_its_table_takes_memories(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (DOCS / "new_architecture.md").read_text(encoding="utf-8")
+    for registry in (TABLES, MODELS):
+        monkeypatch.setitem(registry, "gpt_neox", None)
+        del registry["gpt_neox"]  # and again when the test ends
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)), {})
+    (line,) = re.findall(r'^    "gpt_neox": (.*),$', page, re.M)
+    MODELS["gpt_neox"] = eval(line)
+    model = fresh("gpt_neox")
+    before = both(model)
+    memory = add_parameter_tokens(model, tokens=5)
+    assert same(both(model), before)
+    trained(model, memory)
+    assert (logits(merge_parameter_tokens(model)) - logits(model)).abs().max() < 1e-5
+    assert (logits(model) - before[0]).abs().max() > 1e-3
 
 
 def test_every_entry_is_alive_within_two_steps() -> None:
@@ -314,6 +332,8 @@ def test_memories_stack_and_are_switched_by_name(name: str) -> None:
     for i, a in enumerate(values):
         assert all((a - b).abs().max() > 1e-4 for b in values[:i])  # the control: each combination is another
     one.remove()
+    with pytest.raises(ValueError, match="name: the memory 'one' was removed"):
+        one.on = True
     two.on, three.on = True, False
     assert same(both(model), outputs[("two",)])
 
@@ -581,7 +601,8 @@ def test_a_memory_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
         ("llama", {"where": "attention"}, "where: 'rows' are rows of the feed-forward; beside attention stands"),
         ("llama", {"theta": "gelu"}, "theta: 'gelu' has no effect on rows"),
         ("llama", {"kind": "pattention", "theta": "relu"}, "theta: 'relu' is not known; allowed: l2_norm_gelu"),
-        ("llama", {"name": "a.b"}, "name: 'a.b' is no name; allowed: letters, digits, _ and -"),
+        ("llama", {"name": "a.b"}, "name: 'a.b' cannot be one; allowed: letters, digits, _ and -"),
+        ("llama", {"name": "keys"}, "name: 'keys' cannot be one"),
         ("ngpt", {}, "kind: 'rows' does not fit ngpt, whose rows are unit vectors"),
         ("mamba2", {}, "where: 'feed_forward' is not there in mamba2"),
         ("mamba2", {"kind": "pattention", "where": "attention"}, "where: 'attention' is not there in mamba2"),
@@ -596,6 +617,13 @@ def test_what_cannot_be_is_refused_in_one_line(name: str, settings: dict[str, An
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_rows_of_quantised_weights_are_refused() -> None:
+    model = fresh("qwen2")
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ValueError, match="kind: 'rows' extend weights that are not quantised"):
+        add_parameter_tokens(model)
+
+
 def test_names_are_taken_once_and_unknown_ones_are_told() -> None:
     model = fresh("qwen2")
     add_parameter_tokens(model, tokens=3, name="notes")
@@ -605,6 +633,8 @@ def test_names_are_taken_once_and_unknown_ones_are_told() -> None:
         memory_of(model, "note")
     with pytest.raises(ValueError, match="parameter_tokens.* is in no table of axes"):
         grow(model, "zero", to={"intermediate_size": 50})  # the memory would be lost
+    with pytest.raises(ValueError, match="no feed-forward of a llama is found in this LlamaModel; give the model for"):
+        add_parameter_tokens(fresh("llama").model)
     from transformers import BertConfig, BertLMHeadModel
 
     bert = BertLMHeadModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))

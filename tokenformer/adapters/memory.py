@@ -54,6 +54,8 @@ class Memory:
             beside.switch(module, self.name, on)
 
     def _places(self) -> list[tuple[nn.Module, Memories]]:
+        if memories_of(self.model).get(self.name) is not self:
+            raise ValueError(f"name: the memory {self.name!r} was removed from its model")
         modules = [self.model.get_submodule(place) for place in self.layers]
         return [(module, getattr(module, BESIDE)) for module in modules]
 
@@ -165,12 +167,14 @@ def require_known(
             raise ValueError(f"{key}: {value!r} is not known; allowed: {known}")
     if type(tokens) is not int or tokens < 1:
         raise ValueError(f"tokens: {tokens!r} is no number of rows; allowed: a whole number from 1 on")
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"name: {name!r} is no name; allowed: letters, digits, _ and -")
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(Memories(), name):  # it becomes an attribute of those
+        raise ValueError(f"name: {name!r} cannot be one; allowed: letters, digits, _ and -, and no word of torch's own")
     if name in memories_of(model):
         raise ValueError(f"name: the model has a memory {name!r} already; give this one another")
     if kind == "rows" and where != "feed_forward":
         raise ValueError(f"where: 'rows' are rows of the feed-forward; beside {where} stands kind='pattention'")
+    if kind == "rows" and getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("kind: 'rows' extend weights that are not quantised; pattention stands beside any")
     if kind == "rows" and theta is not None:
         raise ValueError(f"theta: {theta!r} has no effect on rows, which speak as the feed-forward's own do")
 

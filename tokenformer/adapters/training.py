@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint as files
 from ..data import Batches, Corpus, eval_windows, load_tokenizer, prepare
-from ..distributed import Ranks, choose_device
+from ..distributed import Ranks, choose_device, ranks_here
 from ..evaluate import autocast, evaluate, next_token_loss
 from ..flops import training_flops
 from ..grow_checkpoint.plan import find_or_download
@@ -61,6 +61,8 @@ def adapt(
     require_places([Path(place) for place in (out, merge) if place is not None])
     if merge is not None and memory.get("kind", "rows") != "rows":
         raise ValueError(f"--merge {merge}: a memory of kind {memory['kind']!r} cannot be merged; rows can")
+    if ranks_here().world > 1:
+        raise ValueError("WORLD_SIZE: adapt trains in one process; start it without torchrun")
     folder = find_or_download(base)
     files.require_nothing_carried(folder)
     recipe = settings(folder, text, overrides)
@@ -145,7 +147,7 @@ def train_memory(model: Any, memory: Memory, recipe: Recipe, batches: Batches, t
     train, began = recipe.train, time.perf_counter()
     assert train.steps is not None
     if train.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable({"use_reentrant": False})
     betas = (train.beta1, train.beta2)
     groups = parameter_groups(nn.ParameterList(memory.parameters()), train.weight_decay)
     optimizer = AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon)
