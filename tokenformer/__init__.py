@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .adapters import add_parameter_tokens
     from .checkpoint import load_checkpoint, save_checkpoint
     from .evaluate import evaluate
     from .growth import grow
@@ -32,6 +33,7 @@ __all__ = [
     "TokenFormerConfig",
     "TokenFormerForCausalLM",
     "__version__",
+    "add_parameter_tokens",
     "evaluate",
     "grow",
     "load_checkpoint",
@@ -46,6 +48,7 @@ _HOME = {
     "Pattention": "pattention",
     "TokenFormerConfig": "models",
     "TokenFormerForCausalLM": "models",
+    "add_parameter_tokens": "adapters",
     "evaluate": "evaluate",
     "grow": "growth",
     "load_checkpoint": "checkpoint",

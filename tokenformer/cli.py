@@ -77,6 +77,19 @@ TEXTS = {
           tokenformer grow org/llama --dry-run --operator net2wider --option noise=0.01 --to intermediate_size=8192
         """,
     ),
+    "adapt": (
+        "train parameter tokens as added memory on a frozen checkpoint",
+        """
+        BASE is a checkpoint, a run folder or a name on the Hugging Face hub: Llama, Mistral, Qwen, GPT-2, Mixtral or
+        TokenFormer. It is not touched; OUT gets the memory alone. --kind rows: new rows of the feed-forward, which
+        --merge makes part of an ordinary model; pattention: a layer beside it, or beside attention. Prints the loss on
+        held-out text before and after. key=value changes a key of a recipe's [data] or [train].
+
+          tokenformer adapt runs/first --text README.md --tokens 64 --out runs/memory train.steps=100 data.repeat=true
+          tokenformer adapt org/llama --text notes/ --out notes --merge llama-with-notes train.dtype=bfloat16
+          tokenformer adapt org/gpt2 --text notes/ --kind pattention --where attention --out notes
+        """,
+    ),
     "operators": (
         "list the growth operators: what each grows, its promise, its source, its options",
         """
@@ -288,6 +301,19 @@ def parser() -> Parser:
     )
     sub.add_argument("--seed", type=int, default=0, help="of the new rows (%(default)s)")
 
+    sub = verb("adapt", verbs.adapt)
+    sub.add_argument("base", metavar="BASE", help="a checkpoint, a run folder, or org/name on the hub")
+    override_argument(sub)
+    sub.add_argument("--text", metavar="PATH", required=True, help="a text file or folder to train on")
+    sub.add_argument("--out", metavar="OUT", required=True, help="the memory's folder; it must not exist")
+    sub.add_argument("--tokens", type=int, default=256, metavar="N", help="rows in each layer (%(default)s)")
+    sub.add_argument("--kind", default="rows", help="rows or pattention (%(default)s)")
+    sub.add_argument("--where", default="feed_forward", help="feed_forward or attention (%(default)s)")
+    sub.add_argument("--theta", help="of a pattention (gelu)")
+    sub.add_argument("--name", default="default", help="what it is called on the model (%(default)s)")
+    sub.add_argument("--merge", metavar="MODEL", help="write the base with the rows in it as well, a plain checkpoint")
+    sub.add_argument("--seed", type=int, default=0, help="of the new rows (%(default)s)")
+
     sub = verb("operators", verbs.operators)
     sub.add_argument("name", metavar="NAME", nargs="?", help="one of them, in full")
 
@@ -305,6 +331,7 @@ def parser() -> Parser:
 
     sub = verb("eval", verbs.evaluate)
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a transformers folder, or a run folder")
+    memory_argument(sub)
     sub.add_argument("--tasks", metavar="NAME,...", help="of the evaluation harness")
     sub.add_argument("--include-path", metavar="FOLDER", help="tasks of your own, as the harness's YAML")
     sub.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task (all)")
@@ -322,6 +349,7 @@ def parser() -> Parser:
 
     sub = verb("generate", verbs.generate)
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
+    memory_argument(sub)
     sub.add_argument("--prompt", default="", help="the text to continue (default: none)")
     sub.add_argument(
         "--max-new-tokens", type=int, metavar="N", help=f"at most so many ({verbs.NEW_TOKENS}, if the model has room)"
@@ -346,6 +374,12 @@ def parser() -> Parser:
 def override_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="a change, such as train.steps=2000"
+    )
+
+
+def memory_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--memory", action="append", default=[], metavar="FOLDER", help="with what `adapt` wrote there; repeatable"
     )
 
 

@@ -122,6 +122,26 @@ def grow(arguments: Any) -> None:
         )
 
 
+def adapt(arguments: Any) -> None:
+    require_seed(arguments.seed)
+    from .adapters import adapt
+
+    names = ("tokens", "kind", "where", "theta", "name", "seed")
+    memory = {name: getattr(arguments, name) for name in names}
+    with terminated_as_interrupted():
+        adapt(
+            arguments.base, arguments.out, arguments.text, arguments.overrides, arguments.merge, say=say, **memory
+        )
+
+
+def add_memories(model: Any, folders: Sequence[str]) -> None:
+    """Put the memories that --memory names onto a model, all on."""
+    from .adapters import load_parameter_tokens
+
+    for folder in folders:
+        load_parameter_tokens(model, folder)
+
+
 def operator_options(texts: Sequence[str]) -> dict[str, Any]:
     """["noise=0.1", "where=end"] -> {"noise": 0.1, "where": "end"}; true and false are such, not words."""
     options: dict[str, Any] = {}
@@ -198,7 +218,10 @@ def evaluate(arguments: Any) -> None:
     manager = find_tasks(tasks, arguments.include_path) if tasks else None
     model, _ = load_checkpoint(folder)
     restore_carried(folder, model.to(device))
+    add_memories(model, arguments.memory)
     numbers: dict[str, Any] = {"checkpoint": str(folder), "dtype": str(model.dtype).removeprefix("torch.")}
+    if arguments.memory:
+        numbers["memories"] = arguments.memory
     if scored:
         numbers |= score_text(arguments, folder, model, device)
     if tasks:
@@ -347,6 +370,7 @@ def generate(arguments: Any) -> None:
     device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
     restore_carried(folder, model.to(device))
+    add_memories(model, arguments.memory)
     tokenizer = load_tokenizer(str(folder))
     end = tokenizer.eos_token_id
     ids = torch.tensor([tokenizer.encode(arguments.prompt) or [end]], device=device)
