@@ -13,7 +13,7 @@ import pytest
 
 from tokenformer import cli, verbs
 
-VERBS = ("quickstart", "train", "grow", "operators", "eval", "generate", "report", "recipe")
+VERBS = ("quickstart", "train", "grow", "shrink", "operators", "eval", "generate", "report", "recipe")
 
 
 def run(*arguments: str) -> int:

@@ -1,10 +1,10 @@
 """Nested training: every step trains a prefix of the rows, so that each prefix of the trained model is a model.
 
 A step draws one share, the same for all memories (rows.py), and computes with the first rows of each, that share of
-them, under the scale that `kept_scale` gives to so many: what it computes, and the gradients of what it keeps, are those
-of the ordinary model that `shrink` by order cuts out. Rows beyond the prefix get a gradient of zero, which is the true
-one: the step's loss does not depend on them. So they go on as under any AdamW: they decay, and what momentum they have
-runs out, as with the embeddings of words that a batch does not have. On average a step follows the gradient of the
+them, under the scale that `kept_scale` gives to so many: what it computes, and the gradients of what it keeps, are
+those of the ordinary model that `shrink` by order cuts out. Rows beyond the prefix get a gradient of zero, which is the
+true one: the step's loss does not depend on them. So they go on as under any AdamW: they decay, and what momentum they
+have runs out, as with the embeddings of words that a batch does not have. On average a step follows the gradient of the
 mean loss over the shares.
 
     power_of_two    1, 1/2, 1/4 ... down to the smallest, all equally often (the exponents of FlexTok, arXiv 2502.13967)

@@ -21,9 +21,9 @@ Legend: N tokens, n rows, C the width of a value.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,13 +40,13 @@ RULES_OF_TEXT = ("activation", "gradient", "use")
 STRONGEST = 0.1  # share of a memory's rows that count as used by a token
 
 
-@dataclass(eq=False)
+@dataclasses.dataclass(eq=False)
 class Memory:
     """One table of rows in a model: where it is, and for each tensor of it the dimension along which its rows lie."""
 
     place: str  # the module's name
     field: str  # of the configuration, with the number of rows
-    dims: dict[str, int] = field(default_factory=dict)  # parameter -> dimension
+    dims: dict[str, int] = dataclasses.field(default_factory=dict)  # parameter -> dimension
     value: str = ""  # the parameter that holds the values
 
 

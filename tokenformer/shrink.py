@@ -75,7 +75,7 @@ def kept_sizes(config: PreTrainedConfig, keep: Keep) -> dict[str, int]:
     for name, share in keep.items():
         field = field_of(config, name)
         if field not in fields:
-            raise ValueError(f"keep: {name} is no number of rows; of {config.model_type} these are: {', '.join(fields)}")
+            raise ValueError(f"keep: {name} is no number of rows; {config.model_type} has {', '.join(fields)}")
         if not 0 < share < 1:
             raise ValueError(f"keep: {share:g} is not allowed; it must be a share above 0 and below 1")
         rows = size_of(config, field)
@@ -125,7 +125,7 @@ def cut(
 def _bring_forward(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, memory: Memory, first: Tensor
 ) -> None:
-    """Put these rows of a memory before its others, and what an optimizer keeps of each with it. Changes no function."""
+    """Put these rows of a memory before its others, what an optimizer keeps of each with it; no function changes."""
     for name, dim in memory.dims.items():
         p = model.get_parameter(name)
         others = torch.ones(p.shape[dim], dtype=torch.bool)

@@ -170,9 +170,45 @@ def operators(arguments: Any) -> None:
         say(textwrap.indent(text or "", "    "))
 
 
+def shrink(arguments: Any) -> None:
+    keep = shares(arguments.keep)
+    require_length(arguments.sequence_length)
+    from .checkpoint import find_checkpoint, load_config
+    from .distributed import Ranks, choose_device
+    from .shrink_checkpoint import shrink_checkpoint
+
+    folder = find_checkpoint(arguments.checkpoint)
+    section = text_section(arguments, folder, load_config(folder))
+    device = choose_device(arguments.device, Ranks(), "--device")
+    text, curve = arguments.text or (), arguments.curve
+    with terminated_as_interrupted():
+        shrink_checkpoint(folder, arguments.out, keep, arguments.by, section, text, curve, device, say)
+
+
+def shares(text: str) -> float | dict[str, float]:
+    """ "0.5" -> 0.5; "ffn=0.5,qkv=0.25" -> a share for each field"""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        field, _, number = (word.strip() for word in part.rpartition("="))
+        try:
+            share = float(number)
+        except ValueError:
+            share = math.nan
+        if not 0 < share < 1:
+            raise ValueError(f"--keep {text}: write a share above 0 and below 1, such as 0.5, or FIELD=SHARE,...")
+        if field in found or (found and "" in {field, *found}):
+            raise ValueError(f"--keep {text}: write one share for all rows, or one for each field, such as ffn=0.5")
+        found[field] = share
+    return found[""] if "" in found else found
+
+
+def require_length(length: int | None) -> None:
+    if length is not None and length < 1:
+        raise ValueError(f"--sequence-length {length}: must be 1 or more")
+
+
 def evaluate(arguments: Any) -> None:
-    if arguments.sequence_length is not None and arguments.sequence_length < 1:
-        raise ValueError(f"--sequence-length {arguments.sequence_length}: must be 1 or more")
+    require_length(arguments.sequence_length)
     if arguments.out:
         require_writable(Path(arguments.out))
     from .checkpoint import find_checkpoint, load_checkpoint, restore_carried
@@ -184,15 +220,7 @@ def evaluate(arguments: Any) -> None:
     device = choose_device(arguments.device, Ranks(), "--device")
     model, _ = load_checkpoint(folder)
     restore_carried(folder, model.to(device))
-    section = run_section(folder) or stream_section(folder)
-    section.source = arguments.source or section.source
-    longest = positions(model)
-    if (arguments.sequence_length or 1) > longest:
-        raise ValueError(
-            f"--sequence-length {arguments.sequence_length}: is more than the model's "
-            f"max_position_embeddings = {longest}"
-        )
-    section.sequence_length = arguments.sequence_length or min(section.sequence_length, longest)
+    section = text_section(arguments, folder, model.config)
     if arguments.text:
         parts = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
     elif section.source:
@@ -213,9 +241,20 @@ def evaluate(arguments: Any) -> None:
         say(f"numbers: {arguments.out}")
 
 
-def positions(model: Any) -> int:
+def text_section(arguments: Any, checkpoint: Path, config: Any) -> Any:
+    """The [data] of the run that a checkpoint lies in or comes from, with what --source and --sequence-length say."""
+    asked, longest = arguments.sequence_length, positions(config)
+    section = run_section(checkpoint) or stream_section(checkpoint)
+    section.source = arguments.source or section.source
+    if (asked or 1) > longest:
+        raise ValueError(f"--sequence-length {asked}: is more than the model's max_position_embeddings = {longest}")
+    section.sequence_length = asked or min(section.sequence_length, longest)
+    return section
+
+
+def positions(config: Any) -> int:
     """How many tokens a model may be given at once."""
-    return getattr(model.config, "max_position_embeddings", None) or LARGEST_SIZE
+    return getattr(config, "max_position_embeddings", None) or LARGEST_SIZE
 
 
 def require_writable(file: Path) -> None:
@@ -294,7 +333,7 @@ def generate(arguments: Any) -> None:
     tokenizer = load_tokenizer(str(folder))
     end = tokenizer.eos_token_id
     ids = torch.tensor([tokenizer.encode(arguments.prompt) or [end]], device=device)
-    longest = positions(model)
+    longest = positions(model.config)
     room = longest - ids.shape[1]
     if room < (arguments.max_new_tokens or 1):
         raise ValueError(
