@@ -69,10 +69,8 @@ def shrink(
 def kept_sizes(config: PreTrainedConfig, keep: Keep) -> dict[str, int]:
     """Field of the configuration -> how many rows it keeps. ValueError if that makes no smaller model."""
     fields = row_fields(config)
-    if not isinstance(keep, Mapping):
-        keep = dict.fromkeys(fields, keep)
     sizes = {}
-    for name, share in keep.items():
+    for name, share in keep.items() if isinstance(keep, Mapping) else dict.fromkeys(fields, keep).items():
         field = field_of(config, name)
         if field not in fields:
             raise ValueError(f"keep: {name} is no number of rows; {config.model_type} has {', '.join(fields)}")
