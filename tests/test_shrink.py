@@ -248,6 +248,7 @@ def test_moments_and_ages_keep_to_their_rows() -> None:
         ("llama", 0.01, "order", "keep: 0.01 of intermediate_size = 44 is less than one row"),
         ("llama", 0.999, "order", "keep: 0.999 leaves every row"),
         ("llama", {"hidden_size": 0.5}, "order", "keep: hidden_size is no number of rows; llama has intermediate_size"),
+        ("tokenformer", {"ffn": 0.5, "ffn_tokens": 0.25}, "order", "keep: ffn_tokens is given twice"),
         ("tokenformer", {"fnn": 0.5}, "order", "tokenformer has no such axis; nearest valid name: ffn"),
         ("tokenformer linear", {"qkv": 0.5}, "order", "keep: qkv is no number of rows; tokenformer has ffn_tokens"),
         ("llama", 0.5, "oldest", "by: 'oldest' is not known; allowed: order, magnitude, activation, gradient, use"),
@@ -303,7 +304,8 @@ def test_a_run_s_checkpoint_becomes_an_ordinary_smaller_one(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shared: Path
 ) -> None:
     out = tmp_path / "half"
-    assert run("shrink", str(trained), str(out), "--keep", "0.5", "--by", "activation", "--text", str(corpus(shared))) == 0
+    words = ("--keep", "0.5", "--by", "activation", "--text", str(corpus(shared)))
+    assert run("shrink", str(trained), str(out), *words) == 0
     said = capsys.readouterr().out
     assert "ffn_tokens 32 -> 16" in said and "moments keep to their rows" in said
     model, lineage = load_checkpoint(out)

@@ -76,6 +76,8 @@ def kept_sizes(config: PreTrainedConfig, keep: Keep) -> dict[str, int]:
             raise ValueError(f"keep: {name} is no number of rows; {config.model_type} has {', '.join(fields)}")
         if not 0 < share < 1:
             raise ValueError(f"keep: {share:g} is not allowed; it must be a share above 0 and below 1")
+        if field in sizes:
+            raise ValueError(f"keep: {field} is given twice")
         rows = size_of(config, field)
         sizes[field] = kept_rows(rows, share)
         if sizes[field] < 1:
