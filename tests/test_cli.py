@@ -13,7 +13,9 @@ import pytest
 
 from tokenformer import cli, verbs
 
-VERBS = ("quickstart", "train", "grow", "adapt", "operators", "convert", "eval", "generate", "report", "recipe")
+VERBS = (
+    *("quickstart", "train", "grow", "shrink", "adapt", "operators", "convert", "eval", "generate", "report", "recipe"),
+)
 
 
 def run(*arguments: str) -> int:

@@ -30,14 +30,21 @@ ARROW: dict[str, set[str]] = {
     "optim": {"pattention", "models", "growth"},
     "checkpoint": {"pattention", "models", "growth", "optim", "runs", "random_states"},
     "event": {"growth"},
+    "rows": {"pattention", "models", "evaluate"},
+    "nested": {"pattention", "models", "rows"},
+    "shrink": {"pattention", "models", "growth", "rows"},
     "grow_checkpoint": {"models", "growth", "event", "optim", "checkpoint", "runs", "flops"},
     "start": {"models", "runs", "checkpoint", "data", "recipe"},
     "schedule": {"recipe"},
-    "plan": {"models", "growth", "flops", "recipe", "schedule", "start"},
+    "plan": {"models", "growth", "flops", "nested", "recipe", "schedule", "start"},
+    "shrink_checkpoint": {
+        *("models", "growth", "rows", "shrink", "optim", "checkpoint", "grow_checkpoint", "data", "distributed"),
+        *("evaluate", "flops", "recipe", "runs"),
+    },
 }
-ARROW["state"] = {*ARROW} - {"report", "grow_checkpoint"}
-ARROW["step"] = {*ARROW} - {"report"}
-ARROW["train"] = {*ARROW} - {"report"}
+ARROW["state"] = {*ARROW} - {"report", "grow_checkpoint", "shrink_checkpoint"}
+ARROW["step"] = {*ARROW} - {"report", "shrink_checkpoint"}
+ARROW["train"] = {*ARROW} - {"report", "shrink_checkpoint"}
 ARROW["adapters"] = {"pattention", "models", "growth", "flops", "optim", "checkpoint", "random_states", "runs", "data"}
 ARROW["adapters"] |= {"evaluate", "distributed", "recipe", "start", "grow_checkpoint"}
 ARROW["race"] = {*ARROW}

@@ -41,7 +41,8 @@ def program(words: list[str]) -> list[str]:
 
 def test_the_commands_run_one_after_the_other(tmp_path):
     stand_ins.prepare(tmp_path)
-    (tmp_path / "notes.txt").write_text(README * 3, encoding="utf-8")
+    notes = "".join(f"{i}: {line}\n" for i in range(12) for line in README.splitlines())
+    (tmp_path / "notes.txt").write_text(notes, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     commands = stand_ins.commands(README)
     assert len(commands) >= 15

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .pattention import Pattention
     from .recipe import load_recipe
     from .report import write_report
+    from .shrink import shrink
     from .train import train
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "load_checkpoint",
     "load_recipe",
     "save_checkpoint",
+    "shrink",
     "train",
     "write_report",
 ]
@@ -54,6 +56,7 @@ _HOME = {
     "load_checkpoint": "checkpoint",
     "load_recipe": "recipe",
     "save_checkpoint": "checkpoint",
+    "shrink": "shrink",
     "train": "train",
     "write_report": "report",
 }

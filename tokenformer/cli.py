@@ -77,6 +77,19 @@ TEXTS = {
           tokenformer grow org/llama --dry-run --operator net2wider --option noise=0.01 --to intermediate_size=8192
         """,
     ),
+    "shrink": (
+        "cut rows of a checkpoint: a smaller model, moments included",
+        """
+        CHECKPOINT is a checkpoint or a run folder; OUT is a new checkpoint of the same architecture with a share --keep
+        of the parameter tokens of each memory, or of the feed-forward's units (Llama, Mistral, Qwen2, Qwen3, GPT-2).
+        --by says which rows stay: order, the first ones; magnitude, of keys times values; or by what they do on --text:
+        activation, gradient, use. Prints the loss before and after on held-out text: that of --source, by default of
+        the run which the checkpoint comes from, else the last fifth of --text. docs/shrink.md has more.
+
+          tokenformer shrink runs/first runs/half --keep 0.5
+          tokenformer shrink runs/first runs/quarter --keep ffn=0.25 --by activation --text README.md --curve
+        """,
+    ),
     "adapt": (
         "train parameter tokens as added memory on a frozen checkpoint",
         """
@@ -300,6 +313,23 @@ def parser() -> Parser:
         help="most that one file of weights holds (%(default)s)",
     )
     sub.add_argument("--seed", type=int, default=0, help="of the new rows (%(default)s)")
+
+    sub = verb("shrink", verbs.shrink)
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
+    sub.add_argument("out", metavar="OUT", help="the checkpoint to make; it must not exist")
+    sub.add_argument(
+        "--keep", required=True, metavar="SHARE", help="of the rows, above 0 and below 1; or FIELD=SHARE,..."
+    )
+    sub.add_argument(
+        "--by", default="order", metavar="RULE", help="order, magnitude, activation, gradient or use (%(default)s)"
+    )
+    sub.add_argument("--text", nargs="+", metavar="PATH", help="text files or folders to rank rows on")
+    sub.add_argument("--source", metavar="SOURCE", help="measure on the held-out share of this; as data.source")
+    sub.add_argument("--curve", action="store_true", help="write OUT.curve.json and .png: loss at seven sizes")
+    sub.add_argument(
+        "--sequence-length", type=int, metavar="TOKENS", help="of each window (the run's own; 256 or the model's most)"
+    )
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
 
     sub = verb("adapt", verbs.adapt)
     sub.add_argument("base", metavar="BASE", help="a checkpoint, a run folder, or org/name on the hub")

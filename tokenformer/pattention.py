@@ -63,6 +63,11 @@ def pattention_reference(
 
     Shapes as in the module's head; `up` (P, C_in) makes the layer gated. Norms and softmax are in float32 or wider.
     """
+    return row_weights(x, key, scale, theta, eps, up) @ value
+
+
+def row_weights(x: Tensor, key: Tensor, scale: float, theta: str, eps: float, up: Tensor | None = None) -> Tensor:
+    """What each row's value is multiplied by, (..., P): theta(x Kᵀ), times x Uᵀ in a gated layer."""
     s = x @ key.t()  # (..., P)
     wide = s.float() if s.dtype in HALF else s
     if theta == "softmax":
@@ -76,9 +81,7 @@ def pattention_reference(
         z = t * (scale * torch.rsqrt(t.square().sum(-1, keepdim=True) + eps * scale**2))
         weights = F.gelu(z) if theta == "l2_norm_gelu" else z
     weights = weights.to(s.dtype)
-    if up is not None:
-        weights = weights * (x @ up.t())
-    return weights @ value
+    return weights if up is None else weights * (x @ up.t())
 
 
 def pattention(

@@ -25,6 +25,7 @@ from .growth.tensors import TensorMaps
 from .growth.weights import trained_layers
 from .models import build_config
 from .models.axes import size_of, table_of
+from .nested import mean_share, require_nested, without_rows
 from .recipe import GrowthSection, Recipe
 from .schedule import Window, expand, window_of
 from .start import Start, start_config, start_of
@@ -110,7 +111,7 @@ def plan(
     ancestors = start.flops
     events, configs = phase_configs(recipe, vocab_size, start)
     length, batch = recipe.data.sequence_length, recipe.data.batch_size
-    costs = [training_flops(c, length, batch, trained) + saved * length * batch for c, _, saved, trained in configs]
+    costs = [step_flops(recipe, c, trained) + saved * length * batch for c, _, saved, trained in configs]
     growths = [event.flops for event in events]
     known = settled(events, grown_at)
     if recipe.train.flops is not None:
@@ -138,6 +139,7 @@ def plan(
     require_ramps(events, boundaries, steps, start)
     require_warm_up(recipe, events, boundaries, steps)
     require_balance(recipe, events, [config for config, *_ in configs], start)
+    require_nothing_beside_nested(recipe, events, start)
     require_room(events, costs, budget)
     edges = [0, *boundaries, steps]
     stretches = zip(edges, edges[1:], configs, costs, strict=False)
@@ -148,6 +150,21 @@ def plan(
         since = grown_at[-1] + rewarm_steps(events[done - 1]) if grown_at else recipe.train.warmup_steps
         window = window_of(int(share / costs[done]), since)
     return Plan(tuple(phases), length * batch, tuple(events), budget, window)
+
+
+def step_flops(recipe: Recipe, config: Any, trained: Sequence[bool] | None) -> int:
+    """FLOPs of one step. Where it trains a prefix of the rows, the mean over the shares: FLOPs rise linearly with rows,
+    and what whole numbers of rows are rounded by cancels but for a part of one row.
+    """
+    section = recipe.train
+    sizes = recipe.data.sequence_length, recipe.data.batch_size
+    whole = training_flops(config, *sizes, trained)
+    if section.nested == "none":
+        return whole
+    require_nested(config, section.nested_smallest)
+    share = mean_share(section.nested, section.nested_smallest)
+    empty = training_flops(without_rows(config), *sizes, trained)
+    return empty + round(share * (whole - empty))
 
 
 def model_config(recipe: Recipe, vocab_size: int, start: Start | None = None, **fields: Any) -> Any:
@@ -327,6 +344,18 @@ def require_balance(recipe: Recipe, events: list[Event], configs: list[Any], sta
             raise ValueError(
                 f"train.expert_balance = 'loss_free' is carried by training, as {name} is, and a model carries one "
                 "thing at a time"
+            )
+
+
+def require_nothing_beside_nested(recipe: Recipe, events: list[Event], start: Start) -> None:
+    """ValueError where rows would be other than those of an ordinary model, by a growth that training carries."""
+    carried = [("model.checkpoint", start.carried is not None)]
+    carried += [(each.name, bool(ramp_steps(each)) or each.section.operator in ("rank", "relora")) for each in events]
+    for name, meets in carried:
+        if meets and recipe.train.nested != "none":
+            raise ValueError(
+                f"train.nested = {recipe.train.nested!r}: {name} is a growth that training carries, and rows are not "
+                "those of an ordinary model until it is done"
             )
 
 

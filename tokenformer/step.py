@@ -19,6 +19,7 @@ from .evaluate import autocast, next_token_loss
 from .growth import LoadCounter, LossFree, TrainsOnly, load_numbers
 from .growth.carried import carried_of
 from .growth.load import routers_of
+from .nested import prefix, share_at
 from .optim import learning_rate
 from .plan import Plan
 from .recipe import Recipe
@@ -53,7 +54,8 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
     logs = (state.step + 1) % section.log_every == 0 or state.step + 1 == state.plan.steps
     # A compiled model does not see hooks that come later.
     load = LoadCounter(state.model) if logs and not section.compile else None
-    with load or contextlib.nullcontext():
+    share = share_at(section.nested, section.nested_smallest, section.seed, state.step)
+    with load or contextlib.nullcontext(), prefix(state.model, share):
         own_loss, own_auxiliary = backward(run, state, wrapped)
     carried = carried_of(state.model)
     if isinstance(carried, TrainsOnly):
@@ -76,7 +78,8 @@ def train_step(run: Run, state: State, wrapped: nn.Module, stop: list[int]) -> i
         balance = load_numbers(summed(load, run)) if load and load.counts else {}
         if auxiliary_coefficient(run.recipe, state.model):
             balance["auxiliary_loss"] = auxiliary / run.ranks.world
-        values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **balance}
+        nested = {"nested_share": share} if section.nested != "none" else {}
+        values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **balance, **nested}
         record(run, state, "train", values, progress(run, state, loss))
     if not signals:
         return 0

@@ -190,6 +190,43 @@ def operators(arguments: Any) -> None:
         say(textwrap.indent(text or "", "    "))
 
 
+def shrink(arguments: Any) -> None:
+    keep = shares(arguments.keep)
+    require_positive("sequence_length", arguments.sequence_length)
+    from .checkpoint import find_checkpoint, load_config
+    from .distributed import Ranks, choose_device
+    from .shrink_checkpoint import shrink_checkpoint
+
+    folder = find_checkpoint(arguments.checkpoint)
+    section = text_section(arguments, folder, load_config(folder))
+    device = choose_device(arguments.device, Ranks(), "--device")
+    text, curve = arguments.text or (), arguments.curve
+    with terminated_as_interrupted():
+        shrink_checkpoint(folder, arguments.out, keep, arguments.by, section, text, curve, device, say)
+
+
+def shares(text: str) -> float | dict[str, float]:
+    """ "0.5" -> 0.5; "ffn=0.5,qkv=0.25" -> a share for each field"""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        field, _, number = (word.strip() for word in part.rpartition("="))
+        try:
+            share = float(number)
+        except ValueError:
+            share = math.nan
+        if not 0 < share < 1:
+            raise ValueError(f"--keep {text}: write a share above 0 and below 1, such as 0.5, or FIELD=SHARE,...")
+        if field in found or (found and "" in {field, *found}):
+            raise ValueError(f"--keep {text}: write one share for all rows, or one for each field, such as ffn=0.5")
+        found[field] = share
+    return found[""] if "" in found else found
+
+
+def require_positive(key: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"--{key.replace('_', '-')} {value}: must be 1 or more")
+
+
 def convert(arguments: Any) -> None:
     from .convert import convert
 
@@ -243,8 +280,7 @@ def require_sense(arguments: Any, tasks: list[str], scored: bool) -> None:
             beside = "with --tasks alone" if tasks else "without --tasks"
             raise ValueError(f"{option} {value}: has no effect {beside}")
     for key in ("sequence_length", "batch_size", "limit"):
-        if getattr(arguments, key) is not None and getattr(arguments, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(arguments, key)}: must be 1 or more")
+        require_positive(key, getattr(arguments, key))
     if arguments.out:
         require_writable(Path(arguments.out))
 
@@ -265,15 +301,7 @@ def score_text(arguments: Any, folder: Path, model: Any, device: Any) -> dict[st
     """Loss and bits per byte of --text, of --source, or of what the checkpoint's own run held out; said, too."""
     from .data import eval_windows, load_tokenizer, prepare, text_windows
 
-    section = run_section(folder) or stream_section(folder)
-    section.source = arguments.source or section.source
-    longest = positions(model)
-    if (arguments.sequence_length or 1) > longest:
-        raise ValueError(
-            f"--sequence-length {arguments.sequence_length}: is more than the model's "
-            f"max_position_embeddings = {longest}"
-        )
-    section.sequence_length = arguments.sequence_length or min(section.sequence_length, longest)
+    section = text_section(arguments, folder, model.config)
     if arguments.text:
         parts = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
     elif section.source:
@@ -292,9 +320,20 @@ def score_text(arguments: Any, folder: Path, model: Any, device: Any) -> dict[st
     return {**source, "sequence_length": section.sequence_length, **measured}
 
 
-def positions(model: Any) -> int:
+def text_section(arguments: Any, checkpoint: Path, config: Any) -> Any:
+    """The [data] of the run that a checkpoint lies in or comes from, with what --source and --sequence-length say."""
+    asked, longest = arguments.sequence_length, positions(config)
+    section = run_section(checkpoint) or stream_section(checkpoint)
+    section.source = arguments.source or section.source
+    if (asked or 1) > longest:
+        raise ValueError(f"--sequence-length {asked}: is more than the model's max_position_embeddings = {longest}")
+    section.sequence_length = asked or min(section.sequence_length, longest)
+    return section
+
+
+def positions(config: Any) -> int:
     """How many tokens a model may be given at once."""
-    return getattr(model.config, "max_position_embeddings", None) or LARGEST_SIZE
+    return getattr(config, "max_position_embeddings", None) or LARGEST_SIZE
 
 
 def require_writable(file: Path) -> None:
@@ -374,7 +413,7 @@ def generate(arguments: Any) -> None:
     tokenizer = load_tokenizer(str(folder))
     end = tokenizer.eos_token_id
     ids = torch.tensor([tokenizer.encode(arguments.prompt) or [end]], device=device)
-    longest = positions(model)
+    longest = positions(model.config)
     room = longest - ids.shape[1]
     if room < (arguments.max_new_tokens or 1):
         raise ValueError(

@@ -31,16 +31,21 @@ NOT_COPIED = (
 
 
 def require_place(out: Path, prepared: Prepared) -> None:
-    if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} already exists; choose another place for the checkpoint")
-    if out.resolve().is_relative_to(prepared.folder.resolve()):
-        raise ValueError(f"{out} lies inside {prepared.folder}, which is not touched; choose a place outside")
-    if out.resolve().parent.name == runs.CHECKPOINTS and (out.resolve().parent.parent / runs.RECIPE).exists():
-        raise ValueError(f"{out} would be taken for a checkpoint of the run around it; choose a place outside")
+    require_free(out, prepared.folder)
     free = shutil.disk_usage(next(place for place in out.resolve().parents if place.exists())).free
     if prepared.bytes > free:
         needs = f"{gigabytes(prepared.bytes)} are to be written, {gigabytes(free)} are free"
         raise ValueError(f"{out}: the checkpoint cannot be written (no space left on the disk: {needs})")
+
+
+def require_free(out: Path, folder: Path) -> None:
+    """ValueError unless a checkpoint made of that in `folder` may be written to `out`."""
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} already exists; choose another place for the checkpoint")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} lies inside {folder}, which is not touched; choose a place outside")
+    if out.resolve().parent.name == runs.CHECKPOINTS and (out.resolve().parent.parent / runs.RECIPE).exists():
+        raise ValueError(f"{out} would be taken for a checkpoint of the run around it; choose a place outside")
 
 
 def remove_left_over(out: Path) -> None:

@@ -109,7 +109,7 @@ def _grown_state(
 
     Raises ValueError on any other tensor: how it would have to move is not known.
     """
-    if all(dim.trivial for dim in maps.dims(name, old.ndim)):
+    if all(dim.keeps(size) for dim, size in zip(maps.dims(name, old.ndim), old.shape, strict=True)):
         return copy.deepcopy(state)
     new = maps.fresh(name, old.ndim, copies=maps.plan.resets_copies).to(old.device)
     ages = getattr(optimizer, "counts_ages", False)

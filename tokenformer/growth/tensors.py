@@ -39,9 +39,9 @@ class DimMap:
     reads_copies: bool
     crosses: bool  # counts as a side of a block-diagonal matrix
 
-    @property
-    def trivial(self) -> bool:
-        plain = len(self.source) == 0 or bool((self.source == torch.arange(len(self.source))).all())
+    def keeps(self, size: int) -> bool:
+        """Whether a dimension of that size stays as it is."""
+        plain = len(self.source) == size and bool((self.source == torch.arange(size)).all())
         return plain and bool((self.weight == 1).all()) and bool((self.gradient == 1).all())
 
 
@@ -298,7 +298,7 @@ def gather(old: Tensor, dims: list[DimMap], kind: str, power: int = 1) -> Tensor
     old ones where the map says so, else undefined."""
     new = old
     for i, d in enumerate(dims):
-        if d.trivial:
+        if d.keeps(old.shape[i]):
             continue
         source, factor = d.source.to(old.device), getattr(d, kind) ** power
         averages = d.source == AVERAGE

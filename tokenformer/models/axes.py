@@ -49,6 +49,7 @@ class Table:
     by_layer: tuple[str, ...] = ()  # fields that make a layer depend on its number: depth then cannot grow exactly
     layers: str = "model.layers"  # where the layers lie
     gainless: Mapping[str, str] = dataclasses.field(default_factory=dict)  # axis -> kind of norm without gain in layers
+    rows: tuple[str, ...] = ()  # axes whose entries are rows of a memory: any of them make a smaller model (rows.py)
     unit_norm: bool = False  # rows and columns along `hidden` are kept at unit length (nGPT)
 
 

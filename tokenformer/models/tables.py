@@ -75,6 +75,7 @@ LLAMA = Table(
     pins={"head_dim": _HEAD_DIM},
     follows=_HEADS_FOLLOW,
     refuses=_ROPE,
+    rows=("ffn",),
 )
 
 QWEN2 = replace(
@@ -93,6 +94,7 @@ QWEN3 = Table(
     pins={"head_dim": _HEAD_DIM},
     follows=_HEADS_FOLLOW,
     refuses=_ROPE | {"num_local_experts": "a Mixtral has no norms of queries and keys, and Qwen3 has"},
+    rows=("ffn",),
 )
 
 MIXTRAL = Table(
@@ -160,6 +162,7 @@ GPT2 = Table(
     closes=("attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
     by_layer=("scale_attn_by_inverse_layer_idx",),
     layers="transformer.h",
+    rows=("ffn",),
 )
 
 # Heads lie inside the groups that share B and C, and the gated norm runs over one group. C reads the state that B
@@ -256,6 +259,7 @@ TOKENFORMER = Table(
     names={"ffn": "ffn_tokens", "qkv": "qkv_tokens", "proj": "proj_tokens"},
     closes=("self_attn.o_proj.value", "self_attn.o_proj.weight", "mlp.value"),
     gainless={"hidden": "layer"},
+    rows=("qkv_tokens", "proj_tokens", "ffn_tokens"),
 )
 
 # Rows and columns along `hidden` are unit vectors, so nothing there can start at zero: channels are copied and divided

@@ -220,6 +220,7 @@ def resolve(table: dict[str, Any], where: Where) -> Recipe:
         others = ", ".join([*model.fields, *given]) or "architecture"
         raise ValueError(f"model.checkpoint: brings the whole model, so {others} has no effect beside it")
     check_growth(recipe, where)
+    check_nested(recipe, where)
     check_race(recipe, where)
     names = [arm.name for arm in recipe.arms]
     for name in names:
@@ -281,6 +282,24 @@ def check_race(recipe: Recipe, where: Where) -> None:
                     f"arm {arm.name}: growth.at_step = {event.at_step}: in a race with [race] growth comes at a share "
                     f"of the FLOPs, the same in shorter runs; use at_fraction (from {where('arm')})"
                 )
+
+
+def check_nested(recipe: Recipe, where: Where) -> None:
+    train = recipe.train
+    if train.nested == "none":
+        if train.nested_smallest != TrainSection.nested_smallest:
+            origin = where("train.nested_smallest")
+            raise ValueError(f"train.nested_smallest: has no effect without train.nested (from {origin})")
+        return
+    waits = [f"growth.{i}.at_slope" for i, event in enumerate(recipe.growth) if event.at_slope is not None]
+    meets = {
+        "train.compile": (train.compile, "every size would be compiled anew"),
+        "model.rank": (recipe.model.rank is not None, "low-rank factors have no rows of their own"),
+        "".join(waits[:1]): (bool(waits), "the loss jumps with the size of each step"),
+    }
+    for key, (met, why) in meets.items():
+        if met:
+            raise ValueError(f"{key}: does not go with train.nested = {train.nested!r}: {why} (from {where(key)})")
 
 
 def check_growth(recipe: Recipe, where: Where) -> None:

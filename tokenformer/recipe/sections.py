@@ -105,6 +105,13 @@ class TrainSection:
         default="none",
         choices=("none", "auxiliary", "loss_free"),
     )
+    nested: str = key(
+        "each step trains the first rows only, a share of them: power_of_two (1, 1/2, 1/4 ...) or uniform; FLOPs are "
+        "counted at the mean share",
+        default="none",
+        choices=("none", "uniform", "power_of_two"),
+    )
+    nested_smallest: float = key("nested only: the smallest share", default=1 / 32, above=0, below=1)
     gradient_checkpointing: bool = key("recompute activations: less memory, more time", default=False)
     evaluate_every: int = key("steps between evaluations", default=100, low=1)
     log_every: int = key("steps between lines of metrics", default=10, low=1)
