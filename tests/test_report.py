@@ -8,25 +8,12 @@ import re
 import sys
 
 import pytest
+from tiny_races import ENVIRONMENT
 
 from tokenformer.report import read_report, write_report
 from tokenformer.report.charts import spread
 from tokenformer.report.units import count_text, flops_text, linear_ticks, log_ticks, seconds_text, tick_texts
 
-ENVIRONMENT = {
-    "python": "3.11.9",
-    "platform": "Linux-6.1-x86_64",
-    "cpu": "Some CPU @ 2.8 GHz",
-    "cores": 2,
-    "memory_gb": 7.6,
-    "gpu": None,
-    "versions": {"tokenformer": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "numpy": "2.3.1"},
-    "commit": "0123456789abcdef0123456789abcdef01234567",
-    "dirty": False,
-    "command": "tokenformer quickstart",
-    "threads": 1,
-    "started": "2030-01-01T12:00:00+00:00",
-}
 DATA = {
     "source": "embedded",
     "tokenizer": "bytes",

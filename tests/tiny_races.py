@@ -14,7 +14,7 @@ ENVIRONMENT = {
     "cores": 2,
     "memory_gb": 7.6,
     "gpu": None,
-    "versions": {"tokenformer": "0.1.0", "torch": "2.13.0"},
+    "versions": {"tokenformer": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "numpy": "2.3.1"},
     "commit": "0123456789abcdef0123456789abcdef01234567",
     "dirty": False,
     "command": "tokenformer race fair",

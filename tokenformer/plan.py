@@ -300,8 +300,7 @@ def require_warm_up(recipe: Recipe, events: list[Event], boundaries: list[int], 
     """ValueError where a warm-up is longer than what is left of the run."""
     warm = [("train.warmup_steps", recipe.train.warmup_steps)]
     for event in events:
-        rewarms = event.section.learning_rate != "keep"
-        warm.append((f"{event.name}.rewarm_steps", event.section.rewarm_steps if rewarms else 0))
+        warm.append((f"{event.name}.rewarm_steps", warm_up_after(event)))
     for (key, count), begin in zip(warm, [0, *boundaries], strict=True):
         if count > steps - begin:
             raise ValueError(f"{key} = {count} is more than what the run has left: steps {begin} to {steps}")
@@ -364,9 +363,14 @@ def chooses_experts(config: Any) -> bool:
     return (getattr(config, "num_local_experts", 0) or 0) > (getattr(config, "num_experts_per_tok", 0) or 0)
 
 
+def warm_up_after(event: Event) -> int:
+    """Steps after a growth in which a learning rate rises, be it of the new entries alone."""
+    return 0 if event.section.learning_rate == "keep" else event.section.rewarm_steps
+
+
 def rewarm_steps(event: Event) -> int:
     """Steps after a growth in which the learning rate of the whole model, or a mask, rises."""
-    warm = event.section.rewarm_steps if event.section.learning_rate in ("rewarm_all", "restart", "rewind") else 0
+    warm = 0 if event.section.learning_rate == "rewarm_new" else warm_up_after(event)
     return max(warm, ramp_steps(event))
 
 

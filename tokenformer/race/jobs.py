@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import runs
 from ..checkpoint import ancestry
-from ..plan import Plan, plan, ramp_steps
+from ..plan import Plan, plan, ramp_steps, warm_up_after
 from ..recipe import RaceSection, Recipe
 from ..start import Start
 from .arms import WEIGHTS_SEED, Arm, with_seed
@@ -190,9 +190,7 @@ def require_branches(race: Race, arm: Arm) -> None:
     planned, decay = race.plan(arm, arm.recipe), arm.recipe.train.decay_fraction
     assert arm.recipe.train.flops is not None
     rising = [arm.recipe.train.warmup_steps]  # steps of warm-up, or of growing in, at the beginning of each phase
-    for event in planned.events:
-        rewarms = event.section.learning_rate != "keep"
-        rising.append(max(event.section.rewarm_steps if rewarms else 0, ramp_steps(event)))
+    rising += [max(warm_up_after(event), ramp_steps(event)) for event in planned.events]
     for share in race.section.budgets[:-1]:
         step = planned.step_at(rounded(share * (1 - decay)))
         index = max(i for i, phase in enumerate(planned.phases) if phase.first_step < max(step, 1))
