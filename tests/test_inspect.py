@@ -210,6 +210,16 @@ def test_an_amount_that_makes_no_sense_is_refused_in_one_line(name: str, amounts
     assert message in str(told.value) and "\n" not in str(told.value)
 
 
+def test_a_model_with_an_added_memory_is_refused() -> None:
+    model = copy.deepcopy(model_of("llama"))
+    memory = tokenformer.add_parameter_tokens(model, tokens=3)
+    with pytest.raises(ValueError, match="is in no table of axes"), sparse(model, k=3):
+        pass
+    memory.remove()
+    with sparse(model, k=3):  # the control
+        pass
+
+
 def test_a_model_amid_a_growth_is_refused() -> None:
     grown = grow(model_of("llama"), "masked", {"intermediate_size": 60}, options={"ramp_steps": 5}).model
     with pytest.raises(ValueError, match="carries masked"), sparse(grown, k=3):

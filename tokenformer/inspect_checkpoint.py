@@ -101,7 +101,7 @@ def inspect_checkpoint(
     answer["sparse"], grouped = measured(model, parts, used, counts, best, device, say)
     if grouped:
         say("")
-        say("groups: rows with alike keys; each token uses the groups whose mean key is nearest")
+        say("groups: rows with alike keys; each token uses the groups whose mean key agrees most with it")
         answer["groups"] = told(grouped_entries(grouped, loads, best, born), layer, say)
     shown = [load for place, load in loads.items() if layer is None or layer_of(place) == layer]
     answer["rows"] = rows_told(model, shown, batches, born, tokenizer, rows, say)
@@ -265,9 +265,10 @@ def lines_of(sparse: Mapping[str, Any]) -> dict[str, list[tuple[float, float, st
     """The points of the picture, from all rows down to few."""
     lines = {}
     for name, kind in (("the strongest rows", "k"), ("the best groups", "groups")):
-        points = sorted(((p["rows_share"], p["bits_per_byte"], "") for p in sparse[kind]), reverse=True)
+        points = sorted(((p["rows_share"], p["bits_per_byte"]) for p in sparse[kind]), reverse=True)
         if points:
-            lines[name] = [(1.0, sparse["dense"]["bits_per_byte"], ""), *points]
+            points = [(1.0, sparse["dense"]["bits_per_byte"]), *points]
+            lines[name] = [(share, bits, f"{100 * share:.3g} %") for share, bits in points]
     return lines
 
 
