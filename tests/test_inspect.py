@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from architectures import model_of, untrained, wide
 from test_nested import ROWS
 from test_shrink import inputs_of, run, value_of
-from tiny_runs import tiny
+from tiny_runs import corpus, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -395,6 +395,17 @@ def test_origins_are_read_off_what_growth_and_cuts_wrote() -> None:
     assert origins([*by_use, again], "ffn_tokens", 70) == [Origin("start", 0, 35), Origin("tile (4)", 35, 70)]
 
 
+def test_rows_of_a_merged_memory_are_known_by_the_lineage(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("".join(f"note {i} has {i * i % 997}\n" for i in range(9000)))
+    text, memory, merged = (str(tmp_path / name) for name in ("some.txt", "memory", "merged"))
+    words = ("--text", text, "--out", memory, "--merge", merged)
+    few = ("--tokens", "4", "train.steps=2", "train.warmup_steps=0", "data.batch_size=2", "data.valid_tokens=128")
+    assert run("adapt", str(llama), *words, *few) == 0
+    model, lineage = load_checkpoint(merged)
+    found = origins(lineage, "intermediate_size", model.config.intermediate_size)
+    assert found == [Origin("start", 0, 24), Origin("parameter_tokens (1)", 24, 28)]
+
+
 def test_every_operator_appends_rows_so_that_old_ones_keep_their_place() -> None:
     seen = set()
     for name in ROWS:
@@ -492,7 +503,7 @@ def test_a_run_is_inspected_old_rows_and_added_ones_apart(
     best = [entry for entry in answer["rows"] if entry["memory"].endswith("mlp")][0]
     assert best["load"] == max(mlp["counts"]) == mlp["counts"][best["row"]]
     assert best["origin"] == ("start" if best["row"] < 16 else "zero_keys (1)")
-    held_out = Path(shared / "corpus.txt").read_text()
+    held_out = corpus(shared).read_text()
     assert any(context["left"] + context["token"] in held_out for context in best["fires_on"])
     assert all("promotes" not in entry for entry in answer["rows"] if entry["memory"].endswith("q_proj"))
     assert "zero_keys (1)" in said and "promotes" in said and ">>" in said and said.isascii()
@@ -542,6 +553,7 @@ def test_of_a_mixture_the_load_of_its_experts_is_told(tmp_path: Path, capsys: py
         (("--text", "some.txt", "--rows", "-1"), "--rows -1: must be 0 or more"),
         (("--text", "some.txt", "--sequence-length", "65"), "--sequence-length 65: is more than the model's"),
         (("--text", "some.txt", "--out", "."), "--out .: is a folder"),
+        (("--text", "some.txt", "--out", "a.png"), "--out a.png: is the picture's name; name the file of the numbers"),
         (("--text", "some.txt", "--device", "tpu"), "--device = 'tpu'"),
     ],
 )
@@ -572,9 +584,9 @@ def test_the_commands_and_the_python_of_the_page_run(
     page = (DOCS / "inspect.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    tokenformer (.*?)(?:\s+#.*)?$", page, re.M)
     assert len(commands) >= 3
-    (tmp_path / "prose.txt").write_text((shared / "corpus.txt").read_text()[:5_000])
+    (tmp_path / "prose.txt").write_text(corpus(shared).read_text()[:5_000])
     small = (
-        f"data.source={shared / 'corpus.txt'} data.valid_fraction=0.1 data.valid_tokens=512 data.sequence_length=16 "
+        f"data.source={corpus(shared)} data.valid_fraction=0.1 data.valid_tokens=512 data.sequence_length=16 "
         "data.batch_size=2 model.hidden_size=16 model.num_hidden_layers=2 model.num_attention_heads=2 train.threads=1 "
         "model.qkv_tokens=32 model.proj_tokens=32 model.ffn_tokens=64 train.warmup_steps=1 train.steps=6"
     )

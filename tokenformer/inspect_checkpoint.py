@@ -35,7 +35,7 @@ from .models.axes import size_of
 from .rows import kept_rows, row_fields
 from .sparse import Amount, Sparsity, amounts, best_groups, group_all, masked_to
 
-TOKENS = 50_000  # at most so many are looked at
+TOKENS = 20_000  # at most so many are looked at
 BATCH = 8  # windows that pass through the model at a time
 SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03125)  # of the rows, or of the groups, that act
 CONTEXTS, LEFT, PROMOTED = 5, 24, 8  # contexts of a row, tokens before each, tokens that it promotes

@@ -243,6 +243,8 @@ def inspect(arguments: Any) -> None:
     place = folder.resolve()
     out = Path(arguments.out or place.with_name(f"{place.name}.inspect.json"))
     require_writable(out)
+    if out.suffix == ".png":
+        raise ValueError(f"--out {out}: is the picture's name; name the file of the numbers, such as {out.stem}.json")
     device = choose_device(arguments.device, Ranks(), "--device")
     section, parts, source = text_parts(arguments, folder, load_config(folder), "--text PATH or --source embedded")
     inspect_checkpoint(
