@@ -14,7 +14,8 @@ import pytest
 from tokenformer import cli, verbs
 
 VERBS = (
-    *("quickstart", "train", "grow", "shrink", "adapt", "operators", "convert", "eval", "generate", "report", "recipe"),
+    *("quickstart", "train", "grow", "shrink", "inspect", "adapt", "operators"),
+    *("convert", "eval", "generate", "report", "recipe"),
 )
 
 

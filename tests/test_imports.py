@@ -33,18 +33,25 @@ ARROW: dict[str, set[str]] = {
     "rows": {"pattention", "models", "evaluate"},
     "nested": {"pattention", "models", "rows"},
     "shrink": {"pattention", "models", "growth", "rows"},
+    "curve": set(),
+    "sparse": {"pattention", "models", "growth", "rows"},
+    "inspection": {"models", "growth", "rows", "sparse"},
+    "inspect_checkpoint": {
+        *("models", "growth", "rows", "sparse", "inspection", "checkpoint", "evaluate", "runs", "curve"),
+    },
     "grow_checkpoint": {"models", "growth", "event", "optim", "checkpoint", "runs", "flops"},
     "start": {"models", "runs", "checkpoint", "data", "recipe"},
     "schedule": {"recipe"},
     "plan": {"models", "growth", "flops", "nested", "recipe", "schedule", "start"},
     "shrink_checkpoint": {
         *("models", "growth", "rows", "shrink", "optim", "checkpoint", "grow_checkpoint", "data", "distributed"),
-        *("evaluate", "flops", "recipe", "runs"),
+        *("evaluate", "flops", "recipe", "runs", "curve"),
     },
 }
-ARROW["state"] = {*ARROW} - {"report", "grow_checkpoint", "shrink_checkpoint"}
-ARROW["step"] = {*ARROW} - {"report", "shrink_checkpoint"}
-ARROW["train"] = {*ARROW} - {"report", "shrink_checkpoint"}
+LOOKED_AT = {"report", "shrink_checkpoint", "sparse", "inspection", "inspect_checkpoint", "curve"}  # not in training
+ARROW["state"] = {*ARROW} - LOOKED_AT - {"grow_checkpoint"}
+ARROW["step"] = {*ARROW} - LOOKED_AT
+ARROW["train"] = {*ARROW} - LOOKED_AT
 ARROW["adapters"] = {"pattention", "models", "growth", "flops", "optim", "checkpoint", "random_states", "runs", "data"}
 ARROW["adapters"] |= {"evaluate", "distributed", "recipe", "start", "grow_checkpoint"}
 ARROW["race"] = {*ARROW}

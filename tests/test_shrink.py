@@ -26,7 +26,7 @@ from tokenformer.data import ByteTokenizer, eval_windows, prepare
 from tokenformer.growth import grow
 from tokenformer.models import build_config, build_model
 from tokenformer.optim import parameter_groups
-from tokenformer.rows import RULES, memories_of, ranking, scores
+from tokenformer.rows import RULES, ranking, row_tables, scores
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -95,7 +95,7 @@ def inputs_of(model: PreTrainedModel, place: str, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "tokenformer", "tokenformer rms"])
 def test_each_score_is_what_its_formula_says(name: str) -> None:
     model, ids = copy.deepcopy(model_of(name)), text()
-    places = [memory.place for memory in memories_of(model)]
+    places = [memory.place for memory in row_tables(model)]
     place = next(place for place in places if place.endswith("mlp"))
     with wide():
         found = {by: scores(model, by, [ids[:4], ids[4:]])[place] for by in RULES}
@@ -137,7 +137,7 @@ def test_each_score_is_what_its_formula_says(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "tokenformer silu"])
 def test_rows_that_say_nothing_are_cut_first_and_the_function_stays(name: str, by: str) -> None:
     model = copy.deepcopy(model_of(name))
-    for memory in memories_of(model):
+    for memory in row_tables(model):
         value = value_of(model, memory.place)
         with torch.no_grad():
             value[::2] = 0
@@ -150,7 +150,7 @@ def test_rows_that_say_nothing_are_cut_first_and_the_function_stays(name: str, b
 
 def test_of_rows_that_matter_alike_the_earlier_is_kept() -> None:
     model = copy.deepcopy(model_of("llama"))
-    for memory in memories_of(model):
+    for memory in row_tables(model):
         value_of(model, memory.place).data[:40] = 0  # of 44
     for by in ("magnitude", "activation", "gradient"):
         kept = shrink(model, 0.25, by, [text(2)]).rows

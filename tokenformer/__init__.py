@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .recipe import load_recipe
     from .report import write_report
     from .shrink import shrink
+    from .sparse import sparse
     from .train import train
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "load_recipe",
     "save_checkpoint",
     "shrink",
+    "sparse",
     "train",
     "write_report",
 ]
@@ -57,6 +59,7 @@ _HOME = {
     "load_recipe": "recipe",
     "save_checkpoint": "checkpoint",
     "shrink": "shrink",
+    "sparse": "sparse",
     "train": "train",
     "write_report": "report",
 }

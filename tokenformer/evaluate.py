@@ -58,6 +58,23 @@ def evaluate(
     }
 
 
+def evaluate_parts(
+    model: nn.Module,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """What `evaluate` measures, over parts whose windows differ in length, as data.text_windows gives them."""
+    nats, count, size = 0.0, 0, 0
+    for tokens, text_bytes in parts:
+        # The bytes are summed here: a part may be a single end mark, which stands for none.
+        measured = evaluate(model, (tokens, torch.ones_like(text_bytes)), batch_size, device)
+        nats += measured["loss"] * measured["tokens"]
+        count += int(measured["tokens"])
+        size += int(text_bytes[:, 1:].sum())
+    return {"loss": nats / count, "bits_per_byte": nats / math.log(2) / size, "tokens": count, "bytes": size}
+
+
 def cross_entropy(model: nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
     """Next-token loss in nats, in float32, of windows (B, T + 1): the first T tokens predict the last T."""
     return next_token_loss(model(input_ids=windows[:, :-1], use_cache=False).logits, windows, reduction)

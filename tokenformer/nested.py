@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .models.axes import size_of
 from .pattention import Pattention
-from .rows import kept_rows, kept_scale, memories_of, row_fields
+from .rows import kept_rows, kept_scale, row_fields, row_tables
 
 UNIFORM_PARTS = 16
 
@@ -99,7 +99,7 @@ def prefix(model: PreTrainedModel, share: float) -> Iterator[None]:
         place[key] = value
 
     try:
-        for memory in memories_of(model) if share < 1 else ():
+        for memory in row_tables(model) if share < 1 else ():
             rows = size_of(model.config, memory.field)
             kept = kept_rows(rows, share)
             for name, dim in memory.dims.items():

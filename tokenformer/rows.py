@@ -41,7 +41,7 @@ STRONGEST = 0.1  # share of a memory's rows that count as used by a token
 
 
 @dataclasses.dataclass(eq=False)
-class Memory:
+class RowTable:
     """One table of rows in a model: where it is, and for each tensor of it the dimension along which its rows lie."""
 
     place: str  # the module's name
@@ -62,16 +62,16 @@ def row_fields(config: PreTrainedConfig) -> dict[str, str]:
     return fields
 
 
-def memories_of(model: PreTrainedModel) -> list[Memory]:
+def row_tables(model: PreTrainedModel) -> list[RowTable]:
     """Every memory of a model, in the order of its modules. ValueError if the architecture has none."""
     axes = {axis: name for name, axis in row_fields(model.config).items()}
-    found: dict[str, Memory] = {}
+    found: dict[str, RowTable] = {}
     for name, _ in model.named_parameters():
         for i, dim in enumerate(parameter_dims(model.config, name)):
             axis, mark = dim[0][0]
             if axis in axes:
                 place = _place(name)
-                memory = found.setdefault(place, Memory(place, axes[axis]))
+                memory = found.setdefault(place, RowTable(place, axes[axis]))
                 memory.dims[name] = i
                 if mark == "<":
                     memory.value = name
@@ -84,7 +84,7 @@ def _place(name: str) -> str:
     return module.rpartition(".")[0] if last in ("weight", "bias") else module
 
 
-def rows_of(model: nn.Module, memory: Memory, name: str) -> Tensor:
+def rows_of(model: nn.Module, memory: RowTable, name: str) -> Tensor:
     """A parameter of the memory as (n, entries of a row), in float32 or wider."""
     p = model.get_parameter(name).detach().movedim(memory.dims[name], 0)
     return (p if p.dtype == torch.float64 else p.float()).reshape(len(p), -1)
@@ -114,10 +114,10 @@ def heard(theta: str, key: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def watched(model: PreTrainedModel, see: Callable[[Memory, Tensor], None]) -> Iterator[None]:
+def watched(model: PreTrainedModel, see: Callable[[RowTable, Tensor], None]) -> Iterator[None]:
     """Inside, `see(memory, weights)` gets the weights w (N, n) of every memory that the model consults."""
     handles = []
-    for memory in memories_of(model):
+    for memory in row_tables(model):
         module = model.get_submodule(memory.place)
         if not isinstance(module, Pattention):  # the layer that holds the values is given the weights
             module = model.get_submodule(memory.value.rpartition(".")[0])
@@ -129,7 +129,7 @@ def watched(model: PreTrainedModel, see: Callable[[Memory, Tensor], None]) -> It
             handle.remove()
 
 
-def _telling(see: Callable[[Memory, Tensor], None], memory: Memory) -> Callable[[nn.Module, Any], None]:
+def _telling(see: Callable[[RowTable, Tensor], None], memory: RowTable) -> Callable[[nn.Module, Any], None]:
     @torch.no_grad()
     def hook(module: nn.Module, inputs: Any) -> None:
         x = inputs[0].detach().flatten(0, -2)  # (N, C)
@@ -159,7 +159,7 @@ def scores(model: PreTrainedModel, by: str, batches: Iterable[Tensor] | None = N
         finally:
             model.train(training)
     result = {}
-    for memory in memories_of(model):
+    for memory in row_tables(model):
         rows = size_of(model.config, memory.field)
         result[memory.place] = -torch.arange(rows, dtype=torch.float64) if by == "order" else _magnitude(model, memory)
     return result
@@ -171,7 +171,7 @@ def ranking(model: PreTrainedModel, by: str, batches: Iterable[Tensor] | None = 
 
 
 @torch.no_grad()
-def _magnitude(model: PreTrainedModel, memory: Memory) -> Tensor:
+def _magnitude(model: PreTrainedModel, memory: RowTable) -> Tensor:
     squares: dict[str, Any] = {}  # of one key or value; a bias belongs to its weight
     for name in memory.dims:
         one = name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name
@@ -180,17 +180,17 @@ def _magnitude(model: PreTrainedModel, memory: Memory) -> Tensor:
 
 
 @torch.no_grad()
-def value_norms(model: PreTrainedModel, memory: Memory) -> Tensor:
+def value_norms(model: PreTrainedModel, memory: RowTable) -> Tensor:
     return rows_of(model, memory, memory.value).double().norm(dim=1)
 
 
 @torch.no_grad()
 def _on_text(model: PreTrainedModel, by: str, batches: list[Tensor]) -> dict[str, Tensor]:
-    norms = {memory.place: value_norms(model, memory) for memory in memories_of(model)}
+    norms = {memory.place: value_norms(model, memory) for memory in row_tables(model)}
     sums = {place: torch.zeros_like(norm) for place, norm in norms.items()}
     tokens = sum(batch[:, 1:].numel() for batch in batches)
 
-    def see(memory: Memory, weights: Tensor) -> None:
+    def see(memory: RowTable, weights: Tensor) -> None:
         loud = weights.abs() * norms[memory.place].to(weights)
         sums[memory.place] += loud.double().square().sum(0) if by == "activation" else strongest(loud).double().sum(0)
 
@@ -209,7 +209,7 @@ def strongest(loudness: Tensor, share: float = STRONGEST) -> Tensor:
 
 
 def _gradient(model: PreTrainedModel, batches: list[Tensor]) -> dict[str, Tensor]:
-    values = {memory: model.get_parameter(memory.value) for memory in memories_of(model)}
+    values = {memory: model.get_parameter(memory.value) for memory in row_tables(model)}
     trained = {memory: p.requires_grad for memory, p in values.items()}
     sums: dict[str, Any] = dict.fromkeys((memory.place for memory in values), 0)
     try:

@@ -25,7 +25,7 @@ from .growth.plan import Plan, identity
 from .growth.tensors import TensorMaps
 from .growth.weights import grow_weights
 from .models.axes import field_of, resize, size_of
-from .rows import Memory, heard, kept_rows, kept_scale, memories_of, ranking, row_fields
+from .rows import RowTable, heard, kept_rows, kept_scale, ranking, row_fields, row_tables
 
 Keep = float | Mapping[str, float]
 
@@ -94,7 +94,7 @@ def cut(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Shrunk:
     """The model with its first rows in the order of `ranked`, as many as `sizes` says for their field."""
-    memories = [memory for memory in memories_of(model) if memory.field in sizes]
+    memories = [memory for memory in row_tables(model) if memory.field in sizes]
     rows = {m.place: torch.sort(ranked[m.place][: sizes[m.field]]).values for m in memories}
     ordered, its_optimizer = model, optimizer
     if any(not torch.equal(kept, torch.arange(len(kept))) for kept in rows.values()):
@@ -123,7 +123,7 @@ def cut(
 
 
 def _bring_forward(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, memory: Memory, first: Tensor
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, memory: RowTable, first: Tensor
 ) -> None:
     """Put these rows of a memory before its others, what an optimizer keeps of each with it; no function changes."""
     for name, dim in memory.dims.items():
@@ -138,7 +138,7 @@ def _bring_forward(
 
 
 def _scales(
-    model: PreTrainedModel, memories: list[Memory], sizes: Mapping[str, int], rows: Mapping[str, Tensor]
+    model: PreTrainedModel, memories: list[RowTable], sizes: Mapping[str, int], rows: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """The stored scale of each kind of Pattention after the cut; it has one for all of its layers."""
     scales = {}

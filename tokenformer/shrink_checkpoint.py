@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from . import checkpoint as files
 from . import runs
+from .curve import write_curve
 from .data import eval_windows, load_tokenizer, prepare, text_windows
 from .evaluate import evaluate
 from .grow_checkpoint.write import copy_others, remove_left_over, require_free
@@ -117,7 +117,11 @@ def shrink_checkpoint(
     for line in words(event):
         say(line)
     if curve:
-        write_curve(out, {"checkpoint": str(folder), "by": by, "text": texts.source, "points": points})
+        numbers, picture = curve_paths(out)
+        runs.write_json(numbers, {"checkpoint": str(folder), "by": by, "text": texts.source, "points": points})
+        dots = [(p["parameters"], p["bits_per_byte"], f"{p['keep']:g}") for p in points]
+        x_label = "parameters; at each point, the share of the rows that is kept"
+        write_curve(picture, {by: dots}, x_label, f"rows kept by {by}")
         say(f"curve: {', '.join(map(str, curve_paths(out)))}")
     say(f"written: {out}")
     return out
@@ -179,34 +183,6 @@ def measured_curve(
 
 def curve_paths(out: Path) -> tuple[Path, Path]:
     return out.with_name(f"{out.name}.curve.json"), out.with_name(f"{out.name}.curve.png")
-
-
-def write_curve(out: Path, curve: dict[str, Any]) -> None:
-    """The curve as numbers and as a picture, drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    numbers, picture = curve_paths(out)
-    runs.write_json(numbers, curve)
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    points = curve["points"]
-    sizes, bits = [p["parameters"] for p in points], [p["bits_per_byte"] for p in points]
-    axes.plot(sizes, bits, color="#0072B2", marker="o", linewidth=1.6)
-    for point, size, bit in zip(points, sizes, bits, strict=True):
-        axes.annotate(f"{point['keep']:g}", (size, bit), (4, 5), textcoords="offset points", size=8, color="#333333")
-    axes.set_xscale("log")
-    axes.set_xlabel("parameters; at each point, the share of the rows that is kept")
-    axes.set_ylabel("bits per byte, held out")
-    axes.set_title(f"rows kept by {curve['by']}", loc="left", size=11)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    temporary = picture.with_name(f".{picture.name}.tmp-{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, picture)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def words(event: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,6 @@ Everything heavy is imported inside the functions. cli.py has the arguments, the
 """
 
 import contextlib
-import inspect
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,16 @@ def race_jobs(arguments: Any) -> int:
     return arguments.jobs or 2
 
 
-def sizes(texts: Sequence[str]) -> dict[str, int]:
+def sizes(texts: Sequence[str], option: str = "--to") -> dict[str, int]:
     """["ffn=512,qkv=64", "proj=64"] -> {"ffn": 512, "qkv": 64, "proj": 64}"""
     to: dict[str, int] = {}
     for part in ",".join(texts).split(","):
         field, equals, number = (word.strip() for word in part.partition("="))
         if not equals or not field or not number.isdecimal() or not 1 <= int(number) <= LARGEST_SIZE:
             allowed = f"a whole number from 1 to {LARGEST_SIZE:,}"
-            raise ValueError(f"--to {part}: write FIELD=SIZE with {allowed}, such as ffn=512")
+            raise ValueError(f"{option} {part}: write FIELD=SIZE with {allowed}, such as ffn=512")
         if field in to:
-            raise ValueError(f"--to {part}: {field} is given twice")
+            raise ValueError(f"{option} {part}: {field} is given twice")
         to[field] = int(number)
     return to
 
@@ -186,7 +186,7 @@ def operators(arguments: Any) -> None:
             say(f"    {', '.join(architectures)}: {fields_text}")
         if each.options:
             say(f"    options: {', '.join(f'{key}={json.dumps(value)}' for key, value in each.options.items())}")
-        text = inspect.getdoc(each.function) if arguments.name else each.summary
+        text = getdoc(each.function) if arguments.name else each.summary
         say(textwrap.indent(text or "", "    "))
 
 
@@ -225,6 +225,42 @@ def shares(text: str) -> float | dict[str, float]:
 def require_positive(key: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise ValueError(f"--{key.replace('_', '-')} {value}: must be 1 or more")
+
+
+def inspect(arguments: Any) -> None:
+    k, groups, top = (amount(f"--{name}", getattr(arguments, name)) for name in ("k", "groups", "top"))
+    if (groups is None) != (top is None):
+        raise ValueError("--groups, --top: go together, how many groups of rows there are and how many act")
+    if arguments.rows < 0:
+        raise ValueError(f"--rows {arguments.rows}: must be 0 or more")
+    require_positive("sequence_length", arguments.sequence_length)
+    from .checkpoint import find_checkpoint, load_config
+    from .data import load_tokenizer
+    from .distributed import Ranks, choose_device
+    from .inspect_checkpoint import inspect_checkpoint
+
+    folder = find_checkpoint(arguments.checkpoint)
+    place = folder.resolve()
+    out = Path(arguments.out or place.with_name(f"{place.name}.inspect.json"))
+    require_writable(out)
+    if out.suffix == ".png":
+        raise ValueError(f"--out {out}: is the picture's name; name the file of the numbers, such as {out.stem}.json")
+    device = choose_device(arguments.device, Ranks(), "--device")
+    section, parts, source = text_parts(arguments, folder, load_config(folder), "--text PATH or --source embedded")
+    inspect_checkpoint(
+        folder, out, parts, load_tokenizer(section.tokenizer), source, layer=arguments.layer, rows=arguments.rows, k=k,
+        groups=groups, top=top, device=device, say=say,
+    )
+    say(f"numbers: {arguments.out or os.path.relpath(out)}")
+
+
+def amount(option: str, text: str | None) -> int | dict[str, int] | None:
+    """ "64" -> 64; "ffn=64,qkv=8" -> a number for each field"""
+    if text is None or "=" in text:
+        return None if text is None else sizes([text], option)
+    if not text.isdecimal():
+        raise ValueError(f"{option} {text}: write a whole number, or FIELD=NUMBER,..., such as ffn=64")
+    return int(text)
 
 
 def convert(arguments: Any) -> None:
@@ -299,25 +335,31 @@ def task_words(measured: dict[str, Any]) -> list[str]:
 
 def score_text(arguments: Any, folder: Path, model: Any, device: Any) -> dict[str, Any]:
     """Loss and bits per byte of --text, of --source, or of what the checkpoint's own run held out; said, too."""
-    from .data import eval_windows, load_tokenizer, prepare, text_windows
+    from .evaluate import evaluate_parts
 
-    section = text_section(arguments, folder, model.config)
-    if arguments.text:
-        parts = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
-    elif section.source:
-        parts = [eval_windows(prepare(section, 0, progress=say), section.sequence_length)]
-    else:
-        raise ValueError(
-            f"{folder} names no text that it was trained on, so say what to score: --text PATH, --source embedded or "
-            "--tasks"
-        )
-    measured = score(model, parts, device, arguments.batch_size)
+    section, parts, _ = text_parts(arguments, folder, model.config, "--text PATH, --source embedded or --tasks")
+    measured = evaluate_parts(model, parts, arguments.batch_size, device)
     say(
         f"{measured['bits_per_byte']:.4f} bits per byte, loss {measured['loss']:.4f} nats per token: "
         f"{measured['tokens']:,} tokens, {measured['bytes']:,} bytes, windows of {section.sequence_length}"
     )
     source = {"text": arguments.text} if arguments.text else {"source": section.source}
     return {**source, "sequence_length": section.sequence_length, **measured}
+
+
+def text_parts(arguments: Any, folder: Path, config: Any, ways: str) -> tuple[Any, list[tuple[Any, Any]], str]:
+    """The [data] of `text_section`; windows of --text, of --source, or of what the checkpoint's own run held out; and
+    what they are of. ways: the options by which a text can be named, for the error where none is."""
+    from .data import eval_windows, load_tokenizer, prepare, text_windows
+
+    section = text_section(arguments, folder, config)
+    if arguments.text:
+        parts = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
+        return section, parts, " ".join(arguments.text)
+    if not section.source:
+        raise ValueError(f"{folder} names no text that it was trained on, so say what to score: {ways}")
+    windows = eval_windows(prepare(section, 0, progress=say), section.sequence_length)
+    return section, [windows], f"the held-out share of {section.source}"
 
 
 def text_section(arguments: Any, checkpoint: Path, config: Any) -> Any:
@@ -344,22 +386,6 @@ def require_writable(file: Path) -> None:
         raise ValueError(f"--out {file}: there is no folder {file.parent}")
     if not os.access(file.parent, os.W_OK):
         raise ValueError(f"--out {file}: {file.parent} cannot be written")
-
-
-def score(model: Any, parts: list[tuple[Any, Any]], device: Any, batch_size: int) -> dict[str, float]:
-    """What `evaluate` measures, over parts whose windows differ in length."""
-    import torch
-
-    from .evaluate import evaluate
-
-    nats, count, size = 0.0, 0, 0
-    for tokens, text_bytes in parts:
-        # The bytes are summed here: a part may be a single end mark, which stands for none.
-        measured = evaluate(model, (tokens, torch.ones_like(text_bytes)), batch_size, device)
-        nats += measured["loss"] * measured["tokens"]
-        count += int(measured["tokens"])
-        size += int(text_bytes[:, 1:].sum())
-    return {"loss": nats / count, "bits_per_byte": nats / math.log(2) / size, "tokens": count, "bytes": size}
 
 
 def stream_section(checkpoint: Path) -> Any:

@@ -18,6 +18,7 @@ from ..distributed import Ranks, choose_device, ranks_here
 from ..evaluate import autocast, evaluate, next_token_loss
 from ..flops import training_flops
 from ..grow_checkpoint.plan import find_or_download
+from ..models.axes import size_of
 from ..optim import AdamW, learning_rate, parameter_groups
 from ..random_states import seed_all
 from ..recipe import Recipe, override, parse_override, recipe_from_dict
@@ -25,6 +26,7 @@ from ..runs import Say
 from ..start import stream_of, streams_with
 from .memory import Memory, add_parameter_tokens
 from .merge import merge_parameter_tokens
+from .places import rows_axis
 
 TRAIN_KEYS = (
     *("steps", "learning_rate", "min_learning_rate_ratio", "schedule", "warmup_steps", "decay_fraction"),
@@ -87,7 +89,9 @@ def adapt(
     tell(f"memory: {out}")
     if merge is not None:
         merged = merge_parameter_tokens(model)
+        _, field = rows_axis(model.config)
         event = {"operator": "parameter_tokens", "promise": "approximate", "tokens": added.tokens, "memory": str(out)}
+        event |= {side: {field: size_of(each.config, field)} for side, each in (("from", model), ("to", merged))}
         event["ancestor"] = cost(folder, merged, recipe, corpus, seconds)
         files.save_checkpoint(merge, merged, corpus.tokenizer, lineage=[*lineage, event])
         tell(f"merged: {merge}")

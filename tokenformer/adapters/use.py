@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.axes import parameter_dims
-from ..pattention import Pattention, pattention
+from ..pattention import Pattention, row_weights
 from .layers import is_joined, together
 from .memory import Memory
 from .places import BESIDE, rows_axis
@@ -43,7 +43,7 @@ def rank_rows(memory: Memory, input_ids: Tensor, batch_size: int = 8) -> list[Ro
     positions = 0
 
     def count(place: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        lengths = (row_weights(memory, place, module, inputs).abs() * value_lengths(memory, place)).double()
+        lengths = (weights_at(memory, place, module, inputs).abs() * value_lengths(memory, place)).double()
         strength[place] = strength.get(place, 0) + lengths.sum(0)
         often[place] = often.get(place, 0) + (lengths > lengths.mean(1, keepdim=True)).double().sum(0)
 
@@ -66,7 +66,7 @@ def rank_rows(memory: Memory, input_ids: Tensor, batch_size: int = 8) -> list[Ro
     return sorted(ranked, key=lambda use: -use.strength)
 
 
-def row_weights(memory: Memory, place: str, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+def weights_at(memory: Memory, place: str, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
     """The weight of each row of a memory at one place, (positions, rows), of what the module is given there."""
     layer: Any = memory.layers[place]
     if is_joined(layer):
@@ -77,8 +77,7 @@ def row_weights(memory: Memory, place: str, module: nn.Module, inputs: tuple[Any
         return (weights if layer.up is None else weights * (x @ layer.up.t())).flatten(0, -2)
     x = inputs[0].to(next(layer.parameters()).dtype)
     if isinstance(layer, Pattention):
-        rows = torch.eye(len(layer.key), dtype=x.dtype, device=x.device)
-        return pattention(x, layer.key, rows, layer.scale, layer.theta, layer.eps, layer.up).flatten(0, -2)
+        return row_weights(x, layer.key, layer.scale, layer.theta, layer.eps, layer.up).flatten(0, -2)
     if memory.parameters()[0].ndim == 3:
         return _expert_weights(layer, x, *inputs[1:])
     seen: list[Tensor] = []

@@ -1,8 +1,8 @@
 """Text -> token ids: plain bytes, or a fast tokenizer of transformers.
 
 Both kinds have vocab_size, eos_token_id (the mark after each document), identity() for the cache's key,
-encode, decode, encode_documents, save, and encode_with_bytes: ids with the UTF-8 bytes of text that each
-stands for, so that a loss counted in tokens can be stated in bits per byte.
+encode, decode, encode_documents, save, spell, and encode_with_bytes: ids with the UTF-8 bytes of text that
+each stands for, so that a loss counted in tokens can be stated in bits per byte.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ class ByteTokenizer:
         ids = np.frombuffer(text.encode("utf-8"), np.uint8)
         return ids, np.ones(len(ids), np.uint32)
 
+    def spell(self, ids: Iterable[int]) -> str:
+        """The text of any tokens on one line, as `escaped` has it; <300> for an id that is no token."""
+        return escaped(bytes([i]) if 0 <= i < 256 else f"<{i}>".encode() for i in map(int, ids))
+
     def save(self, folder: str | Path) -> None:
         """Writes the same tokenizer in the form that AutoTokenizer reads."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -61,6 +66,12 @@ def byte_symbols() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = itertools.count(0x101)
     return ["\0", *(chr(byte if byte in printable else next(others)) for byte in range(1, 256))]
+
+
+def escaped(pieces: Iterable[bytes]) -> str:
+    """Bytes as one line of printable text: what is no UTF-8, no letter or sign, or a backslash, as Python's escapes."""
+    text = b"".join(piece.replace(b"\\", b"\\\\") for piece in pieces).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class HFTokenizer:
@@ -98,6 +109,22 @@ class HFTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+
+    def spell(self, ids: Iterable[int]) -> str:
+        """The text of any tokens on one line, special ones too, as `escaped` has it; <300> for an id that is none."""
+        numbers = [int(token) for token in ids]
+        tokens = zip(numbers, self.tokenizer.convert_ids_to_tokens(numbers), strict=True)
+        return escaped(f"<{i}>".encode() if token is None else self._bytes_of(token) for i, token in tokens)
+
+    def _bytes_of(self, token: str) -> bytes:
+        from tokenizers.decoders import ByteLevel
+
+        if isinstance(self.backend().decoder, ByteLevel):
+            known = {symbol: byte for byte, symbol in enumerate(byte_symbols())} | {"\u0100": 0}  # GPT-2's byte 0
+            stand_ins = [known.get(symbol) for symbol in token]
+            return token.encode() if None in stand_ins else bytes(b for b in stand_ins if b is not None)
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)  # of SentencePiece, whose space is another sign
+        return bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode()
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         return [np.asarray(each.ids) for each in self.backend().encode_batch(texts, add_special_tokens=False)]

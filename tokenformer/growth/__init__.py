@@ -3,7 +3,7 @@
 from .balance import LossFree
 from .engine import Growth, freeze_as_grown, grow
 from .experts import PhaseIn, TrainsOnly
-from .load import LoadCounter, expert_load, load_numbers
+from .load import LoadCounter, expert_load, load_numbers, load_of
 from .operators import OPERATORS
 from .verify import duplicated_share, largest_logit_change, live_share
 
@@ -21,4 +21,5 @@ __all__ = [
     "largest_logit_change",
     "live_share",
     "load_numbers",
+    "load_of",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -56,18 +57,38 @@ def expert_load(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
     return [counts / counts.sum() for counts in load.counts]
 
 
+def load_of(counts: Tensor) -> dict[str, float]:
+    """How evenly n rows, groups or experts are used, of how often each was chosen (n,).
+
+    entropy: -sum p ln p of the shares p, over ln n: 1 where all are alike. effective: its exponential (perplexity), how
+    many chosen alike would have that entropy. winner: the largest load over the mean. top_share: the share of all
+    choices that fell on the most chosen hundredth, one at the least. dead: how many were never chosen. All but that are
+    0 where nothing was chosen.
+    """
+    counts = counts.double().cpu()
+    n, total = len(counts), counts.sum()
+    shares = counts / total if total > 0 else counts
+    entropy = torch.special.entr(shares).sum()
+    return {
+        "entropy": (entropy / math.log(max(2, n))).item(),
+        "effective": entropy.exp().item() if total > 0 else 0.0,
+        "winner": (shares.max() * n).item(),
+        "top_share": shares.topk(max(1, n // 100)).values.sum().item(),
+        "dead": int((counts == 0).sum()),
+    }
+
+
 def load_numbers(loads: Sequence[Tensor]) -> dict[str, float]:
     """Of counts or shares per layer: max_violation, the largest load over the mean less 1 (arXiv 2408.15664), as mean
     over the layers, and max_violation_worst, in the worst of them; load_entropy, mean, over that of equal loads;
     dead_experts, how many in all are never chosen. Empty without layers."""
     if not loads:
         return {}
-    shares = torch.stack([each.double() / each.sum() for each in loads]).cpu()  # (layers, experts)
-    violations = shares.amax(-1) * shares.shape[1] - 1
-    entropies = torch.special.entr(shares).sum(-1) / torch.tensor(float(max(2, shares.shape[1]))).log()
+    each = [load_of(counts) for counts in loads]
+    violations = [numbers["winner"] - 1 for numbers in each]
     return {
-        "max_violation": violations.mean().item(),
-        "max_violation_worst": violations.max().item(),
-        "load_entropy": entropies.mean().item(),
-        "dead_experts": int((shares == 0).sum()),
+        "max_violation": sum(violations) / len(each),
+        "max_violation_worst": max(violations),
+        "load_entropy": sum(numbers["entropy"] for numbers in each) / len(each),
+        "dead_experts": int(sum(numbers["dead"] for numbers in each)),
     }
