@@ -21,6 +21,7 @@ from tokenformer.models import build_config, build_model
 from tokenformer.models.portable import CODE
 
 VOCABULARY, LAYERS, HEADS = 300, 3, 2
+BIN = "pytorch_model.bin"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -103,7 +104,6 @@ def test_a_row_of_zeros_gives_zero_where_the_published_norm_gives_nan(tmp_path: 
     tensors, settings = tiny()
     tensors["sequential.0.word_embeddings.weight"][7] = 0  # as padding rows may be: its scores are all zero
     convert(write(tmp_path / "in", tensors, settings), tmp_path / "out", say=lambda line: None)
-    assert released.published_layers(tensors, torch.tensor([[7]]), HEADS)
     assert all(bool(x.isnan().any()) for x in list(released.published_layers(tensors, torch.tensor([[7]]), HEADS))[1:])
     for dtype in (torch.float16, torch.float32, torch.float64):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
@@ -120,16 +120,13 @@ def test_there_and_back_every_tensor_has_its_name_its_dtype_and_its_bits(dtype: 
     model, lineage = load_checkpoint(tmp_path / "out")
     assert model.dtype == dtype and lineage == []
     convert(tmp_path / "out", tmp_path / "back", say=lambda line: None)
-    assert (tmp_path / "back" / released_bin).read_bytes() == (tmp_path / "in" / released_bin).read_bytes()
-    again = torch.load(tmp_path / "back" / released_bin, weights_only=True)
+    assert (tmp_path / "back" / BIN).read_bytes() == (tmp_path / "in" / BIN).read_bytes()
+    again = torch.load(tmp_path / "back" / BIN, weights_only=True)
     assert list(again) == list(tensors) and {t.dtype for t in again.values()} == {dtype}
     assert all(torch.equal(again[name], tensors[name]) for name in tensors)
     convert(tmp_path / "back", tmp_path / "out2", say=lambda line: None)  # its config.yml says all that is needed
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "out2" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-
-
-released_bin = "pytorch_model.bin"
 
 
 @pytest.mark.parametrize("place", ["run", "run/global_step1000"])
@@ -143,7 +140,7 @@ def test_a_deepspeed_folder_is_the_same_model(place: str, small: Path, tmp_path:
 
 def test_the_file_alone_and_options_are_enough_where_nothing_lies_beside_it(small: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    shutil.copyfile(small / released_bin, tmp_path / "in" / "weights.pt")
+    shutil.copyfile(small / BIN, tmp_path / "in" / "weights.pt")
     lines: list[str] = []
     words: dict[str, Any] = {"heads": HEADS, "rotary": 0.25, "theta": "l2_norm_gelu"}
     words |= {"tokenizer": small / "tokenizer.json", "say": lines.append}
@@ -305,7 +302,7 @@ def test_a_name_on_the_hub_is_fetched_and_converted(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert run("convert", "Haiyang-W/TokenFormer-150M", "out") == 0
-    assert asked[0][0] == "Haiyang-W/TokenFormer-150M" and released_bin in asked[0][1]
+    assert asked[0][0] == "Haiyang-W/TokenFormer-150M" and BIN in asked[0][1]
     assert not any(pattern.endswith((".py", "*")) for pattern in asked[0][1])
     assert Path("out/model.safetensors").read_bytes() == (small.parent / "converted/model.safetensors").read_bytes()
     (tmp_path / "here").mkdir()
@@ -439,14 +436,14 @@ def test_a_place_that_holds_something_else_is_refused(
 def test_a_cut_file_and_a_file_of_the_old_kind_are_told_apart(tmp_path: Path) -> None:
     tensors, settings = tiny()
     folder = write(tmp_path / "in", tensors, settings)
-    whole = (folder / released_bin).read_bytes()
-    (folder / released_bin).write_bytes(whole[: len(whole) // 2])
+    whole = (folder / BIN).read_bytes()
+    (folder / BIN).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="truncated"):
         convert(folder, tmp_path / "out")
-    torch.save(tensors, folder / released_bin, _use_new_zipfile_serialization=False)
+    torch.save(tensors, folder / BIN, _use_new_zipfile_serialization=False)
     convert(folder, tmp_path / "out", say=lambda line: None)
     for code in (Code(), {"deep": [Code()]}):
-        torch.save({"x": code}, folder / released_bin, _use_new_zipfile_serialization=False)
+        torch.save({"x": code}, folder / BIN, _use_new_zipfile_serialization=False)
         with pytest.raises(ValueError, match=r"refers to posix\.system"):
             convert(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists() and not Path("it_ran").exists()
