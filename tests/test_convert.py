@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import released_format as released
 import torch
+import yaml
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,6 +104,24 @@ def test_each_published_theta_is_read_from_the_configuration(theta: str, tmp_pat
     assert {each: largest_difference(states, e) < 1e-9 for each, e in expected.items()} == {
         each: each == theta for each in released.THETAS
     }
+
+
+def test_every_setting_that_shapes_do_not_tell_is_read_matters_and_goes_back(tmp_path: Path) -> None:
+    tensors, settings = tiny(slots=(90, 70, 200))
+    settings |= {"rotary_pct": 0.5, "rotary_emb_base": 500.0, "layernorm_epsilon": 0.01, "max_position_embeddings": 512}
+    convert(write(tmp_path / "in", tensors, settings), tmp_path / "out", say=lambda line: None)
+    ids = torch.arange(40).view(2, 20)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    states, words = layers_of(model, ids), {"rotary": 0.5, "base": 500.0, "eps": 0.01}
+    assert largest_difference(states, list(released.published_layers(tensors, ids, HEADS, **words))) < 1e-9
+    for each in words:  # the control: with the usual value of any one of them it is another model
+        usual = {key: value for key, value in words.items() if key != each}
+        assert largest_difference(states, list(released.published_layers(tensors, ids, HEADS, **usual))) > 1e-5
+    assert model.config.max_position_embeddings == 512
+    convert(tmp_path / "out", tmp_path / "back", say=lambda line: None)
+    back = yaml.safe_load((tmp_path / "back" / "config.yml").read_text())
+    told = settings.keys() - {"tokenizer-type", "seq_length"}
+    assert {key: back[key] for key in told} == {key: settings[key] for key in told}
 
 
 def test_a_row_of_zeros_gives_zero_where_the_published_norm_gives_nan(tmp_path: Path) -> None:
@@ -506,6 +525,7 @@ def test_a_cut_file_and_a_file_of_the_old_kind_are_told_apart(tmp_path: Path) ->
         ({"num_key_value_heads": 1}, "num_key_value_heads = 1: the released format only knows 2"),
         ({"head_dim": 16}, "head_dim = 16"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear': the released format has"),
     ],
 )
 def test_what_the_released_format_has_no_place_for_is_refused_on_the_way_back(
@@ -519,6 +539,9 @@ def test_what_the_released_format_has_no_place_for_is_refused_on_the_way_back(
     assert run("convert", "good", "out") == 0  # the control
     assert "the released code has no pattention_eps, and the model was made with 1e-06" in capsys.readouterr().out
     shutil.rmtree("out")
+    Path("good/carried.json").write_text('{"kind": "masked"}')
+    for to in ("released", "transformers"):
+        refused(("convert", "good", "out", "--to", to), "the checkpoint is amid a growth", capsys, {"good", "in"})
     refused(("convert", "good", "out", "--heads", "2"), "heads: 2 has no effect", capsys, {"good", "in"})
 
 
