@@ -92,9 +92,9 @@ def write_tokenizer(path: Path) -> None:
 # --- the published formulas ---
 
 
-def layer_norm(x: Tensor) -> Tensor:
+def layer_norm(x: Tensor, eps: float) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -113,17 +113,23 @@ def pattention(x: Tensor, keys: Tensor, values: Tensor, theta: str) -> Tensor:
     return weights @ values.double()
 
 
-def turned(x: Tensor, dims: int) -> Tensor:
-    """Rotary positions on the first `dims` of each head of x (B, H, T, D): i with i + dims/2, base 10000."""
+def turned(x: Tensor, dims: int, base: float) -> Tensor:
+    """Rotary positions on the first `dims` of each head of x (B, H, T, D): i with i + dims/2."""
     half = dims // 2
-    speed = 10000.0 ** (-2 * torch.arange(half, dtype=torch.float64) / dims)
+    speed = base ** (-2 * torch.arange(half, dtype=torch.float64) / dims)
     angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * speed
     a, b, rest = x[..., :half], x[..., half:dims], x[..., dims:]
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], dim=-1)
 
 
 def published_layers(
-    tensors: dict[str, Tensor], ids: Tensor, heads: int, rotary: float = 0.25, theta: str = THETAS[0]
+    tensors: dict[str, Tensor],
+    ids: Tensor,
+    heads: int,
+    rotary: float = 0.25,
+    theta: str = THETAS[0],
+    base: float = 10000.0,
+    eps: float = 1e-5,
 ) -> Iterator[Tensor]:
     """In float64: the embeddings of ids (B, T), the hidden state after each layer, and last the logits."""
     embedding = tensors["sequential.0.word_embeddings.weight"].double()
@@ -140,17 +146,17 @@ def published_layers(
             tables = tensors[f"{name}.key_param_tokens"], tensors[f"{name}.value_param_tokens"]
             return pattention(x, *tables, theta)
 
-        h = layer_norm(x)
+        h = layer_norm(x, eps)
         q, k, v = (layer(f"attention.{name}", h) for name in ("query", "key", "value"))
         q, k, v = (t.view(batch, length, heads, size).transpose(1, 2) for t in (q, k, v))
-        q, k = (turned(t, int(size * rotary)) for t in (q, k))
+        q, k = (turned(t, int(size * rotary), base) for t in (q, k))
         scores = (q @ k.transpose(-1, -2) / math.sqrt(size)).masked_fill(future, -math.inf)
         mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, width)
         x = x + layer("attention.proj", mixed)
-        x = x + layer("mlp", layer_norm(x))
+        x = x + layer("mlp", layer_norm(x, eps))
         yield x
     weight, bias = (tensors[f"sequential.{last}.norm.{part}"].double() for part in ("weight", "bias"))
-    yield (layer_norm(x) * weight + bias) @ embedding.T
+    yield (layer_norm(x, eps) * weight + bias) @ embedding.T
 
 
 def main() -> None:

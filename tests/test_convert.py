@@ -1,17 +1,22 @@
 """Released checkpoints: the published formulas layer by layer, the same bits back, without the package, refusals."""
 
+import filecmp
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import released_format as released
 import torch
+import yaml
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenformer import cli
@@ -21,6 +26,8 @@ from tokenformer.models import build_config, build_model
 from tokenformer.models.portable import CODE
 
 VOCABULARY, LAYERS, HEADS = 300, 3, 2
+BIN = "pytorch_model.bin"
+QUERY = "sequential.2.attention.query.key_param_tokens"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -99,11 +106,28 @@ def test_each_published_theta_is_read_from_the_configuration(theta: str, tmp_pat
     }
 
 
+def test_every_setting_that_shapes_do_not_tell_is_read_matters_and_goes_back(tmp_path: Path) -> None:
+    tensors, settings = tiny(slots=(90, 70, 200))
+    settings |= {"rotary_pct": 0.5, "rotary_emb_base": 500.0, "layernorm_epsilon": 0.01, "max_position_embeddings": 512}
+    convert(write(tmp_path / "in", tensors, settings), tmp_path / "out", say=lambda line: None)
+    ids = torch.arange(40).view(2, 20)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    states, words = layers_of(model, ids), {"rotary": 0.5, "base": 500.0, "eps": 0.01}
+    assert largest_difference(states, list(released.published_layers(tensors, ids, HEADS, **words))) < 1e-9
+    for each in words:  # the control: with the usual value of any one of them it is another model
+        usual = {key: value for key, value in words.items() if key != each}
+        assert largest_difference(states, list(released.published_layers(tensors, ids, HEADS, **usual))) > 1e-5
+    assert model.config.max_position_embeddings == 512
+    convert(tmp_path / "out", tmp_path / "back", say=lambda line: None)
+    back = yaml.safe_load((tmp_path / "back" / "config.yml").read_text())
+    told = settings.keys() - {"tokenizer-type", "seq_length"}
+    assert {key: back[key] for key in told} == {key: settings[key] for key in told}
+
+
 def test_a_row_of_zeros_gives_zero_where_the_published_norm_gives_nan(tmp_path: Path) -> None:
     tensors, settings = tiny()
     tensors["sequential.0.word_embeddings.weight"][7] = 0  # as padding rows may be: its scores are all zero
     convert(write(tmp_path / "in", tensors, settings), tmp_path / "out", say=lambda line: None)
-    assert released.published_layers(tensors, torch.tensor([[7]]), HEADS)
     assert all(bool(x.isnan().any()) for x in list(released.published_layers(tensors, torch.tensor([[7]]), HEADS))[1:])
     for dtype in (torch.float16, torch.float32, torch.float64):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
@@ -120,8 +144,8 @@ def test_there_and_back_every_tensor_has_its_name_its_dtype_and_its_bits(dtype: 
     model, lineage = load_checkpoint(tmp_path / "out")
     assert model.dtype == dtype and lineage == []
     convert(tmp_path / "out", tmp_path / "back", say=lambda line: None)
-    assert (tmp_path / "back" / released_bin).read_bytes() == (tmp_path / "in" / released_bin).read_bytes()
-    again = torch.load(tmp_path / "back" / released_bin, weights_only=True)
+    assert (tmp_path / "back" / BIN).read_bytes() == (tmp_path / "in" / BIN).read_bytes()
+    again = torch.load(tmp_path / "back" / BIN, weights_only=True)
     assert list(again) == list(tensors) and {t.dtype for t in again.values()} == {dtype}
     assert all(torch.equal(again[name], tensors[name]) for name in tensors)
     convert(tmp_path / "back", tmp_path / "out2", say=lambda line: None)  # its config.yml says all that is needed
@@ -129,7 +153,19 @@ def test_there_and_back_every_tensor_has_its_name_its_dtype_and_its_bits(dtype: 
         assert (tmp_path / "out2" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-released_bin = "pytorch_model.bin"
+def test_tensors_of_several_dtypes_or_in_one_piece_of_memory_keep_their_bits(tmp_path: Path) -> None:
+    tensors, settings = tiny()
+    tensors[QUERY] = tensors[QUERY].float() + 2**-20
+    assert not torch.equal(tensors[QUERY].half().float(), tensors[QUERY])  # so that rounding would be seen
+    tensors[QUERY.replace(".2.", ".3.")] = tensors[QUERY.replace(".2.", ".4.")]
+    lines: list[str] = []
+    convert(write(tmp_path / "in", tensors, settings | {"num_layers": None}), tmp_path / "out", say=lines.append)
+    assert lines[-1].endswith("in float16, float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.key, tensors[QUERY])
+    convert(tmp_path / "out", tmp_path / "back", say=lambda line: None)
+    again = torch.load(tmp_path / "back" / BIN, weights_only=True)
+    assert all(again[name].dtype == t.dtype and torch.equal(again[name], t) for name, t in tensors.items())
 
 
 @pytest.mark.parametrize("place", ["run", "run/global_step1000"])
@@ -143,7 +179,7 @@ def test_a_deepspeed_folder_is_the_same_model(place: str, small: Path, tmp_path:
 
 def test_the_file_alone_and_options_are_enough_where_nothing_lies_beside_it(small: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    shutil.copyfile(small / released_bin, tmp_path / "in" / "weights.pt")
+    shutil.copyfile(small / BIN, tmp_path / "in" / "weights.pt")
     lines: list[str] = []
     words: dict[str, Any] = {"heads": HEADS, "rotary": 0.25, "theta": "l2_norm_gelu"}
     words |= {"tokenizer": small / "tokenizer.json", "say": lines.append}
@@ -305,7 +341,7 @@ def test_a_name_on_the_hub_is_fetched_and_converted(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert run("convert", "Haiyang-W/TokenFormer-150M", "out") == 0
-    assert asked[0][0] == "Haiyang-W/TokenFormer-150M" and released_bin in asked[0][1]
+    assert asked[0][0] == "Haiyang-W/TokenFormer-150M" and BIN in asked[0][1]
     assert not any(pattern.endswith((".py", "*")) for pattern in asked[0][1])
     assert Path("out/model.safetensors").read_bytes() == (small.parent / "converted/model.safetensors").read_bytes()
     (tmp_path / "here").mkdir()
@@ -329,9 +365,6 @@ def change(name: str, value: Any) -> Any:
     return changed
 
 
-QUERY = "sequential.2.attention.query.key_param_tokens"
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -346,6 +379,8 @@ QUERY = "sequential.2.attention.query.key_param_tokens"
         (change(QUERY, torch.full((128, 128), torch.nan)), f"{QUERY} holds NaN or infinite values"),
         (change(QUERY, torch.zeros(128, 128, dtype=torch.int8)), f"{QUERY} is stored as torch.int8"),
         (change("sequential.2.attention.qkv_key_slot.weight", torch.zeros(2)), "no rotary positions, tanh GELU"),
+        (change(QUERY, torch.zeros(128, 128).to_sparse()), f"{QUERY} is torch.sparse_coo on cpu; allowed: all its"),
+        (change(QUERY, torch.zeros(128, 128, device="meta")), f"{QUERY} is torch.strided on meta; allowed: all its"),
         (change("n", 3), "'n' is a int, and is expected to be a named tensor"),
         (lambda tensors: list(tensors.values()), "holds a list, and is expected to hold tensors by their names"),
         (lambda tensors: {}, "sequential.0.word_embeddings.weight (and 2 more) is missing"),
@@ -372,6 +407,8 @@ def refused(words: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[
     [
         ({"num_attention_heads": 3}, (), "hidden_size: 128 is not a multiple of num_attention_heads 3"),
         ({"num_attention_heads": "two"}, (), "in/config.yml: num_attention_heads = 'two' is no whole number"),
+        ({"num_attention_heads": 10**400}, (), "00 is no whole number above 0"),
+        ({"rotary_emb_base": 0}, (), "in/config.yml: rotary_emb_base = 0 is no number above 0"),
         ({"num_attention_heads": None}, (), "in: nothing tells num_attention_heads: no configuration"),
         ({}, ("--heads", "4"), "in/config.yml: num_attention_heads = 2, and --heads says 4"),
         ({}, ("--theta", "gelu"), "--theta: norm_activation_type = 'gelu' is not known; allowed: l2_norm_gelu"),
@@ -381,6 +418,7 @@ def refused(words: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[
         ({"norm": "rmsnorm"}, (), "in/config.yml: norm = 'rmsnorm' is another model; the released one has"),
         ({"pos_emb": "none"}, (), "in/config.yml: pos_emb = 'none' is another model; the released one has 'rotary'"),
         ({}, ("--tokenizer", "in"), "--tokenizer in: cannot be loaded"),
+        ({"tokenizer": "large.json"}, (), "in/tokenizer.json: has ids up to 300, the model 300 rows"),
         ({}, ("--tokenizer", "in/large.json"), "--tokenizer in/large.json: has ids up to 300, the model 300 rows"),
         ({}, ("--to", "released"), "in is in the released format already"),
     ],
@@ -396,10 +434,11 @@ def test_what_does_not_fit_together_is_refused(
     monkeypatch.chdir(tmp_path)
     tensors, usual = tiny()
     write(Path("in"), tensors, usual | settings)
-    released.write_tokenizer(Path("in/large.json"))
-    tokenizer = json.loads(Path("in/large.json").read_text())
+    large = Path("in", "tokenizer.json" if "tokenizer" in settings else "large.json")
+    released.write_tokenizer(large)
+    tokenizer = json.loads(large.read_text())
     tokenizer["model"]["vocab"]["beyond"] = VOCABULARY
-    Path("in/large.json").write_text(json.dumps(tokenizer))
+    large.write_text(json.dumps(tokenizer))
     refused(("convert", "in", "out", *words), message, capsys, {"in"})
 
 
@@ -412,6 +451,7 @@ def test_what_does_not_fit_together_is_refused(
         ("in/layer_02-model_00-model_states.pt", None, "in: sequential.0.word_embeddings.weight (and 10 more) is"),
         ("in/_CHECKPOINT_METADATA", b"{}", "in: this is a checkpoint of the JAX/TPU code"),
         ("in/items/manifest.ocdbt", b"", "in: this is a checkpoint of the JAX/TPU code"),
+        ("in/latest", b"global_step9", "in/latest: names 'global_step9', and no layer_*-model_*-model_states.pt lie"),
         ("in/readme.txt", b"", "in is not a checkpoint: it has no config.json"),
         ("in/config.json", b'{"model_type": "llama"}', "model_type 'llama'; only a TokenFormer is converted"),
         ("out/x", b"", "out already exists"),
@@ -436,17 +476,39 @@ def test_a_place_that_holds_something_else_is_refused(
     refused(("convert", "in", "out"), message, capsys, {"in", Path(name).parts[0]})
 
 
+def test_layers_that_two_files_hold_are_refused(tmp_path: Path) -> None:
+    step = released.write_deepspeed(*tiny()[:1], tmp_path / "run", tiny()[1]) / "global_step1000"
+    shutil.copyfile(step / "layer_03-model_00-model_states.pt", step / "layer_003-model_00-model_states.pt")
+    with pytest.raises(ValueError, match=r"sequential\.3\.attention\.\S+ is in another file of the folder as well"):
+        convert(tmp_path / "run", tmp_path / "out")
+
+
+def test_what_is_made_to_load_without_the_package_is_whole(small: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small.parent / "converted", tmp_path / "in")
+    weights = folder / "model.safetensors"
+    whole, tensors = weights.read_bytes(), load_file(weights)
+    for damaged, message in (
+        (whole[:-9], "truncated"),
+        (save(tensors | {"model.norm.bias": torch.full((128,), torch.nan)}), "model.norm.bias holds NaN"),
+        (save(tensors | {"more": torch.zeros(2)}), "more has no place"),
+    ):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            convert(folder, tmp_path / "out", to="transformers")
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}
+
+
 def test_a_cut_file_and_a_file_of_the_old_kind_are_told_apart(tmp_path: Path) -> None:
     tensors, settings = tiny()
     folder = write(tmp_path / "in", tensors, settings)
-    whole = (folder / released_bin).read_bytes()
-    (folder / released_bin).write_bytes(whole[: len(whole) // 2])
+    whole = (folder / BIN).read_bytes()
+    (folder / BIN).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="truncated"):
         convert(folder, tmp_path / "out")
-    torch.save(tensors, folder / released_bin, _use_new_zipfile_serialization=False)
+    torch.save(tensors, folder / BIN, _use_new_zipfile_serialization=False)
     convert(folder, tmp_path / "out", say=lambda line: None)
     for code in (Code(), {"deep": [Code()]}):
-        torch.save({"x": code}, folder / released_bin, _use_new_zipfile_serialization=False)
+        torch.save({"x": code}, folder / BIN, _use_new_zipfile_serialization=False)
         with pytest.raises(ValueError, match=r"refers to posix\.system"):
             convert(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists() and not Path("it_ran").exists()
@@ -463,6 +525,7 @@ def test_a_cut_file_and_a_file_of_the_old_kind_are_told_apart(tmp_path: Path) ->
         ({"num_key_value_heads": 1}, "num_key_value_heads = 1: the released format only knows 2"),
         ({"head_dim": 16}, "head_dim = 16"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear': the released format has"),
     ],
 )
 def test_what_the_released_format_has_no_place_for_is_refused_on_the_way_back(
@@ -476,23 +539,29 @@ def test_what_the_released_format_has_no_place_for_is_refused_on_the_way_back(
     assert run("convert", "good", "out") == 0  # the control
     assert "the released code has no pattention_eps, and the model was made with 1e-06" in capsys.readouterr().out
     shutil.rmtree("out")
+    Path("good/carried.json").write_text('{"kind": "masked"}')
+    for to in ("released", "transformers"):
+        refused(("convert", "good", "out", "--to", to), "the checkpoint is amid a growth", capsys, {"good", "in"})
     refused(("convert", "good", "out", "--heads", "2"), "heads: 2 has no effect", capsys, {"good", "in"})
 
 
 def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any) -> None:
-        raise RuntimeError("PytorchStreamWriter failed: No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ValueError, match=re.escape("cannot be written (no space left on the disk)")):
-        convert(small.parent / "converted", tmp_path / "out")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for free, message in ((0, "cannot be written (no space left on the disk)"), (10**9, "cannot be written (")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # torch fails as where the disk ends: amid the file
+        try:
+            with pytest.raises(ValueError, match=re.escape(message)):
+                convert(small.parent / "converted", tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 
 # --- in full ---
 
 
-def test_the_150m_shape_in_full_is_written_converted_and_agrees_layer_by_layer(tmp_path: Path) -> None:
+def test_the_150m_shape_in_full_agrees_layer_by_layer_and_goes_back_bit_for_bit(tmp_path: Path) -> None:
     layers, width, heads = released.SHAPES["150m"]
     tensors = released.random_checkpoint(layers, width, released.VOCABULARY, (width, width, 4 * width), torch.float16)
     released.write_bin(tensors, tmp_path / "in")
@@ -502,3 +571,5 @@ def test_the_150m_shape_in_full_is_written_converted_and_agrees_layer_by_layer(t
     ids = torch.randint(released.VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
     assert largest_difference(layers_of(model, ids), list(released.published_layers(tensors, ids, heads))) < 1e-9
+    convert(tmp_path / "out", tmp_path / "back", say=lambda line: None)
+    assert filecmp.cmp(tmp_path / "back" / BIN, tmp_path / "in" / BIN, shallow=False)

@@ -3,7 +3,6 @@
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -67,11 +66,13 @@ def test_an_example_grows_and_resumes_to_the_same_weights(name: str, text: Path,
         assert not torch.equal(weights(name, tmp_path / "other")["lm_head.weight"], whole["lm_head.weight"])
 
 
-def test_an_example_is_a_screen_long_and_says_how_it_is_called() -> None:
-    for name in NAMES:
-        assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 65
-    done = subprocess.run([sys.executable, EXAMPLES / "plain_loop.py"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("usage: ")
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_a_screen_long_and_says_how_it_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = EXAMPLES / f"{name}.py"
+    assert len(path.read_text().splitlines()) <= 65
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    with pytest.raises(SystemExit, match=f"usage: .*{name}.py TEXT OUT"):
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def test_the_object_itself_becomes_the_grown_model() -> None:
@@ -80,11 +81,15 @@ def test_the_object_itself_becomes_the_grown_model() -> None:
     ids = torch.arange(12)[None]
     before, forward = model(ids).logits, model.forward
     model.forward = forward  # as a framework patches it
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
     grown = grow(model, "zero", to={"intermediate_size": 24})
     grown.replace(model)
     assert model.config.intermediate_size == 24 and model.model.layers[0].mlp.up_proj.weight.shape == (24, 8)
     torch.testing.assert_close(model(ids).logits, before)
-    assert vars(model)["forward"] is forward
+    assert vars(model)["forward"] is forward and calls == [1]
+    grown.model(ids)
+    assert calls == [1]  # the control: the hook is the object's own
 
     with pytest.raises(ValueError, match="a Linear cannot become the grown LlamaForCausalLM"):
         grown.replace(torch.nn.Linear(2, 2))

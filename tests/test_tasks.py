@@ -125,10 +125,50 @@ def test_tasks_text_and_a_limit_in_one_file(place: Path, tmp_path: Path) -> None
     assert both["bytes"] == len(text.read_bytes())
 
 
+def test_a_model_on_the_hub_is_scored_and_its_numbers_lie_here(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, set(allow_patterns)))
+        return str(place / "models" / "llama")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    text = place / "tasks" / "questions.jsonl"
+    assert run("eval", "org/tiny-llama", "--text", text) == 0
+    ((name, patterns),) = asked
+    assert name == "org/tiny-llama" and "model*.safetensors" in patterns and not {"*", "*.py", "*.bin"} & patterns
+    found = json.loads(Path("tiny-llama.text.json").read_text())
+    assert run("eval", place / "models" / "llama", "--text", text, "--out", "local.json") == 0
+    assert found == json.loads(Path("local.json").read_text()) | {"checkpoint": "org/tiny-llama"}
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong", "message"),
+    [
+        ("test_split: test", "test_split: valid", "KeyError: 'valid'"),
+        ('"{{choices}}"', '"{{nothing}}"', "UndefinedError: 'nothing' is undefined"),
+        ('"{{choices}}"', '"{{choices"', "TemplateSyntaxError: "),
+    ],
+)
+def test_a_task_that_is_wrong_in_itself_is_named(
+    line: str, wrong: str, message: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (place / "tasks" / "choice.yaml").read_text()
+    (tmp_path / "wrong.yaml").write_text(text.replace("tiny_choice", "wrong").replace(line, wrong))
+    words = ("--tasks", "wrong", "--include-path", tmp_path, "--out", tmp_path / "out.json")
+    assert run("eval", place / "models" / "llama", *words) == 2
+    error = [each for each in capsys.readouterr().err.splitlines() if each.startswith("tokenformer: ")]
+    assert len(error) == 1 and f"--tasks wrong: the harness stopped at {message}" in error[0]
+    assert not (tmp_path / "out.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--tasks", "tiny_choise"), "--tasks tiny_choise: the harness has no such task; nearest valid name: tiny_"),
+        (("--tasks", "hellaswagg"), "hellaswagg: the harness has no such task; nearest valid name: hellaswag"),
         (("--tasks", ","), "--tasks ',': names no task"),
         (("--tasks", "tiny_text", "--limit", "0"), "--limit 0: must be 1 or more"),
         (("--tasks", "tiny_text", "--batch-size", "0"), "--batch-size 0: must be 1 or more"),

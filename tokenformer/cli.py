@@ -144,11 +144,12 @@ TEXTS = {
     "eval": (
         "tasks of the evaluation harness, and bits per byte on held-out or on any text",
         """
-        CHECKPOINT is any transformers folder of a causal model, or a run folder. With --tasks, those of lm-eval are
-        run (pip install 'tokenformer[eval]'). With --text, the whole of each file or folder is scored in bits per
-        byte, which can be compared between tokenizers. With neither, the held-out share of --source is scored, by
-        default that of the run which the checkpoint lies in or comes from. Writes the numbers as JSON beside the
-        checkpoint: CHECKPOINT.tasks.json, or without --tasks CHECKPOINT.text.json. docs/evaluate.md has more.
+        CHECKPOINT is any transformers folder of a causal model, a run folder, or a name on the Hugging Face hub. With
+        --tasks, those of lm-eval are run (pip install 'tokenformer[eval]'). With --text, the whole of each file or
+        folder is scored in bits per byte, which can be compared between tokenizers. With neither, the held-out share
+        of --source is scored, by default that of the run which the checkpoint lies in or comes from. Writes the
+        numbers as JSON beside the checkpoint, or for one on the hub here: CHECKPOINT.tasks.json, or without --tasks
+        CHECKPOINT.text.json. docs/evaluate.md has more.
 
           tokenformer eval tokenformer-150m --tasks lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande
           tokenformer eval runs/first
@@ -391,7 +392,7 @@ def parser() -> Parser:
     sub.add_argument("--theta", metavar="NAME", help="l2_norm_gelu, gelu_l2_norm or softmax, likewise")
 
     sub = verb("eval", verbs.evaluate)
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a transformers folder, or a run folder")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a transformers folder, a run, or a name on the hub")
     memory_argument(sub)
     sub.add_argument("--tasks", metavar="NAME,...", help="of the evaluation harness")
     sub.add_argument("--include-path", metavar="FOLDER", help="tasks of your own, as the harness's YAML")

@@ -17,11 +17,14 @@ The JAX code of the same repository is another model (JAX_MODEL) and is refused.
 
 from __future__ import annotations
 
+import errno
+import functools
 import math
 import re
 import shutil
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,7 @@ UNTOLD: dict[str, tuple[type, Any]] = {
     "layernorm_epsilon": (float, 1e-5),
     "max_position_embeddings": (int, 2048),
 }
+MAY_BE_ZERO = ("rotary_pct", "layernorm_epsilon")
 OPTIONS = {"heads": "num_attention_heads", "rotary": "rotary_pct", "theta": "norm_activation_type"}
 # What it may say besides, and what it then has to be for the model to be this one. Tensors tell the rest, as of a head.
 SAME: dict[str, Any] = {
@@ -185,11 +189,15 @@ def is_jax(folder: Path) -> bool:
 def deepspeed_folder(folder: Path) -> Path:
     """The folder of the layers: `folder` itself, or what the file `latest` in it names, as DeepSpeed writes it."""
     latest = folder / "latest"
-    return folder / latest.read_text(encoding="utf-8").strip() if latest.is_file() else folder
+    return folder / latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else folder
 
 
 def layer_files(folder: Path) -> list[Path]:
-    return sorted(p for p in deepspeed_folder(folder).glob("layer_*") if LAYER_FILE.fullmatch(p.name))
+    step = deepspeed_folder(folder)
+    layers = sorted(p for p in step.glob("layer_*") if LAYER_FILE.fullmatch(p.name))
+    if step != folder and not layers:
+        raise ValueError(f"{folder / 'latest'}: names {step.name!r}, and no layer_*-model_*-model_states.pt lie there")
+    return layers
 
 
 def read_released(place: Path) -> tuple[dict[str, Tensor], Path]:
@@ -206,7 +214,10 @@ def read_released(place: Path) -> tuple[dict[str, Tensor], Path]:
         assert match is not None
         if int(match[2]):
             raise ValueError(f"{path}: the model is split over model-parallel ranks; only whole layers are read")
-        tensors |= {f"sequential.{int(match[1])}.{name}": t for name, t in load_tensors(path).items()}
+        layer = {f"sequential.{int(match[1])}.{name}": tensor for name, tensor in load_tensors(path).items()}
+        if twice := layer.keys() & tensors:
+            raise ValueError(f"{path}: {min(twice)} is in another file of the folder as well")
+        tensors |= layer
     return tensors, deepspeed_folder(place)
 
 
@@ -227,6 +238,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     for name, tensor in loaded.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{path}: {name!r} is a {type(tensor).__name__}, and is expected to be a named tensor")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise ValueError(f"{path}: {name} is {tensor.layout} on {tensor.device}; allowed: all its numbers in a row")
     return loaded
 
 
@@ -250,15 +263,10 @@ def settings_of(folder: Path, sizes: dict[str, int], options: dict[str, Any]) ->
     for what they leave open, the table of released shapes. Then only what GPT-NeoX gives everyone may still be open.
     """
     told = {OPTIONS[key]: (of_kind(OPTIONS[key], value, f"--{key}"), f"--{key}") for key, value in options.items()}
-    shapes = dict(sizes) | {f"{kind}_slot_num": sizes[f"{kind}_tokens"] for kind in ("qkv", "proj", "ffn")}
     for path in setting_files(folder):
         for key, value in read_settings(path).items():
-            key = ALIASES.get(key, key)
-            if key in SAME and value not in (None, SAME[key]):
-                raise ValueError(f"{path}: {key} = {value!r} is another model; the released one has {SAME[key]!r}")
-            if key in shapes and value != shapes[key] and key != "vocab_size":  # which it may give without the padding
-                raise ValueError(f"{path}: {key} = {value!r}, and the tensors have {shapes[key]}")
-            if key in UNTOLD and value is not None:
+            require_no_other_model(path, key, value, sizes)
+            if key in UNTOLD:
                 value = of_kind(key, value, str(path))
                 known, source = told.setdefault(key, (value, path.name))
                 if known != value:
@@ -289,7 +297,7 @@ def setting_files(folder: Path) -> list[Path]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A configuration file's keys, with _ for the - that GPT-NeoX takes as well."""
+    """What a configuration file says by GPT-NeoX's names, with _ for the - that it takes as well; null says nothing."""
     if path.suffix == ".json":
         value = runs.read_json(path)
     else:
@@ -301,7 +309,17 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:100]})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: is expected to hold keys and values")
-    return {str(key).replace("-", "_"): each for key, each in value.items()}
+    named = {str(key).replace("-", "_"): each for key, each in value.items() if each is not None}
+    return {ALIASES.get(key, key): each for key, each in named.items()}
+
+
+def require_no_other_model(path: Path, key: str, value: Any, sizes: dict[str, int]) -> None:
+    """ValueError where a setting contradicts the tensors or the released code."""
+    if key in SAME and value != SAME[key]:
+        raise ValueError(f"{path}: {key} = {value!r} is another model; the released one has {SAME[key]!r}")
+    size = sizes.get(key.replace("_slot_num", "_tokens"))
+    if size not in (None, value) and key != "vocab_size":  # which it may give without the padding
+        raise ValueError(f"{path}: {key} = {value!r}, and the tensors have {size}")
 
 
 def of_kind(key: str, value: Any, source: str) -> Any:
@@ -312,10 +330,12 @@ def of_kind(key: str, value: Any, source: str) -> Any:
         return value
     try:
         number = kind(value)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or isinstance(value, bool) or number != float(value) or not 0 <= number < math.inf:
-        raise ValueError(f"{source}: {key} = {value!r} is no {'whole ' if kind is int else ''}number of 0 or more")
+        sound = number == float(value) and math.isfinite(number) and not isinstance(value, bool)
+    except (TypeError, ValueError, OverflowError):
+        sound = False
+    if not sound or number < 0 or (number == 0 and key not in MAY_BE_ZERO):
+        least = "of 0 or more" if key in MAY_BE_ZERO else "above 0"
+        raise ValueError(f"{source}: {key} = {value!r} is no {'whole ' if kind is int else ''}number {least}")
     return number
 
 
@@ -326,34 +346,13 @@ def from_released(
     sizes = sizes_of(tensors, place)
     settings, sources = settings_of(folder, sizes, options)
     text = tokenizer_of(tokenizer, folder, sizes["vocab_size"])
-    names = released_names(sizes["num_layers"])
     try:
-        config = TokenFormerConfig(
-            vocab_size=sizes["vocab_size"],
-            hidden_size=sizes["hidden_size"],
-            num_hidden_layers=sizes["num_layers"],
-            num_attention_heads=settings["num_attention_heads"],
-            qkv_tokens=sizes["qkv_tokens"],
-            proj_tokens=sizes["proj_tokens"],
-            ffn_tokens=sizes["ffn_tokens"],
-            theta=settings["norm_activation_type"],
-            pattention_eps=EPS,
-            norm_eps=settings["layernorm_epsilon"],
-            rope_parameters={
-                "rope_theta": settings["rotary_emb_base"],
-                "partial_rotary_factor": settings["rotary_pct"],
-            },
-            max_position_embeddings=settings["max_position_embeddings"],
-            bos_token_id=0 if text is None else text.bos_token_id,
-            eos_token_id=0 if text is None else text.eos_token_id,
-            dtype=str(tensors[next(iter(names))].dtype).removeprefix("torch."),
-            architectures=["TokenFormerForCausalLM"],
-            auto_map=AUTO_MAP,
-        )
+        config = config_of(sizes, settings, text, functools.reduce(torch.promote_types, dtypes_of(tensors)))
     except Exception as error:  # huggingface_hub's validation errors share no narrower class
         raise ValueError(f"{place}: {' '.join(str(error.__cause__ or error).split())}") from error
+    named = {ours: tensors[name] for name, (ours, _) in released_names(sizes["num_layers"]).items()}
     with files.written_whole(out) as temporary, files.quiet():
-        files.save_tensors({ours: tensors[name] for name, (ours, _) in names.items()}, temporary / files.WEIGHTS)
+        files.save_tensors(in_memory_of_their_own(named), temporary / files.WEIGHTS)
         config.save_pretrained(temporary)
         write_code(temporary)
         if text is not None:
@@ -363,8 +362,46 @@ def from_released(
     if text is None:
         say("without a tokenizer: none lies beside the weights; that of the released models is EleutherAI/gpt-neox-20b")
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    say(f"written: {out}, {parameters:,} parameters in {config.dtype}".replace("torch.", ""))
+    say(f"written: {out}, {parameters:,} parameters in {', '.join(map(dtype_name, dtypes_of(tensors)))}")
     return out
+
+
+def dtypes_of(tensors: dict[str, Tensor]) -> list[torch.dtype]:
+    return sorted({tensor.dtype for tensor in tensors.values()}, key=str)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def in_memory_of_their_own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those that share memory, which torch.save keeps shared and safetensors does not write."""
+    shared = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {n: t.clone() if shared[t.untyped_storage().data_ptr()] > 1 else t for n, t in tensors.items()}
+
+
+def config_of(sizes: dict[str, int], settings: dict[str, Any], text: Any, dtype: torch.dtype) -> TokenFormerConfig:
+    """dtype: the widest stored, so that loading rounds nothing."""
+    rope = {"rope_theta": settings["rotary_emb_base"], "partial_rotary_factor": settings["rotary_pct"]}
+    return TokenFormerConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=settings["num_attention_heads"],
+        qkv_tokens=sizes["qkv_tokens"],
+        proj_tokens=sizes["proj_tokens"],
+        ffn_tokens=sizes["ffn_tokens"],
+        theta=settings["norm_activation_type"],
+        pattention_eps=EPS,
+        norm_eps=settings["layernorm_epsilon"],
+        rope_parameters=rope,
+        max_position_embeddings=settings["max_position_embeddings"],
+        bos_token_id=0 if text is None else text.bos_token_id,
+        eos_token_id=0 if text is None else text.eos_token_id,
+        dtype=dtype_name(dtype),
+        architectures=["TokenFormerForCausalLM"],
+        auto_map=AUTO_MAP,
+    )
 
 
 def tokenizer_of(given: str | Path | None, folder: Path, vocab_size: int) -> Any:
@@ -374,15 +411,16 @@ def tokenizer_of(given: str | Path | None, folder: Path, vocab_size: int) -> Any
     from transformers import PreTrainedTokenizerFast
 
     place = Path(given) if given is not None else folder
+    name = f"--tokenizer {given}" if given is not None else str(folder / "tokenizer.json")
     made = PreTrainedTokenizerFast
     try:
         with files.quiet():
             text = made(tokenizer_file=str(place)) if place.is_file() else made.from_pretrained(str(place))
     except Exception as error:  # of many kinds: a wrong name, a broken file, no network
-        raise ValueError(f"--tokenizer {place}: cannot be loaded ({' '.join(str(error).split())[:100]})") from error
+        raise ValueError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:100]})") from error
     vocabulary = text.get_vocab()
-    if max(vocabulary.values()) >= vocab_size:
-        raise ValueError(f"--tokenizer {place}: has ids up to {max(vocabulary.values())}, the model {vocab_size} rows")
+    if max(vocabulary.values(), default=0) >= vocab_size:
+        raise ValueError(f"{name}: has ids up to {max(vocabulary.values())}, the model {vocab_size} rows")
     if text.eos_token_id is None and END in vocabulary:
         text.eos_token = END
     if text.bos_token_id is None:
@@ -403,7 +441,7 @@ def require_releasable(config: TokenFormerConfig, path: Path) -> None:
         "attention_projections": "pattention",
         "tie_word_embeddings": True,
         "num_key_value_heads": heads,
-        "head_dim": width / heads,
+        "head_dim": width // heads,
     }
     for key, value in wanted.items():
         if getattr(config, key) != value:
@@ -449,8 +487,9 @@ def to_released(folder: Path, config: TokenFormerConfig, out: Path, say: Callabl
     with files.written_whole(out) as temporary:
         try:
             torch.save({name: stored[ours] for name, (ours, _) in names.items()}, temporary / BIN)
-        except RuntimeError as error:  # what torch raises on a full disk
-            raise OSError(str(error)) from error
+        except RuntimeError as error:  # what torch raises where it cannot write, in words that do not say why
+            full = shutil.disk_usage(temporary).free < sum(tensor.nbytes for tensor in stored.values())
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
         (temporary / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         if (folder / "tokenizer.json").exists():
             shutil.copyfile(folder / "tokenizer.json", temporary / "tokenizer.json")
@@ -462,6 +501,7 @@ def to_released(folder: Path, config: TokenFormerConfig, out: Path, say: Callabl
 
 def make_portable(folder: Path, config: TokenFormerConfig, out: Path, say: Callable[[str], None]) -> Path:
     """A copy of a TokenFormer's weights, configuration and tokenizer that loads without this package."""
+    files.load_checkpoint(folder, mapped=True)  # raises where its weights are not those of its configuration
     weights = files.weight_files(folder)
     kept = [p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model", ".jinja") and p.is_file()]
     left = (files.TRAINER, files.CARRIED)  # of training, which does not go on from the copy

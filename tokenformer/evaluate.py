@@ -157,15 +157,21 @@ def evaluate_tasks(
 
     tokenizer: transformers'. Returns "harness" (its version), "batch_size", "limit", and "tasks": of each task, and
     of each group and its parts, the metrics by the harness's names, with "_stderr", "version" and "examples".
+    Raises ValueError on a task whose file or data is wrong.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(
-        lm, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
-    )
+    options = {"limit": limit, "bootstrap_iters": BOOTSTRAPS, "log_samples": False}
+    try:
+        found = simple_evaluate(lm, tasks=list(names), task_manager=manager, **options)
+    except (ValueError, OSError, RuntimeError):  # its own words for data that is not there; no memory
+        raise
+    except Exception as error:  # of as many classes as a task can be wrong in: its splits, templates, metrics
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"--tasks {','.join(names)}: the harness stopped at {why} (--debug shows where)") from error
     tasks = {}
     for name, metrics in {**found["results"], **found.get("groups", {})}.items():
         numbers = {k.removesuffix(",none"): v for k, v in metrics.items() if isinstance(v, int | float)}

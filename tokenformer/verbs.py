@@ -275,24 +275,28 @@ def evaluate(arguments: Any) -> None:
     tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()] if arguments.tasks else []
     scored = bool(arguments.text or arguments.source) or arguments.tasks is None
     require_sense(arguments, tasks, scored)
-    from .checkpoint import find_checkpoint, load_checkpoint, restore_carried
+    from .checkpoint import download, find_checkpoint, is_on_hub, load_checkpoint, restore_carried
     from .data import load_tokenizer
     from .distributed import Ranks, choose_device
     from .evaluate import evaluate_tasks, find_tasks, require_harness
+    from .grow_checkpoint.plan import HUB_FILES, HUB_WEIGHTS
     from .runs import write_json
 
     if tasks:
         require_harness()
-    folder = find_checkpoint(arguments.checkpoint)
-    place = folder.resolve()
+    checkpoint = arguments.checkpoint
+    on_hub = is_on_hub(checkpoint)
+    place = Path(Path(checkpoint).name if on_hub else find_checkpoint(checkpoint)).resolve()
     out = Path(arguments.out or place.with_name(f"{place.name}.{'tasks' if tasks else 'text'}.json"))
     require_writable(out)
     device = choose_device(arguments.device, Ranks(), "--device")
     manager = find_tasks(tasks, arguments.include_path) if tasks else None
+    folder = download(checkpoint, HUB_FILES + HUB_WEIGHTS) if on_hub else find_checkpoint(checkpoint)
     model, _ = load_checkpoint(folder)
     restore_carried(folder, model.to(device))
     add_memories(model, arguments.memory)
-    numbers: dict[str, Any] = {"checkpoint": str(folder), "dtype": str(model.dtype).removeprefix("torch.")}
+    name = checkpoint if on_hub else str(folder)
+    numbers: dict[str, Any] = {"checkpoint": name, "dtype": str(model.dtype).removeprefix("torch.")}
     if arguments.memory:
         numbers["memories"] = arguments.memory
     if scored:

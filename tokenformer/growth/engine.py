@@ -46,7 +46,8 @@ class Growth:
     def replace(self, model: nn.Module) -> None:
         """Make the object `model` the grown one, for a training loop that holds on to the one it was given.
 
-        It takes the grown model's modules and configuration; what others have set on it (a patched `forward`) stays.
+        It takes the grown model's modules and configuration; what others have set on it (a patched `forward`, hooks)
+        stays. What was set on its old modules is gone with them.
         Raises ValueError unless both are of one class and nothing is carried by training.
         """
         if type(model) is not type(self.model):
@@ -54,7 +55,8 @@ class Growth:
             raise ValueError(f"model: a {names[0]} cannot become the grown {names[1]}; use Growth.model")
         if self.carried is not None:
             raise ValueError(f"model: it would carry {self.carried.kind}, which hangs on Growth.model; use that")
-        vars(model).update(vars(self.model))
+        hooks = {name for name in vars(nn.Module()) if "hook" in name}
+        vars(model).update({name: value for name, value in vars(self.model).items() if name not in hooks})
 
 
 def grow(
