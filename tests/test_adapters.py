@@ -4,6 +4,7 @@ import copy
 import functools
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -508,6 +509,19 @@ def test_a_memory_is_refused_by_any_other_base(saved: Path, base: Any, message: 
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(("field", "value"), [("ffn_scale", 9.0), ("theta", "silu")])
+def test_the_scale_and_theta_of_a_base_are_its_own(field: str, value: Any, tmp_path: Path) -> None:
+    model = fresh("tokenformer")
+    memory = add_parameter_tokens(model, tokens=3, kind="pattention").save(tmp_path / "memory")
+    config = copy.deepcopy(model.config)
+    setattr(config, field, value)
+    other = type(model)(config)
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="made for another base: its weights have SHA-256"):
+        load_parameter_tokens(other, memory)
+    load_parameter_tokens(fresh("tokenformer"), memory)  # the control
+
+
 def broken(folder: Path, case: str) -> None:
     about, tensors = read_json(folder / "memory.json"), load_file(folder / "memory.safetensors")
     key = next(iter(tensors))
@@ -671,10 +685,14 @@ def test_adapt_writes_a_memory_that_lowers_the_loss_and_a_merged_model(place: Pa
     assert (place / "base" / "model.safetensors").read_bytes() == weights
     assert {path.name for path in place.iterdir()} == {"base", "cache", "memory", "merged", "notes.txt"}
 
+    assert cli.main(["eval", "base", *["--memory", "memory"] * 2, "--text", "notes.txt"]) == 2
+    assert "--memory memory: is named twice" in capsys.readouterr().err
     scores = {}
     for name, more in (("base", []), ("base", ["--memory", "memory"]), ("merged", [])):
         assert cli.main(["eval", name, *more, "--text", "notes.txt", "--sequence-length", "64"]) == 0
         scores[name, bool(more)] = float(capsys.readouterr().out.split()[0])
+    shutil.copytree("memory", "again")  # of the same name, as memories are that nobody named
+    assert cli.main(["eval", "base", "--memory", "memory", "--memory", "again", "--text", "notes.txt"]) == 0
     assert scores["base", True] == pytest.approx(scores["merged", False], abs=2e-4)
     assert scores["base", True] < scores["base", False] - 0.01
     merged = AutoModelForCausalLM.from_pretrained("merged")
@@ -691,7 +709,9 @@ def test_adapt_writes_a_memory_that_lowers_the_loss_and_a_merged_model(place: Pa
         (["--tokens", "0"], "tokens: 0 is no number of rows"),
         (["--seed", "-1"], "--seed -1: allowed is a whole number"),
         (["--out", "base"], "base already exists"),
-        (["--merge", "memory"], "memory already exists, or is named twice"),
+        (["--out", "base/memory"], "base/memory lies inside base, which is not touched"),
+        (["--merge", "memory"], "memory is memory, or lies inside it"),
+        (["--merge", "memory/merged"], "memory/merged is memory, or lies inside it"),
         (["--kind", "pattention", "--merge", "merged"], "a memory of kind 'pattention' cannot be merged; rows can"),
         (["train.flops=1e9"], "train.flops: has no effect on adapt; allowed: data.sequence_length"),
         (["train.steps=0"], "train.steps"),

@@ -249,7 +249,7 @@ def test_moments_and_ages_keep_to_their_rows() -> None:
         ("llama", 0.999, "order", "keep: 0.999 leaves every row"),
         ("llama", {"hidden_size": 0.5}, "order", "keep: hidden_size is no number of rows; llama has intermediate_size"),
         ("tokenformer", {"ffn": 0.5, "ffn_tokens": 0.25}, "order", "keep: ffn_tokens is given twice"),
-        ("tokenformer", {"fnn": 0.5}, "order", "tokenformer has no such axis; nearest valid name: ffn"),
+        ("tokenformer", {"fnn": 0.5}, "order", "keep: fnn is no number of rows; tokenformer has qkv_tokens, proj"),
         ("tokenformer linear", {"qkv": 0.5}, "order", "keep: qkv is no number of rows; tokenformer has ffn_tokens"),
         ("llama", 0.5, "oldest", "by: 'oldest' is not known; allowed: order, magnitude, activation, gradient, use"),
         ("llama", 0.5, "use", "by: 'use' looks at what rows do on a text, and none is given"),
@@ -356,6 +356,16 @@ def test_a_llama_is_cut_in_its_own_dtype_and_loads_in_transformers_alone(
     assert half["bits_per_byte"] == measured["after"]["bits_per_byte"]
     assert curve["points"][0]["loss"] == measured["before"]["loss"]
     assert not list(tmp_path.glob(".*"))
+
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:  # a disk that the checkpoint fits on, and its picture does not
+        patch.setattr("matplotlib.figure.Figure.savefig", full)
+        before = sorted(tmp_path.rglob("*"))
+        assert run("shrink", str(llama), str(tmp_path / "other"), *words) == 2
+    assert "other: the checkpoint cannot be written (no space left on the disk)" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_without_any_text_it_cuts_and_says_that_nothing_was_measured(

@@ -114,10 +114,11 @@ def shrink_checkpoint(
             files.save_tensors(named_state(small.optimizer, small.model), temporary / files.OPTIMIZER)
         copy_others(folder, temporary)
         runs.write_json(temporary / files.LINEAGE, [*lineage, event])
+        if curve:  # last in here, so that there is a checkpoint with its curve, or neither
+            write_curve(out, {"checkpoint": str(folder), "by": by, "text": texts.source, "points": points})
     for line in words(event):
         say(line)
     if curve:
-        write_curve(out, {"checkpoint": str(folder), "by": by, "text": texts.source, "points": points})
         say(f"curve: {', '.join(map(str, curve_paths(out)))}")
     say(f"written: {out}")
     return out
@@ -182,12 +183,11 @@ def curve_paths(out: Path) -> tuple[Path, Path]:
 
 
 def write_curve(out: Path, curve: dict[str, Any]) -> None:
-    """The curve as numbers and as a picture, drawn without a display."""
+    """The curve as numbers and as a picture, drawn without a display: both, or on an error neither."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     numbers, picture = curve_paths(out)
-    runs.write_json(numbers, curve)
     figure = Figure(figsize=(6.4, 4.2), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -204,6 +204,7 @@ def write_curve(out: Path, curve: dict[str, Any]) -> None:
     temporary = picture.with_name(f".{picture.name}.tmp-{os.getpid()}")
     try:
         figure.savefig(temporary, format="png")
+        runs.write_json(numbers, curve)
         os.replace(temporary, picture)
     finally:
         temporary.unlink(missing_ok=True)

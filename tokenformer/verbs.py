@@ -135,11 +135,13 @@ def adapt(arguments: Any) -> None:
 
 
 def add_memories(model: Any, folders: Sequence[str]) -> None:
-    """Put the memories that --memory names onto a model, all on."""
+    """Put the memories that --memory names onto a model, all on, and by numbers: two may have been given one name."""
     from .adapters import load_parameter_tokens
 
-    for folder in folders:
-        load_parameter_tokens(model, folder)
+    for i, folder in enumerate(folders):
+        if folder in folders[:i]:
+            raise ValueError(f"--memory {folder}: is named twice")
+        load_parameter_tokens(model, folder, name=str(i))
 
 
 def operator_options(texts: Sequence[str]) -> dict[str, Any]:
