@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tokenformer import AdamW, add_parameter_tokens, cli, grow, save_checkpoint
 from tokenformer.adapters import (
     Memory,
+    adapt,
     load_parameter_tokens,
     lora_rank,
     memories_of,
@@ -28,8 +29,10 @@ from tokenformer.adapters import (
     merge_parameter_tokens,
     rank_rows,
 )
-from tokenformer.checkpoint import ancestry
+from tokenformer.adapters.training import read_text, settings
+from tokenformer.checkpoint import ancestry, load_checkpoint
 from tokenformer.data import ByteTokenizer
+from tokenformer.flops import training_flops
 from tokenformer.models import build_config, build_model
 from tokenformer.models.tables import TABLES
 from tokenformer.optim import parameter_groups
@@ -410,6 +413,22 @@ def test_in_bfloat16_the_base_stays_exact_and_the_rows_are_float32(name: str) ->
     assert same(both(model), before)
 
 
+def test_what_is_compiled_hears_of_what_is_switched() -> None:
+    model = fresh("qwen2").requires_grad_(False)
+    module, x = model.model.layers[0].mlp, torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    compiled: Any = torch.compile(module, backend="eager")  # traced, guarded and kept as by any other
+    base = compiled(x)
+    memory = add_parameter_tokens(model, tokens=5, kind="pattention")
+    with torch.no_grad():
+        memory.layers["model.layers.0.mlp"].value.normal_()
+    expected = module(x)
+    for on in (True, False, True):
+        memory.on = on
+        assert torch.equal(compiled(x), expected if on else base)
+    memory.remove()
+    assert torch.equal(compiled(x), base) and not torch.equal(expected, base)
+
+
 def test_a_memory_trains_under_autocast() -> None:
     model = fresh("qwen2")
     memory = add_parameter_tokens(model, tokens=5)
@@ -666,7 +685,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     fields = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     config = build_config("llama", fields={**fields, "vocab_size": 256, "max_position_embeddings": 64})
-    save_checkpoint("base", build_model(config), ByteTokenizer())
+    spent = {"flops": 10**9, "tokens": 1000, "seconds": 10.0, "streams": []}
+    save_checkpoint("base", build_model(config), ByteTokenizer(), lineage=[{"operator": "zero", "ancestor": spent}])
     pages = [path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))]
     Path("notes.txt").write_text("\n\n".join(pages), encoding="utf-8")
     return tmp_path
@@ -697,7 +717,31 @@ def test_adapt_writes_a_memory_that_lowers_the_loss_and_a_merged_model(place: Pa
     assert scores["base", True] < scores["base", False] - 0.01
     merged = AutoModelForCausalLM.from_pretrained("merged")
     assert type(merged).__name__ == "LlamaForCausalLM" and merged.config.intermediate_size == 40
-    assert ancestry(Path("merged"))["tokens"] == 20 * 2 * 64 and ancestry(Path("merged"))["flops"] > 0
+    cost = ancestry(Path("merged"))  # that of its base, and of training
+    assert cost["tokens"] == 1000 + 20 * 2 * 64 and cost["seconds"] > 10
+    assert cost["flops"] == 10**9 + training_flops(merged.config, 64, 20 * 2)
+
+
+def test_adapt_trains_as_a_plain_loop_does(place: Path) -> None:
+    rate = ["train.learning_rate=0.01", "train.schedule=constant", "train.epsilon=0.1"]  # a gradient's size counts
+    overrides = [*SMALL, *rate, "train.weight_decay=0.1", "data.batch_size=4", "train.accumulation_steps=2"]
+    adapt("base", "memory", "notes.txt", overrides, say=None, tokens=4)
+    recipe = settings(Path("base"), "notes.txt", overrides)
+    model, _ = load_checkpoint("base")
+    _, batches, _ = read_text(recipe, model)
+    memory = add_parameter_tokens(model, tokens=4)
+    train = recipe.train
+    optimizer = torch.optim.AdamW(memory.parameters(), 0.01, (train.beta1, train.beta2), eps=0.1, weight_decay=0.1)
+    start = {name: p.detach().clone() for name, p in memory.named_parameters().items()}
+    for step in range(6):
+        optimizer.zero_grad()
+        model(input_ids=batches[step], labels=batches[step]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(memory.parameters(), train.clip_norm)
+        optimizer.step()
+    for name, tensor in load_file("memory/memory.safetensors").items():
+        change = memory.named_parameters()[name] - start[name]
+        assert change.abs().max() > 1e-4
+        assert (tensor - start[name] - change).abs().max() < 1e-3 * change.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -743,6 +787,24 @@ def test_a_memory_trains_in_the_trainer_of_transformers(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "saved"))
     assert not any(map(torch.equal, before, memory.parameters())) and equal(state(model), weights)
     assert not [name for name in load_file(tmp_path / "saved" / "model.safetensors") if "parameter_tokens" in name]
+
+
+def test_a_full_disk_is_told_before_the_training(place: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["adapt", "base", "--text", "notes.txt", "--tokens", "8", "--out", "memory", *SMALL]
+    need = {"memory": 8 * 16 * 3 * 4, "merged": (2 * 256 * 16 + 4 * 16 * 16 + 3 * 16 * 40 + 3 * 16) * 4}  # bytes
+    for name, more in (("memory", []), ("merged", ["--merge", "merged"])):
+        free = shutil.disk_usage(place)._replace(free=need[name] - 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.disk_usage", lambda path, free=free: free)
+            assert cli.main([*words, *more]) == 2
+        told = capsys.readouterr()
+        assert f"{name}: the checkpoint cannot be written (no space left on the disk" in told.err
+        assert "step" not in told.out
+    assert {path.name for path in place.iterdir()} == {"base", "cache", "notes.txt"}
+    with monkeypatch.context() as patch:  # the control
+        free = shutil.disk_usage(place)._replace(free=need["memory"])
+        patch.setattr("shutil.disk_usage", lambda path: free)
+        assert cli.main(words) == 0
 
 
 def test_an_adapt_that_is_stopped_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from tokenformer.growth import grow
 from tokenformer.models import build_config, build_model
 from tokenformer.optim import parameter_groups
 from tokenformer.rows import RULES, memories_of, ranking, scores
+from tokenformer.shrink_checkpoint import text_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -366,6 +367,17 @@ def test_a_llama_is_cut_in_its_own_dtype_and_loads_in_transformers_alone(
         assert run("shrink", str(llama), str(tmp_path / "other"), *words) == 2
     assert "other: the checkpoint cannot be written (no space left on the disk)" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_measured_on_is_not_ranked_on(llama: Path, tmp_path: Path, shared: Path) -> None:
+    (tmp_path / "some.txt").write_text(corpus(shared).read_text()[:9000])
+    section = tiny(shared, data={"tokenizer": str(llama)}).data
+    section.source = ""  # as of a checkpoint that names none
+    found = text_of(section, [str(tmp_path / "some.txt")], lambda line: None)
+    assert found.calibration is not None and found.held_out is not None
+    both = {tuple(w) for w in found.calibration.tolist()} & {tuple(w) for w in found.held_out[0].tolist()}
+    share = len(found.held_out[0]) / (len(found.calibration) + len(found.held_out[0]))
+    assert not both and share == pytest.approx(0.2, abs=0.01)
 
 
 def test_without_any_text_it_cuts_and_says_that_nothing_was_measured(

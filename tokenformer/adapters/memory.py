@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class Memory:
     def on(self, on: bool) -> None:
         for module, beside in self._places():
             beside.switch(module, self.name, on)
+        if "torch._dynamo" in sys.modules:  # what is compiled does not look whether hooks have come or gone
+            torch.compiler.reset()
 
     def _places(self) -> list[tuple[nn.Module, Memories]]:
         if memories_of(self.model).get(self.name) is not self:
