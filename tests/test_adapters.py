@@ -157,6 +157,7 @@ def test_every_entry_is_alive_within_two_steps() -> None:
 
 def test_in_training_mode_dropout_draws_the_numbers_that_it_drew() -> None:
     model = fresh("gpt2").train()
+    model.config.resid_pdrop = 0.3  # which rows are made by
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.3
@@ -181,7 +182,7 @@ FROZEN += [("tokenformer linear", optimizer) for optimizer in OPTIMIZERS if opti
 
 
 @pytest.mark.parametrize(("name", "optimizer"), FROZEN)
-def test_the_base_is_the_same_bit_for_bit_after_200_steps(name: str, optimizer: str) -> None:
+def test_training_leaves_the_base_as_it_was_bit_for_bit(name: str, optimizer: str) -> None:
     """Of memories of every kind at once, even where the optimizer is given all parameters of the model to decay."""
     model = copy.deepcopy(model_of(name, torch.float32, layers=1))
     weights, before = state(model), logits(model)
@@ -189,7 +190,7 @@ def test_the_base_is_the_same_bit_for_bit_after_200_steps(name: str, optimizer: 
     parameters = {f"{each.name} {key}": p for each in memories for key, p in each.named_parameters().items()}
     start = {key: p.detach().clone() for key, p in parameters.items()}
     updates = OPTIMIZERS[optimizer](model)
-    for _ in range(200):
+    for _ in range(200 if optimizer == "tokenformer.AdamW" else 40):  # the one that adapt trains by
         model(input_ids=IDS[:1, :9], labels=IDS[:1, :9], use_cache=False).loss.backward()
         updates.step()
         updates.zero_grad()
@@ -655,6 +656,16 @@ def test_rows_of_quantised_weights_are_refused() -> None:
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(ValueError, match="kind: 'rows' extend weights that are not quantised"):
         add_parameter_tokens(model)
+
+
+def test_a_base_amid_a_growth_is_refused(place: Path, capsys: Any) -> None:
+    grown = grow(load_checkpoint("base")[0], "masked", {"intermediate_size": 60}, options={"ramp_steps": 5}).model
+    with pytest.raises(ValueError, match="model: carries masked, which training has to finish"):
+        add_parameter_tokens(grown, tokens=4)
+    save_checkpoint("masked", grown, ByteTokenizer())
+    assert cli.main(["adapt", "masked", "--text", "notes.txt", "--out", "memory", *SMALL]) == 2
+    assert "masked/carried.json: the checkpoint is amid a growth" in capsys.readouterr().err
+    assert not Path("memory").exists()
 
 
 def test_names_are_taken_once_and_unknown_ones_are_told() -> None:

@@ -21,7 +21,6 @@ from . import runs
 from .data import eval_windows, load_tokenizer, prepare, text_windows
 from .evaluate import evaluate
 from .grow_checkpoint.write import copy_others, remove_left_over, require_free
-from .growth import freeze_as_grown
 from .optim import AdamW, named_state, parameter_groups
 from .rows import RULES, RULES_OF_TEXT, ranking
 from .shrink import Keep, cut, kept_sizes
@@ -83,7 +82,7 @@ def shrink_checkpoint(
     if curve and texts.held_out is None:
         raise ValueError("--curve: there is no text to measure on; name one by --text")
     model, lineage = files.load_checkpoint(folder)
-    freeze_as_grown(model.to(device), lineage)
+    model.to(device)
     optimizer = None
     if (folder / files.OPTIMIZER).exists():
         optimizer = AdamW(parameter_groups(model, weight_decay=0.1))
