@@ -66,18 +66,8 @@ def shrink_checkpoint(
     nothing half written is left.
     """
     out, folder = Path(out), files.find_checkpoint(checkpoint)
-    if by not in RULES:
-        raise ValueError(f"--by {by}: is not known; allowed: {', '.join(RULES)}")
-    if by in RULES_OF_TEXT and not text:
-        raise ValueError(f"--by {by}: looks at what rows do on a text; name one by --text")
-    files.require_nothing_carried(folder)
-    kept_sizes(files.load_config(folder), keep)
+    require_possible(folder, out, keep, by, text, curve)
     remove_left_over(out)
-    require_free(out, folder)
-    if curve:
-        for path in curve_paths(out):
-            if path.exists():
-                raise ValueError(f"{path} already exists; choose another place for the checkpoint")
     texts = text_of(section, text, say)
     if curve and texts.held_out is None:
         raise ValueError("--curve: there is no text to measure on; name one by --text")
@@ -121,6 +111,20 @@ def shrink_checkpoint(
         say(f"curve: {', '.join(map(str, curve_paths(out)))}")
     say(f"written: {out}")
     return out
+
+
+def require_possible(folder: Path, out: Path, keep: Keep, by: str, text: Sequence[str], curve: bool) -> None:
+    """ValueError, before any work, for what is asked wrongly, or a place that is taken."""
+    if by not in RULES:
+        raise ValueError(f"--by {by}: is not known; allowed: {', '.join(RULES)}")
+    if by in RULES_OF_TEXT and not text:
+        raise ValueError(f"--by {by}: looks at what rows do on a text; name one by --text")
+    files.require_nothing_carried(folder)
+    kept_sizes(files.load_config(folder), keep)
+    require_free(out, folder)
+    for path in curve_paths(out) if curve else ():
+        if path.exists():
+            raise ValueError(f"{path} already exists; choose another place for the checkpoint")
 
 
 def text_of(section: Any, paths: Sequence[str], say: Callable[[str], None]) -> Text:
