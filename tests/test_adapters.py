@@ -417,7 +417,8 @@ def test_in_bfloat16_the_base_stays_exact_and_the_rows_are_float32(name: str) ->
 def test_what_is_compiled_hears_of_what_is_switched() -> None:
     model = fresh("qwen2").requires_grad_(False)
     module, x = model.model.layers[0].mlp, torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
-    compiled: Any = torch.compile(module, backend="eager")  # traced, guarded and kept as by any other
+    around = torch.nn.Sequential(module)  # within which hooks are traced as well
+    compiled: Any = torch.compile(around, backend="eager")  # traced, guarded and kept as by any other
     base = compiled(x)
     memory = add_parameter_tokens(model, tokens=5, kind="pattention")
     with torch.no_grad():
