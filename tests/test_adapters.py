@@ -4,6 +4,7 @@ import copy
 import functools
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tokenformer import AdamW, add_parameter_tokens, cli, grow, save_checkpoint
 from tokenformer.adapters import (
     Memory,
+    adapt,
     load_parameter_tokens,
     lora_rank,
     memories_of,
@@ -27,8 +29,10 @@ from tokenformer.adapters import (
     merge_parameter_tokens,
     rank_rows,
 )
-from tokenformer.checkpoint import ancestry
+from tokenformer.adapters.training import read_text, settings
+from tokenformer.checkpoint import ancestry, load_checkpoint
 from tokenformer.data import ByteTokenizer
+from tokenformer.flops import training_flops
 from tokenformer.models import build_config, build_model
 from tokenformer.models.tables import TABLES
 from tokenformer.optim import parameter_groups
@@ -153,6 +157,7 @@ def test_every_entry_is_alive_within_two_steps() -> None:
 
 def test_in_training_mode_dropout_draws_the_numbers_that_it_drew() -> None:
     model = fresh("gpt2").train()
+    model.config.resid_pdrop = 0.3  # which rows are made by
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.3
@@ -177,7 +182,7 @@ FROZEN += [("tokenformer linear", optimizer) for optimizer in OPTIMIZERS if opti
 
 
 @pytest.mark.parametrize(("name", "optimizer"), FROZEN)
-def test_the_base_is_the_same_bit_for_bit_after_200_steps(name: str, optimizer: str) -> None:
+def test_training_leaves_the_base_as_it_was_bit_for_bit(name: str, optimizer: str) -> None:
     """Of memories of every kind at once, even where the optimizer is given all parameters of the model to decay."""
     model = copy.deepcopy(model_of(name, torch.float32, layers=1))
     weights, before = state(model), logits(model)
@@ -185,7 +190,7 @@ def test_the_base_is_the_same_bit_for_bit_after_200_steps(name: str, optimizer: 
     parameters = {f"{each.name} {key}": p for each in memories for key, p in each.named_parameters().items()}
     start = {key: p.detach().clone() for key, p in parameters.items()}
     updates = OPTIMIZERS[optimizer](model)
-    for _ in range(200):
+    for _ in range(200 if optimizer == "tokenformer.AdamW" else 40):  # the one that adapt trains by
         model(input_ids=IDS[:1, :9], labels=IDS[:1, :9], use_cache=False).loss.backward()
         updates.step()
         updates.zero_grad()
@@ -409,6 +414,23 @@ def test_in_bfloat16_the_base_stays_exact_and_the_rows_are_float32(name: str) ->
     assert same(both(model), before)
 
 
+def test_what_is_compiled_hears_of_what_is_switched() -> None:
+    model = fresh("qwen2").requires_grad_(False)
+    module, x = model.model.layers[0].mlp, torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    around = torch.nn.Sequential(module)  # within which hooks are traced as well
+    compiled: Any = torch.compile(around, backend="eager")  # traced, guarded and kept as by any other
+    base = compiled(x)
+    memory = add_parameter_tokens(model, tokens=5, kind="pattention")
+    with torch.no_grad():
+        memory.layers["model.layers.0.mlp"].value.normal_()
+    expected = module(x)
+    for on in (True, False, True):
+        memory.on = on
+        assert torch.equal(compiled(x), expected if on else base)
+    memory.remove()
+    assert torch.equal(compiled(x), base) and not torch.equal(expected, base)
+
+
 def test_a_memory_trains_under_autocast() -> None:
     model = fresh("qwen2")
     memory = add_parameter_tokens(model, tokens=5)
@@ -506,6 +528,19 @@ def test_a_memory_is_refused_by_any_other_base(saved: Path, base: Any, message: 
     assert "\n" not in str(told.value) and str(saved) in str(told.value)
     assert same(both(model), before) and not memories_of(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("field", "value"), [("ffn_scale", 9.0), ("theta", "silu")])
+def test_the_scale_and_theta_of_a_base_are_its_own(field: str, value: Any, tmp_path: Path) -> None:
+    model = fresh("tokenformer")
+    memory = add_parameter_tokens(model, tokens=3, kind="pattention").save(tmp_path / "memory")
+    config = copy.deepcopy(model.config)
+    setattr(config, field, value)
+    other = type(model)(config)
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="made for another base: its weights have SHA-256"):
+        load_parameter_tokens(other, memory)
+    load_parameter_tokens(fresh("tokenformer"), memory)  # the control
 
 
 def broken(folder: Path, case: str) -> None:
@@ -624,6 +659,16 @@ def test_rows_of_quantised_weights_are_refused() -> None:
         add_parameter_tokens(model)
 
 
+def test_a_base_amid_a_growth_is_refused(place: Path, capsys: Any) -> None:
+    grown = grow(load_checkpoint("base")[0], "masked", {"intermediate_size": 60}, options={"ramp_steps": 5}).model
+    with pytest.raises(ValueError, match="model: carries masked, which training has to finish"):
+        add_parameter_tokens(grown, tokens=4)
+    save_checkpoint("masked", grown, ByteTokenizer())
+    assert cli.main(["adapt", "masked", "--text", "notes.txt", "--out", "memory", *SMALL]) == 2
+    assert "masked/carried.json: the checkpoint is amid a growth" in capsys.readouterr().err
+    assert not Path("memory").exists()
+
+
 def test_names_are_taken_once_and_unknown_ones_are_told() -> None:
     model = fresh("qwen2")
     add_parameter_tokens(model, tokens=3, name="notes")
@@ -652,7 +697,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     fields = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     config = build_config("llama", fields={**fields, "vocab_size": 256, "max_position_embeddings": 64})
-    save_checkpoint("base", build_model(config), ByteTokenizer())
+    spent = {"flops": 10**9, "tokens": 1000, "seconds": 10.0, "streams": []}
+    save_checkpoint("base", build_model(config), ByteTokenizer(), lineage=[{"operator": "zero", "ancestor": spent}])
     pages = [path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))]
     Path("notes.txt").write_text("\n\n".join(pages), encoding="utf-8")
     return tmp_path
@@ -671,15 +717,43 @@ def test_adapt_writes_a_memory_that_lowers_the_loss_and_a_merged_model(place: Pa
     assert (place / "base" / "model.safetensors").read_bytes() == weights
     assert {path.name for path in place.iterdir()} == {"base", "cache", "memory", "merged", "notes.txt"}
 
+    assert cli.main(["eval", "base", *["--memory", "memory"] * 2, "--text", "notes.txt"]) == 2
+    assert "--memory memory: is named twice" in capsys.readouterr().err
     scores = {}
     for name, more in (("base", []), ("base", ["--memory", "memory"]), ("merged", [])):
         assert cli.main(["eval", name, *more, "--text", "notes.txt", "--sequence-length", "64"]) == 0
         scores[name, bool(more)] = float(capsys.readouterr().out.split()[0])
+    shutil.copytree("memory", "again")  # of the same name, as memories are that nobody named
+    assert cli.main(["eval", "base", "--memory", "memory", "--memory", "again", "--text", "notes.txt"]) == 0
     assert scores["base", True] == pytest.approx(scores["merged", False], abs=2e-4)
     assert scores["base", True] < scores["base", False] - 0.01
     merged = AutoModelForCausalLM.from_pretrained("merged")
     assert type(merged).__name__ == "LlamaForCausalLM" and merged.config.intermediate_size == 40
-    assert ancestry(Path("merged"))["tokens"] == 20 * 2 * 64 and ancestry(Path("merged"))["flops"] > 0
+    cost = ancestry(Path("merged"))  # that of its base, and of training
+    assert cost["tokens"] == 1000 + 20 * 2 * 64 and cost["seconds"] > 10
+    assert cost["flops"] == 10**9 + training_flops(merged.config, 64, 20 * 2)
+
+
+def test_adapt_trains_as_a_plain_loop_does(place: Path) -> None:
+    rate = ["train.learning_rate=0.01", "train.schedule=constant", "train.epsilon=0.1"]  # a gradient's size counts
+    overrides = [*SMALL, *rate, "train.weight_decay=0.1", "data.batch_size=4", "train.accumulation_steps=2"]
+    adapt("base", "memory", "notes.txt", overrides, say=None, tokens=4)
+    recipe = settings(Path("base"), "notes.txt", overrides)
+    model, _ = load_checkpoint("base")
+    _, batches, _ = read_text(recipe, model)
+    memory = add_parameter_tokens(model, tokens=4)
+    train = recipe.train
+    optimizer = torch.optim.AdamW(memory.parameters(), 0.01, (train.beta1, train.beta2), eps=0.1, weight_decay=0.1)
+    start = {name: p.detach().clone() for name, p in memory.named_parameters().items()}
+    for step in range(6):
+        optimizer.zero_grad()
+        model(input_ids=batches[step], labels=batches[step]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(memory.parameters(), train.clip_norm)
+        optimizer.step()
+    for name, tensor in load_file("memory/memory.safetensors").items():
+        change = memory.named_parameters()[name] - start[name]
+        assert change.abs().max() > 1e-4
+        assert (tensor - start[name] - change).abs().max() < 1e-3 * change.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -691,7 +765,9 @@ def test_adapt_writes_a_memory_that_lowers_the_loss_and_a_merged_model(place: Pa
         (["--tokens", "0"], "tokens: 0 is no number of rows"),
         (["--seed", "-1"], "--seed -1: allowed is a whole number"),
         (["--out", "base"], "base already exists"),
-        (["--merge", "memory"], "memory already exists, or is named twice"),
+        (["--out", "base/memory"], "base/memory lies inside base, which is not touched"),
+        (["--merge", "memory"], "memory is memory, or lies inside it"),
+        (["--merge", "memory/merged"], "memory/merged is memory, or lies inside it"),
         (["--kind", "pattention", "--merge", "merged"], "a memory of kind 'pattention' cannot be merged; rows can"),
         (["train.flops=1e9"], "train.flops: has no effect on adapt; allowed: data.sequence_length"),
         (["train.steps=0"], "train.steps"),
@@ -723,6 +799,24 @@ def test_a_memory_trains_in_the_trainer_of_transformers(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "saved"))
     assert not any(map(torch.equal, before, memory.parameters())) and equal(state(model), weights)
     assert not [name for name in load_file(tmp_path / "saved" / "model.safetensors") if "parameter_tokens" in name]
+
+
+def test_a_full_disk_is_told_before_the_training(place: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["adapt", "base", "--text", "notes.txt", "--tokens", "8", "--out", "memory", *SMALL]
+    need = {"memory": 8 * 16 * 3 * 4, "merged": (2 * 256 * 16 + 4 * 16 * 16 + 3 * 16 * 40 + 3 * 16) * 4}  # bytes
+    for name, more in (("memory", []), ("merged", ["--merge", "merged"])):
+        free = shutil.disk_usage(place)._replace(free=need[name] - 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.disk_usage", lambda path, free=free: free)
+            assert cli.main([*words, *more]) == 2
+        told = capsys.readouterr()
+        assert f"{name}: the checkpoint cannot be written (no space left on the disk" in told.err
+        assert "step" not in told.out
+    assert {path.name for path in place.iterdir()} == {"base", "cache", "notes.txt"}
+    with monkeypatch.context() as patch:  # the control
+        free = shutil.disk_usage(place)._replace(free=need["memory"])
+        patch.setattr("shutil.disk_usage", lambda path: free)
+        assert cli.main(words) == 0
 
 
 def test_an_adapt_that_is_stopped_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

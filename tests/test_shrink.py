@@ -26,7 +26,8 @@ from tokenformer.data import ByteTokenizer, eval_windows, prepare
 from tokenformer.growth import grow
 from tokenformer.models import build_config, build_model
 from tokenformer.optim import parameter_groups
-from tokenformer.rows import RULES, ranking, row_tables, scores
+from tokenformer.rows import RULES, ranking, row_tables, scores, strongest
+from tokenformer.shrink_checkpoint import text_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -106,6 +107,9 @@ def test_each_score_is_what_its_formula_says(name: str) -> None:
     least = loud.sort(dim=1, descending=True).values[:, round(w.shape[1] / 10) - 1, None]
     assert torch.allclose(found["use"], (loud >= least).double().mean(0), atol=1e-12)
     assert 0.05 < found["use"].mean() < 0.15
+    assert strongest(torch.tensor([[0.0, 2.0, 1.0, 0.0], [0.0, 3.0, 0.0, 0.0]]), 0.5).tolist() == [
+        [False, True, True, False], [False, True, False, False]  # what is silent is not among the loudest half
+    ]
     table = dict(model.get_submodule(place).named_parameters())
     if "up_proj.weight" in table:
         keys = [torch.cat([table[f"{k}.weight"], table[f"{k}.bias"][:, None]], 1) for k in ("gate_proj", "up_proj")]
@@ -249,7 +253,7 @@ def test_moments_and_ages_keep_to_their_rows() -> None:
         ("llama", 0.999, "order", "keep: 0.999 leaves every row"),
         ("llama", {"hidden_size": 0.5}, "order", "keep: hidden_size is no number of rows; llama has intermediate_size"),
         ("tokenformer", {"ffn": 0.5, "ffn_tokens": 0.25}, "order", "keep: ffn_tokens is given twice"),
-        ("tokenformer", {"fnn": 0.5}, "order", "tokenformer has no such axis; nearest valid name: ffn"),
+        ("tokenformer", {"fnn": 0.5}, "order", "keep: fnn is no number of rows; tokenformer has qkv_tokens, proj"),
         ("tokenformer linear", {"qkv": 0.5}, "order", "keep: qkv is no number of rows; tokenformer has ffn_tokens"),
         ("llama", 0.5, "oldest", "by: 'oldest' is not known; allowed: order, magnitude, activation, gradient, use"),
         ("llama", 0.5, "use", "by: 'use' looks at what rows do on a text, and none is given"),
@@ -357,6 +361,41 @@ def test_a_llama_is_cut_in_its_own_dtype_and_loads_in_transformers_alone(
     assert curve["points"][0]["loss"] == measured["before"]["loss"]
     assert not list(tmp_path.glob(".*"))
 
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:  # a disk that the checkpoint fits on, and its picture does not
+        patch.setattr("matplotlib.figure.Figure.savefig", full)
+        before = sorted(tmp_path.rglob("*"))
+        assert run("shrink", str(llama), str(tmp_path / "other"), *words) == 2
+    assert "other: the checkpoint cannot be written (no space left on the disk)" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_measured_on_is_not_ranked_on(
+    llama: Path, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some.txt").write_text(corpus(shared).read_text()[:9000])
+    section = tiny(shared, data={"tokenizer": str(llama)}).data
+    section.source = ""  # as of a checkpoint that names none
+    found = text_of(section, [str(tmp_path / "some.txt")], lambda line: None)
+    assert found.calibration is not None and found.held_out is not None
+    both = {tuple(w) for w in found.calibration.tolist()} & {tuple(w) for w in found.held_out[0].tolist()}
+    share = len(found.held_out[0]) / (len(found.calibration) + len(found.held_out[0]))
+    assert not both and share == pytest.approx(0.2, abs=0.01)
+    monkeypatch.setattr("tokenformer.shrink_checkpoint.CALIBRATION_TOKENS", 160)
+    for source in ("", str(corpus(shared))):
+        section.source = source
+        few = text_of(section, [str(tmp_path / "some.txt")], lambda line: None).calibration
+        assert few is not None and torch.equal(few, found.calibration[:10])
+
+
+def test_a_name_on_the_hub_is_fetched(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(llama))
+    assert run("shrink", "some/llama", "half", "--keep", "0.5") == 0
+    assert load_checkpoint("half")[0].config.intermediate_size == 12
+
 
 def test_without_any_text_it_cuts_and_says_that_nothing_was_measured(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -390,6 +429,18 @@ def test_frozen_layers_stay_frozen(llama: Path, tmp_path: Path) -> None:
     assert run("shrink", str(tmp_path / "pro"), str(tmp_path / "half"), "--keep", "0.5") == 0
     pro, half = (read_lineage(tmp_path / name)[-1]["trained_parameters"] for name in ("pro", "half"))
     assert pro == half and len(half) < 20
+
+
+def test_of_a_run_that_trains_new_layers_alone_moments_of_those_come_along(shared: Path, tmp_path: Path) -> None:
+    event = {"at_step": 2, "to": {"num_hidden_layers": 2}, "operator": "llama_pro", "options": {"freeze": True}}
+    tokenformer.train(tiny(shared, growth=[event], train={"steps": 4}), tmp_path / "pro", say=None)
+    assert run("shrink", str(tmp_path / "pro"), str(tmp_path / "half"), "--keep", "0.5") == 0
+    before = load_file(runs.checkpoints(tmp_path / "pro")[-1] / "optimizer.safetensors")
+    after = load_file(tmp_path / "half" / "optimizer.safetensors")
+    assert before.keys() == after.keys() and not any(name.startswith("exp_avg.model.layers.0.") for name in after)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name][: len(tensor)] if tensor.ndim else before[name])
+    assert after["exp_avg.model.layers.1.mlp.key"].shape == (8, 8)
 
 
 @pytest.mark.parametrize(

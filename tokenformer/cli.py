@@ -80,11 +80,12 @@ TEXTS = {
     "shrink": (
         "cut rows of a checkpoint: a smaller model, moments included",
         """
-        CHECKPOINT is a checkpoint or a run folder; OUT is a new checkpoint of the same architecture with a share --keep
-        of the parameter tokens of each memory, or of the feed-forward's units (Llama, Mistral, Qwen2, Qwen3, GPT-2).
-        --by says which rows stay: order, the first ones; magnitude, of keys times values; or by what they do on --text:
-        activation, gradient, use. Prints the loss before and after on held-out text: that of --source, by default of
-        the run which the checkpoint comes from, else the last fifth of --text. docs/shrink.md has more.
+        CHECKPOINT is a checkpoint, a run folder or a name on the Hugging Face hub; OUT is a new checkpoint of the same
+        architecture with a share --keep of the parameter tokens of each memory, or of the feed-forward's units (Llama,
+        Mistral, Qwen2, Qwen3, GPT-2). --by says which rows stay: order, the first ones; magnitude, of keys times
+        values; or by what they do on --text: activation, gradient, use. Prints the loss before and after on held-out
+        text: that of --source, by default of the run which the checkpoint comes from, else the last fifth of --text.
+        docs/shrink.md has more.
 
           tokenformer shrink runs/first runs/half --keep 0.5
           tokenformer shrink runs/first runs/quarter --keep ffn=0.25 --by activation --text README.md --curve
@@ -331,7 +332,7 @@ def parser() -> Parser:
     sub.add_argument("--seed", type=int, default=0, help="of the new rows (%(default)s)")
 
     sub = verb("shrink", verbs.shrink)
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run folder, or org/name on the hub")
     sub.add_argument("out", metavar="OUT", help="the checkpoint to make; it must not exist")
     sub.add_argument(
         "--keep", required=True, metavar="SHARE", help="of the rows, above 0 and below 1; or FIELD=SHARE,..."

@@ -24,7 +24,7 @@ from .growth.moments import grow_optimizer
 from .growth.plan import Plan, identity
 from .growth.tensors import TensorMaps
 from .growth.weights import grow_weights
-from .models.axes import field_of, resize, size_of
+from .models.axes import resize, size_of, table_of
 from .rows import RowTable, heard, kept_rows, kept_scale, ranking, row_fields, row_tables
 
 Keep = float | Mapping[str, float]
@@ -68,10 +68,10 @@ def shrink(
 
 def kept_sizes(config: PreTrainedConfig, keep: Keep) -> dict[str, int]:
     """Field of the configuration -> how many rows it keeps. ValueError if that makes no smaller model."""
-    fields = row_fields(config)
+    fields, said = row_fields(config), table_of(config).names
     sizes = {}
     for name, share in keep.items() if isinstance(keep, Mapping) else dict.fromkeys(fields, keep).items():
-        field = field_of(config, name)
+        field = said.get(name, name)
         if field not in fields:
             raise ValueError(f"keep: {name} is no number of rows; {config.model_type} has {', '.join(fields)}")
         if not 0 < share < 1:

@@ -21,7 +21,6 @@ from .curve import write_curve
 from .data import eval_windows, load_tokenizer, prepare, text_windows
 from .evaluate import evaluate
 from .grow_checkpoint.write import copy_others, remove_left_over, require_free
-from .growth import freeze_as_grown
 from .optim import AdamW, named_state, parameter_groups
 from .rows import RULES, RULES_OF_TEXT, ranking
 from .shrink import Keep, cut, kept_sizes
@@ -67,23 +66,13 @@ def shrink_checkpoint(
     nothing half written is left.
     """
     out, folder = Path(out), files.find_checkpoint(checkpoint)
-    if by not in RULES:
-        raise ValueError(f"--by {by}: is not known; allowed: {', '.join(RULES)}")
-    if by in RULES_OF_TEXT and not text:
-        raise ValueError(f"--by {by}: looks at what rows do on a text; name one by --text")
-    files.require_nothing_carried(folder)
-    kept_sizes(files.load_config(folder), keep)
+    require_possible(folder, out, keep, by, text, curve)
     remove_left_over(out)
-    require_free(out, folder)
-    if curve:
-        for path in curve_paths(out):
-            if path.exists():
-                raise ValueError(f"{path} already exists; choose another place for the checkpoint")
     texts = text_of(section, text, say)
     if curve and texts.held_out is None:
         raise ValueError("--curve: there is no text to measure on; name one by --text")
     model, lineage = files.load_checkpoint(folder)
-    freeze_as_grown(model.to(device), lineage)
+    model.to(device)
     optimizer = None
     if (folder / files.OPTIMIZER).exists():
         optimizer = AdamW(parameter_groups(model, weight_decay=0.1))
@@ -114,17 +103,28 @@ def shrink_checkpoint(
             files.save_tensors(named_state(small.optimizer, small.model), temporary / files.OPTIMIZER)
         copy_others(folder, temporary)
         runs.write_json(temporary / files.LINEAGE, [*lineage, event])
+        if curve:  # last in here, so that there is a checkpoint with its curve, or neither
+            write_points(out, {"checkpoint": str(folder), "by": by, "text": texts.source, "points": points})
     for line in words(event):
         say(line)
     if curve:
-        numbers, picture = curve_paths(out)
-        runs.write_json(numbers, {"checkpoint": str(folder), "by": by, "text": texts.source, "points": points})
-        dots = [(p["parameters"], p["bits_per_byte"], f"{p['keep']:g}") for p in points]
-        x_label = "parameters; at each point, the share of the rows that is kept"
-        write_curve(picture, {by: dots}, x_label, f"rows kept by {by}")
         say(f"curve: {', '.join(map(str, curve_paths(out)))}")
     say(f"written: {out}")
     return out
+
+
+def require_possible(folder: Path, out: Path, keep: Keep, by: str, text: Sequence[str], curve: bool) -> None:
+    """ValueError, before any work, for what is asked wrongly, or a place that is taken."""
+    if by not in RULES:
+        raise ValueError(f"--by {by}: is not known; allowed: {', '.join(RULES)}")
+    if by in RULES_OF_TEXT and not text:
+        raise ValueError(f"--by {by}: looks at what rows do on a text; name one by --text")
+    files.require_nothing_carried(folder)
+    kept_sizes(files.load_config(folder), keep)
+    require_free(out, folder)
+    for path in curve_paths(out) if curve else ():
+        if path.exists():
+            raise ValueError(f"{path} already exists; choose another place for the checkpoint")
 
 
 def text_of(section: Any, paths: Sequence[str], say: Callable[[str], None]) -> Text:
@@ -183,6 +183,19 @@ def measured_curve(
 
 def curve_paths(out: Path) -> tuple[Path, Path]:
     return out.with_name(f"{out.name}.curve.json"), out.with_name(f"{out.name}.curve.png")
+
+
+def write_points(out: Path, curve: dict[str, Any]) -> None:
+    """The curve as numbers and as a picture: both, or on an error neither."""
+    numbers, picture = curve_paths(out)
+    dots = [(p["parameters"], p["bits_per_byte"], f"{p['keep']:g}") for p in curve["points"]]
+    x_label = "parameters; at each point, the share of the rows that is kept"
+    write_curve(picture, {curve["by"]: dots}, x_label, f"rows kept by {curve['by']}")
+    try:
+        runs.write_json(numbers, curve)
+    except BaseException:
+        picture.unlink()
+        raise
 
 
 def words(event: Mapping[str, Any]) -> list[str]:

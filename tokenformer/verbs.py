@@ -135,11 +135,13 @@ def adapt(arguments: Any) -> None:
 
 
 def add_memories(model: Any, folders: Sequence[str]) -> None:
-    """Put the memories that --memory names onto a model, all on."""
+    """Put the memories that --memory names onto a model, all on, and by numbers: two may have been given one name."""
     from .adapters import load_parameter_tokens
 
-    for folder in folders:
-        load_parameter_tokens(model, folder)
+    for i, folder in enumerate(folders):
+        if folder in folders[:i]:
+            raise ValueError(f"--memory {folder}: is named twice")
+        load_parameter_tokens(model, folder, name=str(i))
 
 
 def operator_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -193,11 +195,12 @@ def operators(arguments: Any) -> None:
 def shrink(arguments: Any) -> None:
     keep = shares(arguments.keep)
     require_positive("sequence_length", arguments.sequence_length)
-    from .checkpoint import find_checkpoint, load_config
+    from .checkpoint import load_config
     from .distributed import Ranks, choose_device
+    from .grow_checkpoint.plan import find_or_download
     from .shrink_checkpoint import shrink_checkpoint
 
-    folder = find_checkpoint(arguments.checkpoint)
+    folder = find_or_download(arguments.checkpoint)
     section = text_section(arguments, folder, load_config(folder))
     device = choose_device(arguments.device, Ranks(), "--device")
     text, curve = arguments.text or (), arguments.curve

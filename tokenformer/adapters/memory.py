@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .. import runs
 from ..checkpoint import read_tensors, save_tensors, written_whole
 from ..growth.carried import carried_of
 from ..models.axes import nearest, table_of
-from ..pattention import THETAS
+from ..pattention import THETAS, Pattention
 from .layers import Memories, make_pattentions, make_rows
 from .places import BESIDE, WHERE, base_parameters, sizes_of
 
@@ -52,6 +53,8 @@ class Memory:
     def on(self, on: bool) -> None:
         for module, beside in self._places():
             beside.switch(module, self.name, on)
+        if "torch._dynamo" in sys.modules:  # what is compiled does not look whether hooks have come or gone
+            torch.compiler.reset()
 
     def _places(self) -> list[tuple[nn.Module, Memories]]:
         if memories_of(self.model).get(self.name) is not self:
@@ -80,7 +83,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Base:
-    """What tells one base from another: kind, sizes, dtype, the SHA-256 of all its weights in the order of names."""
+    """What tells one base from another: kind, sizes, dtype, the SHA-256 of all its weights in the order of names, and
+    of what a Pattention stores beside its own: theta, scale, eps."""
 
     model_type: str
     sizes: dict[str, int]
@@ -95,6 +99,9 @@ def base_of(model: PreTrainedModel) -> Base:
     for name, p in sorted(base_parameters(model), key=lambda pair: pair[0]):
         digest.update(f"{name} {p.dtype} {list(p.shape)}".encode())
         digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, module in model.named_modules():
+        if isinstance(module, Pattention) and f".{BESIDE}." not in name:
+            digest.update(f"{name} {module.theta} {module.scale!r} {module.eps!r}".encode())
     dtype = str(model.dtype).removeprefix("torch.")
     return Base(model.config.model_type, sizes_of(model.config), dtype, digest.hexdigest())
 

@@ -18,6 +18,7 @@ from ..distributed import Ranks, choose_device, ranks_here
 from ..evaluate import autocast, evaluate, next_token_loss
 from ..flops import training_flops
 from ..grow_checkpoint.plan import find_or_download
+from ..grow_checkpoint.write import require_free, require_room
 from ..models.axes import size_of
 from ..optim import AdamW, learning_rate, parameter_groups
 from ..random_states import seed_all
@@ -60,12 +61,12 @@ def adapt(
     for the ordinary model that the memory makes of its base. Raises ValueError in one line, and leaves nothing half
     written.
     """
-    require_places([Path(place) for place in (out, merge) if place is not None])
     if merge is not None and memory.get("kind", "rows") != "rows":
         raise ValueError(f"--merge {merge}: a memory of kind {memory['kind']!r} cannot be merged; rows can")
     if ranks_here().world > 1:
         raise ValueError("WORLD_SIZE: adapt trains in one process; start it without torchrun")
     folder = find_or_download(base)
+    require_places([Path(place) for place in (out, merge) if place is not None], folder)
     files.require_nothing_carried(folder)
     recipe = settings(folder, text, overrides)
     device = choose_device(recipe.train.device, Ranks())
@@ -76,6 +77,9 @@ def adapt(
     seed_all(recipe.train.seed)
     model.to(device)
     added = add_parameter_tokens(model, **memory)
+    require_room(Path(out), bytes_of(added.parameters()))
+    if merge is not None:
+        require_room(Path(merge), bytes_of(model.parameters()))
     tell = say or (lambda line: None)
     before = evaluate(model, windows, device=device, dtype=recipe.train.dtype)
     count = sum(p.numel() for p in added.parameters())
@@ -98,11 +102,18 @@ def adapt(
     return {"before": before, "after": after}
 
 
-def require_places(places: list[Path]) -> None:
-    """ValueError, before the work and not after it, if one of the folders to make is there, or cannot be made."""
-    for place in places:
-        if place.exists() or places.count(place) > 1:
-            raise ValueError(f"{place} already exists, or is named twice; choose another place")
+def bytes_of(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def require_places(places: list[Path], base: Path) -> None:
+    """ValueError, before the work and not after it, if one of the folders to make is there, lies inside the base or
+    another one, or cannot be made."""
+    for i, place in enumerate(places):
+        require_free(place, base)
+        for other in places[:i] + places[i + 1 :]:
+            if place.resolve().is_relative_to(other.resolve()):
+                raise ValueError(f"{place} is {other}, or lies inside it; choose another place")
         parent = next(each for each in place.absolute().parents if each.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise ValueError(f"{place}: {parent} cannot be written")

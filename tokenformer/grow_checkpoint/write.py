@@ -32,9 +32,14 @@ NOT_COPIED = (
 
 def require_place(out: Path, prepared: Prepared) -> None:
     require_free(out, prepared.folder)
+    require_room(out, prepared.bytes)
+
+
+def require_room(out: Path, size: int) -> None:
+    """ValueError if so many bytes find no room where `out` is to lie."""
     free = shutil.disk_usage(next(place for place in out.resolve().parents if place.exists())).free
-    if prepared.bytes > free:
-        needs = f"{gigabytes(prepared.bytes)} are to be written, {gigabytes(free)} are free"
+    if size > free:
+        needs = f"{gigabytes(size)} are to be written, {gigabytes(free)} are free"
         raise ValueError(f"{out}: the checkpoint cannot be written (no space left on the disk: {needs})")
 
 
