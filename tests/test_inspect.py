@@ -519,7 +519,8 @@ def test_a_llama_from_elsewhere_is_inspected_on_a_text_one_layer_of_it(
     assert (tmp_path / "llama.inspect.png").exists() and "numbers: " in said
     assert [entry["layer"] for entry in answer["memories"]] == [1] and len(answer["rows"]) == 24
     assert answer["tokens"] == 60 * 18 + 1 and answer["memories"][0]["origins"] == []
-    assert "\\n" in said and "\\xc3" in said and all(len(line) < 160 for line in said.splitlines())
+    lines = [line for line in said.splitlines() if str(tmp_path.name) not in line]  # paths are as long as they are
+    assert "\\n" in said and "\\xc3" in said and all(len(line) < 160 for line in lines)
 
 
 def test_of_a_mixture_the_load_of_its_experts_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
