@@ -514,9 +514,9 @@ def test_the_commands_of_the_page_run_one_after_the_other(
     page = (DOCS / "shrink.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    tokenformer (.*?)(?:\s+#.*)?$", page, re.M)
     assert len(commands) >= 5
-    (tmp_path / "prose.txt").write_text((shared / "corpus.txt").read_text()[:20_000])
+    (tmp_path / "prose.txt").write_text(corpus(shared).read_text()[:20_000])
     small = (
-        f"data.source={shared / 'corpus.txt'} data.valid_fraction=0.1 data.valid_tokens=512 data.sequence_length=16 "
+        f"data.source={corpus(shared)} data.valid_fraction=0.1 data.valid_tokens=512 data.sequence_length=16 "
         "data.batch_size=2 model.hidden_size=16 model.num_hidden_layers=1 model.num_attention_heads=2 train.threads=1 "
         "model.qkv_tokens=32 model.proj_tokens=32 model.ffn_tokens=64 train.warmup_steps=1 train.steps=6 growth=[]"
     )

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from .growth.load import load_of
 from .models.axes import norm_kind, parameter_dims, size_of
-from .rows import STRONGEST, RowTable, kept_rows, row_tables, rows_of, value_norms, watched
-from .sparse import loudness, strongest_rows
+from .rows import STRONGEST, RowTable, kept_rows, loudness, row_tables, rows_of, value_norms, watch_text
+from .sparse import strongest_rows
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,14 +93,7 @@ def row_loads(
             load.places, load.weights = places.gather(1, order), seen.gather(1, order)
         load.tokens += len(weights)
 
-    training = model.training
-    model.eval()
-    try:
-        with watched(model, see):
-            for batch in batches:
-                model(input_ids=batch[:, :-1].to(model.device), use_cache=False)
-    finally:
-        model.train(training)
+    watch_text(model, batches, see)
     for load in loads.values():
         load.strength /= max(1, load.tokens)
     return loads

@@ -140,6 +140,19 @@ def _telling(see: Callable[[RowTable, Tensor], None], memory: RowTable) -> Calla
     return hook
 
 
+@torch.no_grad()
+def watch_text(model: PreTrainedModel, batches: Iterable[Tensor], see: Callable[[RowTable, Tensor], None]) -> None:
+    """`watched` while the model reads the first T of token ids (B, T + 1), as in evaluation."""
+    training = model.training
+    model.eval()
+    try:
+        with watched(model, see):
+            for batch in batches:
+                model(input_ids=batch[:, :-1].to(model.device), use_cache=False)
+    finally:
+        model.train(training)
+
+
 def scores(model: PreTrainedModel, by: str, batches: Iterable[Tensor] | None = None) -> dict[str, Tensor]:
     """For each memory, by its place, the score of each of its rows (n,) in float64; the module's head has the rules.
 
@@ -152,12 +165,7 @@ def scores(model: PreTrainedModel, by: str, batches: Iterable[Tensor] | None = N
         batches = list(batches or ())
         if not batches:
             raise ValueError(f"by: {by!r} looks at what rows do on a text, and none is given")
-        training = model.training
-        model.eval()
-        try:
-            return _gradient(model, batches) if by == "gradient" else _on_text(model, by, batches)
-        finally:
-            model.train(training)
+        return _gradient(model, batches) if by == "gradient" else _on_text(model, by, batches)
     result = {}
     for memory in row_tables(model):
         rows = size_of(model.config, memory.field)
@@ -191,14 +199,19 @@ def _on_text(model: PreTrainedModel, by: str, batches: list[Tensor]) -> dict[str
     tokens = sum(batch[:, 1:].numel() for batch in batches)
 
     def see(memory: RowTable, weights: Tensor) -> None:
-        loud = weights.abs() * norms[memory.place].to(weights)
+        loud = loudness(weights, norms[memory.place])
         sums[memory.place] += loud.double().square().sum(0) if by == "activation" else strongest(loud).double().sum(0)
 
-    with watched(model, see):
-        for batch in batches:
-            model(input_ids=batch[:, :-1].to(model.device), use_cache=False)
+    watch_text(model, batches, see)
     power = 0.5 if by == "activation" else 1.0
     return {place: (total / tokens).pow(power).cpu() for place, total in sums.items()}
+
+
+def loudness(weights: Tensor, norms: Tensor) -> Tensor:
+    """|w_i| ||v_i|| of weights (N, n) and norms of values (n,), in float32 or wider."""
+    wide = weights.detach().abs()
+    wide = wide if wide.dtype == torch.float64 else wide.float()
+    return wide * norms.to(wide)
 
 
 def strongest(loudness: Tensor, share: float = STRONGEST) -> Tensor:
@@ -212,6 +225,8 @@ def _gradient(model: PreTrainedModel, batches: list[Tensor]) -> dict[str, Tensor
     values = {memory: model.get_parameter(memory.value) for memory in row_tables(model)}
     trained = {memory: p.requires_grad for memory, p in values.items()}
     sums: dict[str, Any] = dict.fromkeys((memory.place for memory in values), 0)
+    training = model.training
+    model.eval()
     try:
         for p in values.values():
             p.requires_grad_(True)
@@ -225,4 +240,5 @@ def _gradient(model: PreTrainedModel, batches: list[Tensor]) -> dict[str, Tensor
     finally:
         for memory, p in values.items():
             p.requires_grad_(trained[memory])
+        model.train(training)
     return sums

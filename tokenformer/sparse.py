@@ -37,7 +37,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .growth.carried import carried_of
 from .models.axes import field_of, size_of
 from .pattention import WITHOUT_NORM, Pattention, row_weights
-from .rows import RowTable, row_fields, row_tables, rows_of, value_norms
+from .rows import RowTable, loudness, row_fields, row_tables, rows_of, value_norms
 
 Amount = int | Mapping[str, int]
 GROUPINGS = ("keys", "order")
@@ -165,13 +165,6 @@ def best_groups(config: PreTrainedConfig, groups: Mapping[str, int], top: Amount
 def strongest_rows(loudness: Tensor, k: int) -> Tensor:
     """Where |w_i| ||v_i|| (N, n) is among the k largest of its token; exactly k are."""
     return torch.zeros_like(loudness, dtype=torch.bool).scatter_(1, loudness.topk(k, dim=1).indices, True)
-
-
-def loudness(weights: Tensor, norms: Tensor) -> Tensor:
-    """|w_i| ||v_i|| of weights (N, n) and norms of values (n,), in float32 or wider."""
-    wide = weights.detach().abs()
-    wide = wide if wide.dtype == torch.float64 else wide.float()
-    return wide * norms.to(wide)
 
 
 Choose = Callable[[Tensor, Tensor], Tensor | None]  # inputs (N, C), weights (N, n) -> which act (N, n); None: all
