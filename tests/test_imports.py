@@ -33,7 +33,7 @@ ARROW: dict[str, set[str]] = {
     "rows": {"pattention", "models", "evaluate"},
     "nested": {"pattention", "models", "rows"},
     "shrink": {"pattention", "models", "growth", "rows"},
-    "curve": set(),
+    "curve": {"runs"},
     "sparse": {"pattention", "models", "growth", "rows"},
     "inspection": {"models", "growth", "rows", "sparse"},
     "inspect_checkpoint": {

@@ -19,18 +19,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tokenformer
-from tokenformer import runs, sparse
+from tokenformer import inspect_checkpoint, runs, sparse
 from tokenformer.checkpoint import load_checkpoint, save_checkpoint
+from tokenformer.curve import write_curve
 from tokenformer.data import ByteTokenizer, eval_windows, load_tokenizer, prepare
 from tokenformer.growth import OPERATORS, grow, load_of
 from tokenformer.growth.operators import steps_of
-from tokenformer.inspection import Origin, numbers_of, origins, promoted, row_loads, window_starts
+from tokenformer.inspection import MIX_EXPERTS, Origin, numbers_of, origins, promoted, row_loads, window_starts
 from tokenformer.models import build_config, build_model
 from tokenformer.models.axes import size_of
 from tokenformer.rows import RowTable, row_fields, row_tables
-from tokenformer.sparse import group_rows, spherical_k_means
+from tokenformer.sparse import group_all, group_rows, masked_to, spherical_k_means
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+START_OF_6 = Origin("start", 0, 6)
 IDS = torch.randint(1, 61, (3, 13), generator=torch.Generator().manual_seed(5))
 EVERY_THETA = ["llama", "gpt2", "tokenformer", "tokenformer rms", "tokenformer gelu first", "tokenformer softmax"]
 EVERY_THETA += ["tokenformer silu"]
@@ -132,6 +134,8 @@ def test_the_best_groups_are_the_formula_worked_by_hand(name: str) -> None:
         acting.append([i for i in range(n) if assigned[i] in best])
         by_hand.append(bias + sum(w[i] * value[i] for i in acting[-1]))
     assert torch.allclose(said, torch.stack(by_hand), rtol=1e-9, atol=1e-12)
+    with torch.no_grad(), wide():
+        assert not torch.allclose(said, model.get_submodule(place)(x), rtol=1e-3)  # the control: all rows
     # What it takes: centroids, the rows of the groups, and for the norm the other scores or, of l2_norm_gelu, xᵀKᵀK x.
     width, keys = x.shape[1], 2 if name in ("llama", "tokenformer rms") else 1
     others = {"tokenformer": width, "tokenformer rms": width, "tokenformer gelu first": n, "tokenformer softmax": n}
@@ -178,7 +182,9 @@ def test_generation_is_sparse_token_by_token() -> None:
         ids = IDS[:1]
         for _ in range(6):  # each token from the whole text so far, no cache
             ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        dense = ids[:, :-6]
     assert torch.equal(written, ids)
+    assert not torch.equal(written, model.generate(dense, max_new_tokens=6, do_sample=False, eos_token_id=None))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +195,7 @@ def test_generation_is_sparse_token_by_token() -> None:
         ("llama", {"k": 0.5}, "k: 0.5 is not allowed"),
         ("tokenformer", {"k": 8}, "k: 8 is more than proj_tokens = 7; it may be given for each field"),
         ("tokenformer", {"k": {"ffn": 31}}, "k: 31 is more than ffn_tokens = 30"),
-        ("tokenformer", {"k": {"fnn": 3}}, "no such axis; nearest valid name: ffn"),
+        ("tokenformer", {"k": {"fnn": 3}}, "k: fnn is no number of rows; tokenformer has qkv_tokens, proj_tokens, ffn"),
         ("tokenformer", {"k": {"hidden_size": 3}}, "k: hidden_size is no number of rows"),
         ("tokenformer", {"k": {"ffn": 3, "ffn_tokens": 3}}, "k: ffn_tokens is given twice"),
         ("tokenformer", {"k": {}}, "k: no memory is named"),
@@ -197,7 +203,7 @@ def test_generation_is_sparse_token_by_token() -> None:
         ("llama", {"k": 3, "groups": 4, "top": 1}, "give either k, or groups and top"),
         ("llama", {"groups": 4}, "give either k, or groups and top"),
         ("llama", {"groups": 4, "top": 5}, "top: 5 is more than groups = 4"),
-        ("llama", {"groups": 4, "top": 0}, "top: 0 is not allowed"),
+        ("llama", {"groups": 4, "top": 0}, "top: 0 is not allowed; it must be a whole number from 1 to groups = 4"),
         ("llama", {"groups": 45, "top": 1}, "groups: 45 is more than intermediate_size = 44"),
         ("tokenformer", {"groups": {"ffn": 4}, "top": {"qkv": 2}}, "top: is for qkv_tokens, and groups for ffn_tokens"),
         ("llama", {"groups": 4, "top": 1, "grouping": "age"}, "grouping: 'age' is not known; allowed: keys, order"),
@@ -218,6 +224,17 @@ def test_a_model_with_an_added_memory_is_refused() -> None:
     memory.remove()
     with sparse(model, k=3):  # the control
         pass
+
+
+def test_no_hook_is_left_where_the_groups_of_a_memory_are_missing() -> None:
+    model = model_of("llama")
+    counts, groups = {"intermediate_size": 2}, group_all(model, {"intermediate_size": 4})
+    with masked_to(model, counts, groups):
+        assert any(module._forward_pre_hooks for module in model.modules())
+    groups.popitem()
+    with pytest.raises(KeyError), masked_to(model, counts, groups):
+        pass
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_model_amid_a_growth_is_refused() -> None:
@@ -319,6 +336,31 @@ def planted() -> PreTrainedModel:
 PLANTED = torch.tensor([[1, 2, 1, 3, 1, 2, 7, 6, 0], [4, 4, 1, 0, 5, 2, 3, 1, 0]])
 
 
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        ({"fnn": 1}, "k: fnn is no number of rows; tokenformer has qkv_tokens, proj_tokens, ffn_tokens"),
+        ({"ffn": 9}, "k: 9 is more than ffn_tokens = 8"),
+        (0, "k: 0 is not allowed"),
+    ],
+)
+def test_loads_are_asked_for_as_sparse_use_is(planted: PreTrainedModel, k: Any, message: str) -> None:
+    for amount in (1, {"ffn": 1}, {"ffn_tokens": 1}):
+        assert row_loads(planted, [PLANTED], amount)["model.layers.0.mlp"].k == 1
+    assert row_loads(planted, [PLANTED], {"ffn": 2})["model.layers.0.mlp"].k == 2
+    with pytest.raises(ValueError, match=message):
+        row_loads(planted, [PLANTED], k)
+
+
+def test_a_row_whose_value_is_zero_is_told_by_what_its_key_fires_on(planted: PreTrainedModel) -> None:
+    text = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 7, 0], [4, 4, 1, 0, 5, 7, 3, 1, 0]])
+    load = row_loads(planted, [text], contexts=3)["model.layers.0.mlp"]
+    ids, _ = window_starts([text])
+    assert load.loudest[7] == 0 and load.loudest[6] == 0
+    assert ids[load.places[7]].tolist()[:2] == [7, 7] and load.weights[7][2] == 0
+    assert load.weights[7][:2].tolist() == pytest.approx([8, 8], rel=1e-4) and not load.weights[6].any()
+
+
 def test_a_planted_model_is_read_as_it_was_planted(planted: PreTrainedModel) -> None:
     load = row_loads(planted, [PLANTED], {"ffn_tokens": 1, "proj_tokens": 1}, contexts=3)["model.layers.0.mlp"]
     counts = [1, 5, 3, 2, 2, 0, 0, 0]  # of the tokens 0 to 7, the last of each window aside
@@ -393,6 +435,15 @@ def test_origins_are_read_off_what_growth_and_cuts_wrote() -> None:
     by_use = [*lineage, cut | {"options": {"keep": 0.5, "by": "use"}}]
     again = {"operator": "tile", "from": {"ffn_tokens": 35}, "to": {"ffn_tokens": 70}}
     assert origins([*by_use, again], "ffn_tokens", 70) == [Origin("start", 0, 35), Origin("tile (4)", 35, 70)]
+    other = {"operator": "shrink", "from": {"ffn_tokens": 64, "qkv_tokens": 12}, "options": {"keep": 0.97, "by": "use"}}
+    all_kept = other | {"to": {"ffn_tokens": 64, "qkv_tokens": 11}}
+    assert origins([*lineage, all_kept], "ffn_tokens", 64) == [start, first, Origin("zero_keys (2)", 40, 64)]
+
+
+def test_rows_of_a_lineage_with_a_gap_count_as_a_start_up_to_it() -> None:
+    first, second = ({"operator": "tile", "from": {"f": a}, "to": {"f": b}} for a, b in ((8, 16), (24, 48)))
+    assert origins([first, second], "f", 48) == [Origin("start", 0, 24), Origin("tile (2)", 24, 48)]
+    assert origins([first], "f", 16) == [Origin("start", 0, 8), Origin("tile (1)", 8, 16)]  # the control
 
 
 def test_rows_of_a_merged_memory_are_known_by_the_lineage(llama: Path, tmp_path: Path) -> None:
@@ -421,6 +472,26 @@ def test_every_operator_appends_rows_so_that_old_ones_keep_their_place() -> None
                     assert plan.maps[axis].source[:old].tolist() == list(range(old)), (name, operator)
                     seen.add(operator)
     assert {"zero_keys", "zero_values", "tile", "published", "zero", "net2wider", "lemon", "hyperclone"} <= seen
+
+
+def test_old_experts_keep_their_place_but_after_operators_that_mix_them() -> None:
+    lineage = [{"from": {"num_local_experts": 3}, "to": {"num_local_experts": 6}}]
+    seen = set()
+    for name in ("mixtral", "mistral"):
+        config = model_of(name).config
+        old = size_of(config, "num_local_experts")
+        for operator in OPERATORS:
+            try:
+                [(_, _, plan)] = steps_of(config, operator, {"num_local_experts": 4 * old}, 0, untrained(operator))
+            except ValueError:
+                continue
+            appended = name == "mixtral" and plan.maps["experts"].source[:old].tolist() == list(range(old))
+            told = origins([lineage[0] | {"operator": operator}], "num_local_experts", 6)
+            assert told == ([Origin("start", 0, 3), Origin(f"{operator} (1)", 3, 6)] if appended else [START_OF_6])
+            seen.add((operator, appended))
+    assert {("duplicate_experts", True), ("scale_experts", False), ("upcycle", False)} <= seen
+    assert {operator for operator, appended in seen if not appended} == set(MIX_EXPERTS)
+    assert origins([lineage[0] | {"operator": "zero+scale_experts"}], "num_local_experts", 6) == [START_OF_6]
 
 
 # --- text ---
@@ -520,7 +591,7 @@ def test_a_llama_from_elsewhere_is_inspected_on_a_text_one_layer_of_it(
     assert [entry["layer"] for entry in answer["memories"]] == [1] and len(answer["rows"]) == 24
     assert answer["tokens"] == 60 * 18 + 1 and answer["memories"][0]["origins"] == []
     lines = [line for line in said.splitlines() if str(tmp_path.name) not in line]  # paths are as long as they are
-    assert "\\n" in said and "\\xc3" in said and all(len(line) < 160 for line in lines)
+    assert "\\n" in said and "\\xc3" in said and max(map(len, lines)) <= 80
 
 
 def test_of_a_mixture_the_load_of_its_experts_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -554,7 +625,12 @@ def test_of_a_mixture_the_load_of_its_experts_is_told(tmp_path: Path, capsys: py
         (("--text", "some.txt", "--rows", "-1"), "--rows -1: must be 0 or more"),
         (("--text", "some.txt", "--sequence-length", "65"), "--sequence-length 65: is more than the model's"),
         (("--text", "some.txt", "--out", "."), "--out .: is a folder"),
-        (("--text", "some.txt", "--out", "a.png"), "--out a.png: is the picture's name; name the file of the numbers"),
+        (("--text", "some.txt", "--out", "some.txt"), "--out some.txt: the numbers are JSON, so name a file that ends"),
+        (("--text", "some.txt", "--out", "a.png"), "--out a.png: the numbers are JSON"),
+        (("--text", "some.txt", "--out", "taken.json"), "--out taken.png: is a folder"),
+        (("--text", "some.txt", "--out", "none/a.json"), "--out none/a.json: there is no folder none"),
+        (("--text", "empty.txt"), "--text empty.txt: holds no text"),
+        (("--text", "some.txt", "--k", "fnn=3"), "k: fnn is no number of rows; llama has intermediate_size"),
         (("--text", "some.txt", "--device", "tpu"), "--device = 'tpu'"),
     ],
 )
@@ -568,11 +644,105 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some.txt").write_text("of this and that " * 60)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "taken.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
     assert run("inspect", "llama", *words) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("tokenformer: ") and captured.err.count("\n") == 1 and message in captured.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ("nowhere", "nowhere: no such checkpoint"),
+        ("some.txt", "some.txt is a file; a checkpoint is a folder"),
+        ("mamba2", "mamba2 has no rows that could be left out one by one; these have: tokenformer, llama"),
+        ("few words", "few words: its tokenizer makes the token 116 of the text, and the model's vocab_size is 61"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_inspected_gets_one_line(
+    checkpoint: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.txt").write_text("of this and that " * 60)
+    for name, model in (("mamba2", "mamba2"), ("few words", "llama")):  # of 61 tokens each, and the tokenizer has 256
+        save_checkpoint(tmp_path / name, model_of(model, torch.float32), ByteTokenizer())
+    (tmp_path / "of its words.txt").write_bytes(bytes(range(1, 61)).replace(b"\r", b""))
+    before = sorted(tmp_path.rglob("*"))
+    assert run("inspect", checkpoint, "--text", "some.txt") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"tokenformer: {message}") and captured.err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run("inspect", "few words", "--text", "of its words.txt", "--rows", "0") == 0  # the control
+
+
+def test_a_model_on_the_hub_is_inspected_and_its_numbers_lie_here(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(llama))
+    (tmp_path / "some.txt").write_text("of this and that " * 60)
+    assert run("inspect", "org/tiny", "--text", "some.txt", "--rows", "1") == 0
+    assert run("inspect", "llama", "--text", "some.txt", "--rows", "1", "--out", "local.json") == 0
+    found, local = (json.loads(Path(name).read_text()) for name in ("tiny.inspect.json", "local.json"))
+    assert {**found, "checkpoint": ""} == {**local, "checkpoint": ""} and Path("tiny.inspect.png").exists()
+
+
+@pytest.mark.parametrize("fails", ["the numbers", "the picture"])
+def test_numbers_and_picture_are_written_both_or_neither(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    file, line = tmp_path / "a.json", {"rows": [(1.0, 2.0, "100 %"), (0.5, 2.1, "50 %")]}
+    with monkeypatch.context() as patch:
+        patch.setattr({"the numbers": "json.dump", "the picture": "matplotlib.figure.Figure.savefig"}[fails], full)
+        with pytest.raises(OSError, match="No space left"):
+            write_curve(file, {"a": 1}, line, "share", "title")
+    assert not list(tmp_path.iterdir())
+    write_curve(file, {"a": 1}, line, "share", "title")  # the control
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]
+
+
+def test_at_most_so_many_tokens_are_looked_at_in_whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect_checkpoint, "TOKENS", 20)
+    parts = [(torch.ones(n, length + 1), torch.ones(n, length + 1)) for n, length in ((3, 6), (1, 2))]
+    for given, windows in ((parts, [3, 1]), ([(parts[0][0].repeat(2, 1),) * 2, parts[1]], [3]), ([parts[1]], [1])):
+        assert [len(tokens) for tokens, _ in inspect_checkpoint.first_tokens(given)] == windows
+    assert [len(tokens) for tokens, _ in inspect_checkpoint.first_tokens([(torch.ones(2, 99),) * 2])] == [1]
+
+
+def test_what_is_asked_of_some_memories_is_measured_at_the_shares_of_these_alone(
+    trained: Path, tmp_path: Path, shared: Path
+) -> None:
+    words = ("--k", "ffn=6", "--groups", "ffn=8,qkv=4", "--top", "ffn=2,qkv=1", "--rows", "0")
+    assert run("inspect", str(trained), *words, "--out", str(tmp_path / "rows.json")) == 0
+    measured = json.loads((tmp_path / "rows.json").read_text())["sparse"]
+    shares = [(point["k"]["ffn_tokens"], point["share"], point["rows_share"]) for point in measured["k"]]
+    halves = [(n, n / 32, n / 32) for n in (16, 8, 4, 2, 1)]
+    assert shares == [(6, None, 6 / 32), *halves] and all(list(point["k"]) == ["ffn_tokens"] for point in measured["k"])
+    found = [(point["top"]["ffn_tokens"], point["top"]["qkv_tokens"], point["share"]) for point in measured["groups"]]
+    assert found == [(2, 1, 0.25), (4, 2, 0.5), (1, 1, 0.125)]  # what was asked is a share itself
+    lines = inspect_checkpoint.lines_of(measured, ["qkv_tokens", "proj_tokens", "ffn_tokens"])
+    rows, groups = "the strongest rows of ffn_tokens", "the best groups of ffn_tokens, qkv_tokens"
+    assert list(lines) == [rows, groups, f"{rows}, as asked"] and len(lines[f"{rows}, as asked"]) == 1
+    assert [x for x, _, _ in lines[rows]] == [1, *(n / 32 for n in (16, 8, 4, 2, 1))]
+    assert [x for x, _, _ in lines[groups]] == sorted([x for x, _, _ in lines[groups]], reverse=True)
+    assert list(inspect_checkpoint.lines_of(measured, ["ffn_tokens"]))[0] == "the strongest rows"
+
+
+def test_what_is_said_of_a_row_fits_and_no_escape_is_cut_in_two() -> None:
+    text = "ab\\xc3\\n\\u2028\\\\c"
+    ends = {inspect_checkpoint.end_of(text, room) for room in range(30)}
+    cuts = (0, 1, 2, 6, 8, 14, 16, 17)  # where one sign ends and the next begins
+    assert ends == {text[cut:] for cut in cuts}
+    assert all(len(inspect_checkpoint.end_of(text, room)) <= room for room in range(30))
+    assert inspect_checkpoint.end_of("abc", -3) == ""
+    fit = inspect_checkpoint.as_many_as_fit
+    assert fit(["one", "two", "three"], 8) == "one  two" and fit(["one", "two"], 7) == fit(["one", "two"], 1) == "one"
 
 
 # --- the page ---

@@ -94,12 +94,13 @@ TEXTS = {
     "inspect": (
         "what the rows of a checkpoint do: the load on them, what they fire on and promote, sparse use",
         """
-        CHECKPOINT is a checkpoint or a run folder of a model with rows: parameter tokens, or a feed-forward's units
-        (Llama, Mistral, Qwen2, Qwen3, GPT-2). On --text, or on what its run held out, it prints for each memory how the
-        load lies on its rows (those that growth added apart), what is lost where only the strongest rows act at each
-        token, and of the most used rows the tokens that each fires on and that its value promotes. --groups and --top:
-        rows grouped by their keys, of which the best groups act. Of a Mixtral, the load of its experts. It changes
-        nothing, and leaves CHECKPOINT.inspect.json and .png beside the checkpoint. docs/inspect.md has more.
+        CHECKPOINT is a checkpoint, a run folder or a name on the Hugging Face hub, of a model with rows: parameter
+        tokens, or a feed-forward's units (Llama, Mistral, Qwen2, Qwen3, GPT-2). On --text, or on what its run held out,
+        it prints for each memory how the load lies on its rows (those that growth added apart), what is lost where only
+        the strongest rows act at each token, and of the most used rows the tokens that each fires on and that its value
+        promotes. --groups and --top: rows grouped by their keys, of which the best groups act. Of a Mixtral, the load
+        of its experts. It changes nothing, and leaves CHECKPOINT.inspect.json and .png beside the checkpoint.
+        docs/inspect.md has more.
 
           tokenformer inspect runs/first
           tokenformer inspect runs/first --text README.md --layer 1 --rows 10 --k 16
@@ -349,7 +350,7 @@ def parser() -> Parser:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
 
     sub = verb("inspect", verbs.inspect)
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run folder")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run folder, or org/name on the hub")
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--text", nargs="+", metavar="PATH", help="look at what rows do on these text files or folders")
     what.add_argument("--source", metavar="SOURCE", help="or on the held-out share of this; as data.source in a recipe")
@@ -362,7 +363,7 @@ def parser() -> Parser:
         "--sequence-length", type=int, metavar="TOKENS", help="of each window (the run's own; 256 or the model's most)"
     )
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
-    sub.add_argument("--out", metavar="FILE", help="write the numbers there, the picture beside it")
+    sub.add_argument("--out", metavar="FILE.json", help="write the numbers there, the picture beside it")
 
     sub = verb("adapt", verbs.adapt)
     sub.add_argument("base", metavar="BASE", help="a checkpoint, a run folder, or org/name on the hub")

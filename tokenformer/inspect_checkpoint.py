@@ -2,12 +2,14 @@
 
     OUT.json    everything: by memory its load, by origin and by group; what sparse use costs; the most used rows
     OUT.png     beside it: bits per byte against the share of the rows that act
+
+What is said fits into 80 columns; what does not, whole contexts and all tokens, is in the numbers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,13 +35,15 @@ from .inspection import (
 )
 from .models.axes import size_of
 from .rows import kept_rows, row_fields
-from .sparse import Amount, Sparsity, amounts, best_groups, group_all, masked_to
+from .sparse import Amount, amounts, best_groups, group_all, masked_to
 
 TOKENS = 20_000  # at most so many are looked at
 BATCH = 8  # windows that pass through the model at a time
 SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03125)  # of the rows, or of the groups, that act
 CONTEXTS, LEFT, PROMOTED = 5, 24, 8  # contexts of a row, tokens before each, tokens that it promotes
+COLUMNS = 80  # of what is said
 Parts = Sequence[tuple[Tensor, Tensor]]
+Count = Mapping[str, int]  # by field
 Groups = Mapping[str, Tensor]  # by a memory's place, for each row its group, or for each group a count
 
 
@@ -69,14 +73,7 @@ def inspect_checkpoint(
     folder = files.find_checkpoint(checkpoint)
     files.require_nothing_carried(folder)
     config = files.load_config(folder)
-    if layer is not None and not 0 <= layer < config.num_hidden_layers:
-        raise ValueError(f"--layer {layer}: the model has the layers 0 to {config.num_hidden_layers - 1}")
-    mixture = getattr(config, "num_local_experts", None) is not None and k is None and groups is None
-    used = {} if k is None else amounts(config, "k", k)
-    counts = {} if groups is None else amounts(config, "groups", groups)
-    best = {} if top is None else best_groups(config, counts, top)
-    if not mixture:
-        row_fields(config)
+    mixture, used, counts, best = what_is_asked(config, layer, k, groups, top)
     model, lineage = files.load_checkpoint(folder)
     model.to(device)
     parts = first_tokens(parts)
@@ -88,7 +85,7 @@ def inspect_checkpoint(
         answer["experts"] = told(experts_of(model, batches, lineage), layer, say)
         runs.write_json(out, answer)
         return answer
-    loads = row_loads(model, batches, used, CONTEXTS)
+    loads = row_loads(model, batches, k, CONTEXTS)
     born = {place: origins(lineage, load.memory.field, len(load.counts)) for place, load in loads.items()}
     entries = [
         entry_of(place, load.k, load.counts, born[place], partial(numbers_of, load))
@@ -101,14 +98,30 @@ def inspect_checkpoint(
     answer["sparse"], grouped = measured(model, parts, used, counts, best, device, say)
     if grouped:
         say("")
-        say("groups: rows with alike keys; each token uses the groups whose mean key agrees most with it")
+        say("groups of rows with alike keys: a token uses those whose mean key fits it best")
         answer["groups"] = told(grouped_entries(grouped, loads, best, born), layer, say)
     shown = [load for place, load in loads.items() if layer is None or layer_of(place) == layer]
     answer["rows"] = rows_told(model, shown, batches, born, tokenizer, rows, say)
-    out = Path(out)
-    runs.write_json(out, answer)
-    write_curve(out.with_suffix(".png"), lines_of(answer["sparse"]), "share of the rows that act", "sparse use")
+    lines = lines_of(answer["sparse"], row_fields(config))
+    write_curve(Path(out), answer, lines, "share of the rows that act", "sparse use")
     return answer
+
+
+def what_is_asked(
+    config: Any, layer: int | None, k: Amount | None, groups: Amount | None, top: Amount | None
+) -> tuple[bool, Count, Count, Count]:
+    """Whether it is the load of a mixture's experts; and k, groups and top by field, empty where nothing was said.
+
+    ValueError, before any work, on what cannot be.
+    """
+    mixture = getattr(config, "num_local_experts", None) is not None and k is None and groups is None
+    if not mixture:
+        row_fields(config)
+    if layer is not None and not 0 <= layer < config.num_hidden_layers:
+        raise ValueError(f"--layer {layer}: the model has the layers 0 to {config.num_hidden_layers - 1}")
+    used = {} if k is None else amounts(config, "k", k)
+    counts = {} if groups is None else amounts(config, "groups", groups)
+    return mixture, used, counts, {} if top is None else best_groups(config, counts, top)
 
 
 def first_tokens(parts: Parts) -> list[tuple[Tensor, Tensor]]:
@@ -125,6 +138,11 @@ def first_tokens(parts: Parts) -> list[tuple[Tensor, Tensor]]:
 
 def layer_of(place: str) -> int:
     return int(re.findall(r"\.(\d+)\.", f".{place}.")[0])
+
+
+def name_of(place: str) -> str:
+    """model.layers.0.mlp -> layer 0 mlp"""
+    return f"layer {layer_of(place)} {place.rpartition('.')[2]}"
 
 
 # --- the load ---
@@ -180,8 +198,8 @@ def grouped_entries(
     return entries
 
 
-HEAD = f"{'layer':>5}  {'memory':<24}{'n':>6} {'k':>5} {'load':>7} {'entropy':>8} {'effective':>10} {'dead':>6}"
-HEAD += f" {'silent':>7} {'winner':>7} {'top 1 %':>8}"
+HEAD = f"{'memory':<24}{'n':>5} {'k':>4} {'load':>6} {'entropy':>7} {'effective':>9} {'dead':>5} {'silent':>6} "
+HEAD += f"{'winner':>6}"
 
 
 def told(entries: list[dict[str, Any]], layer: int | None, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -189,16 +207,16 @@ def told(entries: list[dict[str, Any]], layer: int | None, say: Callable[[str], 
     shown = [entry for entry in entries if layer in (None, entry["layer"])]
     say(HEAD)
     for entry in shown:
-        say(f"{entry['layer']:>5}  {entry['memory'].rpartition('.')[2]:<24}{columns(entry, entry['k'])}")
+        say(f"{name_of(entry['memory']):<24}{columns(entry, entry['k'])}")
         for origin in entry["origins"]:
-            say(f"{'':>5}    {origin['name']:<22}{columns(origin, '')}")
+            say(f"  {origin['name']:<22}{columns(origin, '')}")
     return shown
 
 
 def columns(n: Mapping[str, Any], k: Any) -> str:
     return (
-        f"{n['rows']:>6} {k:>5} {n['load']:>7.1%} {n['entropy']:>8.3f} {n['effective']:>10.1f} {n['dead']:>6} "
-        f"{n.get('silent', ''):>7} {n['winner']:>7.2f} {n['top_share']:>8.1%}"
+        f"{n['rows']:>5} {k:>4} {n['load']:>6.1%} {n['entropy']:>7.3f} {n['effective']:>9.1f} {n['dead']:>5} "
+        f"{n.get('silent', ''):>6} {n['winner']:>6.2f}"
     )
 
 
@@ -208,9 +226,9 @@ def columns(n: Mapping[str, Any], k: Any) -> str:
 def measured(
     model: Any,
     parts: Parts,
-    k: Mapping[str, int],
-    groups: Mapping[str, int],
-    top: Mapping[str, int],
+    k: Count,
+    groups: Count,
+    top: Count,
     device: torch.device | str,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Any], tuple[Groups, Groups] | None]:
@@ -218,58 +236,63 @@ def measured(
     dense = evaluate_parts(model, parts, BATCH, device)
     say(f"{'rows that act':<28} {'bits per byte':>13} {'lost':>8} {'rows':>7} {'row FLOPs needed':>17}")
     say(f"{'all':<28} {dense['bits_per_byte']:>13.4f} {'':>8} {1:>7.1%} {1:>17.1%}")
-    rows = {field: size_of(model.config, field) for field in row_fields(model.config)}
 
-    def point(count: Mapping[str, int], assigned: Groups | None, label: str) -> tuple[dict[str, Any], Sparsity]:
-        with masked_to(model, count, assigned) as used:
-            numbers = evaluate_parts(model, parts, BATCH, device)
-        lost = numbers["bits_per_byte"] - dense["bits_per_byte"]
-        shares = {"rows_share": used.rows_share, "flops_share": used.flops_share}
-        say(
-            f"{label:<28} {numbers['bits_per_byte']:>13.4f} {lost:>+8.4f} {used.rows_share:>7.1%} "
-            f"{used.flops_share:>17.1%}"
-        )
-        kind = "k" if assigned is None else "top"
-        return {"label": label, kind: dict(count), **numbers, "lost_bits_per_byte": lost, **shares}, used
+    def points(asked: Count, of: Count, assigned: Groups | None, words: str) -> tuple[list[dict[str, Any]], Groups]:
+        """At what was asked and at SHARES of `of`, rows or groups; and how often each group acted at the first."""
+        found, chosen = [], []
+        for count, share in to_measure(asked, of):
+            with masked_to(model, count, assigned) as used:
+                numbers = evaluate_parts(model, parts, BATCH, device)
+            label = f"1/{1 / share:g}" if share and count != asked else "as asked"
+            lost = numbers["bits_per_byte"] - dense["bits_per_byte"]
+            shares = {"rows_share": used.rows_share, "flops_share": used.flops_share}
+            say(
+                f"{f'{words}, {label}':<28} {numbers['bits_per_byte']:>13.4f} {lost:>+8.4f} {used.rows_share:>7.1%} "
+                f"{used.flops_share:>17.1%}"
+            )
+            counts = {"k": dict(count)} if assigned is None else {"groups": dict(of), "top": dict(count)}
+            found.append({**counts, "share": share, **numbers, "lost_bits_per_byte": lost, **shares})
+            chosen.append(used.chosen)
+        return found, chosen[0]
 
+    fields = k or groups or row_fields(model.config)
     answer: dict[str, Any] = {"dense": dense, "k": [], "groups": []}
-    asked = [(k, f"the strongest {in_words(k)}")] if k else []
-    for count, label in unlike([*asked, *((of_share(rows, s), f"the strongest 1/{1 / s:g}") for s in SHARES)]):
-        answer["k"].append(point(count, None, label)[0])
+    answer["k"], _ = points(k, {field: size_of(model.config, field) for field in fields}, None, "the strongest")
     if not groups:
         return answer, None
     assigned = group_all(model, groups)
-    asked = [(top, f"the best {in_words(top)} of {in_words(groups)} groups")]
-    lower = ((of_share(groups, s), f"the best 1/{1 / s:g} of the groups") for s in SHARES)
-    points = [point(count, assigned, label) for count, label in unlike([*asked, *lower])]
-    answer["groups"] = [numbers for numbers, _ in points]
-    return answer, (assigned, points[0][1].chosen)
+    answer["groups"], chosen = points(top, groups, assigned, "the best groups")
+    return answer, (assigned, chosen)
 
 
-def of_share(rows: Mapping[str, int], share: float) -> dict[str, int]:
-    return {field: max(1, kept_rows(n, share)) for field, n in rows.items()}
+def to_measure(asked: Count, of: Count) -> list[tuple[Count, float | None]]:
+    """What was asked, if anything, and SHARES of `of`: each number once, with the share that it is (None if none)."""
+    shares: list[tuple[Count, float | None]] = []
+    for share in SHARES:
+        count = {field: max(1, kept_rows(n, share)) for field, n in of.items()}
+        if count not in [other for other, _ in shares]:
+            shares.append((count, share))
+    first = next((each for each in shares if each[0] == asked), (asked, None))
+    return [first, *(each for each in shares if each[0] != asked)] if asked else shares
 
 
-def unlike(asked: Sequence[tuple[Mapping[str, int], str]]) -> list[tuple[Mapping[str, int], str]]:
-    """Each number once, by its first name."""
-    return [(count, label) for i, (count, label) in enumerate(asked) if count not in [c for c, _ in asked[:i]]]
+def lines_of(sparse: Mapping[str, Any], fields: Iterable[str]) -> dict[str, list[tuple[float, float, str]]]:
+    """The picture: from all rows down to few, and what was asked, where it is none of the shares, as a point alone.
 
-
-def in_words(count: Mapping[str, int]) -> str:
-    """8, or where fields differ, ffn_tokens 8, qkv_tokens 4"""
-    values = set(count.values())
-    return str(values.pop()) if len(values) == 1 else ", ".join(f"{field} {n}" for field, n in count.items())
-
-
-def lines_of(sparse: Mapping[str, Any]) -> dict[str, list[tuple[float, float, str]]]:
-    """The points of the picture, from all rows down to few."""
-    lines = {}
-    for name, kind in (("the strongest rows", "k"), ("the best groups", "groups")):
-        points = sorted(((p["rows_share"], p["bits_per_byte"]) for p in sparse[kind]), reverse=True)
-        if points:
-            points = [(1.0, sparse["dense"]["bits_per_byte"]), *points]
-            lines[name] = [(share, bits, f"{100 * share:.3g} %") for share, bits in points]
-    return lines
+    fields: all of the model; a line for some of them says for which.
+    """
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    alone: dict[str, list[tuple[float, float, str]]] = {}
+    all_rows, every = (1.0, sparse["dense"]["bits_per_byte"], "100 %"), set(fields)
+    for name, kind, count in (("the strongest rows", "k", "k"), ("the best groups", "groups", "top")):
+        for point in sorted(sparse[kind], key=lambda p: -(p["share"] or 0)):
+            full = name if set(point[count]) == every else f"{name} of {', '.join(point[count])}"
+            dot = (point["rows_share"], point["bits_per_byte"], f"{100 * point['rows_share']:.3g} %")
+            if point["share"] is None:
+                alone[f"{full}, as asked"] = [dot]
+            else:
+                lines.setdefault(full, [all_rows if not lines else (*all_rows[:2], "")]).append(dot)
+    return lines | alone
 
 
 # --- row by row ---
@@ -303,13 +326,14 @@ def rows_told(
                 entry["demotes"] = tokens_of(-logits[i], tokenizer)
             answer.append(entry)
             say("")
-            place = f"layer {layer_of(memory.place)}, {memory.place.rpartition('.')[2]}, row {row}"
-            say(f"{place} ({origin}): among the {load.k} strongest at {entry['load'] / load.tokens:.1%} of the tokens")
+            often = f"used by {entry['load'] / load.tokens:.1%} of the tokens"
+            say(f"{name_of(memory.place)}, row {row} ({origin}): {often}")
             for c in entry["fires_on"]:
-                say(f"    w {c['weight']:>+9.3f}  ...{c['left']} >>{c['token']}<<")
+                left = end_of(c["left"], COLUMNS - 25 - len(c["token"]))
+                say(f"    w {c['weight']:>+9.3f}  ...{left} >>{c['token']}<<")
             for verb in ("promotes", "demotes"):
                 if entry.get(verb):
-                    say(f"    {verb:<11}  {'  '.join(map(quoted, entry[verb]))}")
+                    say(f"    {verb:<11}  {as_many_as_fit(map(quoted, entry[verb]), COLUMNS - 17)}")
     return answer
 
 
@@ -327,3 +351,21 @@ def tokens_of(logits: Tensor, tokenizer: Any) -> list[str]:
 
 def quoted(token: str) -> str:
     return f"'{token}'"  # a space is a token too, and escapes stay as they are
+
+
+def end_of(text: str, room: int) -> str:
+    """The end of a text with escapes, of which none is cut in two."""
+    signs = re.findall(r"\\x..|\\u.{4}|\\U.{8}|\\.|.", text)
+    while sum(map(len, signs)) > max(0, room):
+        del signs[0]
+    return "".join(signs)
+
+
+def as_many_as_fit(words: Iterable[str], room: int) -> str:
+    """Words with two spaces between, the first in any case."""
+    line = ""
+    for word in words:
+        if line and len(line) + 2 + len(word) > room:
+            break
+        line = f"{line}  {word}" if line else word
+    return line

@@ -2,12 +2,13 @@
 
     load        of row i: the tokens at which |w_i| ||v_i|| is above zero and among the k largest of its memory. In
                 numbers by growth.load.load_of: entropy, effective number of rows, dead rows, the winner
-    fires on    the tokens of largest |w_i| ||v_i||, each with what stands before it in its window
+    fires on    the tokens of largest |w_i|, each with what stands before it in its window
     promotes    the tokens of largest W (g * (v - mean v) / std v): the value through the last norm (g its gain; RMSNorm
                 subtracts no mean) and the head W. This is the logit lens (nostalgebraist, 2020) on one row: its own
                 share in the logits, up to one factor for all tokens. The norm's bias and the head's, which come
                 whatever the row says, are left out. Where w_i is below zero the row says the opposite
-    origin      of a row, by the lineage of its checkpoint: growth appends rows, so that each growth added a range
+    origin      of a row or an expert, by the lineage of its checkpoint: growth appends rows, and most operators
+                experts, so that each growth added a range
 
 Legend: N tokens, n rows, C hidden size, V vocabulary.
 """
@@ -25,7 +26,10 @@ from transformers import PreTrainedModel
 from .growth.load import load_of
 from .models.axes import norm_kind, parameter_dims, size_of
 from .rows import STRONGEST, RowTable, kept_rows, loudness, row_tables, rows_of, value_norms, watch_text
-from .sparse import strongest_rows
+from .sparse import Amount, amounts, strongest_rows
+
+# Operators after which old experts do not come first: each lies beside its copies, or all are made of a feed-forward.
+MIX_EXPERTS = ("scale_experts", "upcycle", "virtual_groups", "virtual_groups_published")
 
 
 @dataclasses.dataclass(eq=False)
@@ -33,7 +37,7 @@ class RowLoad:
     """One memory's rows on a text of so many tokens, k of them counted as used by each.
 
     counts: (n,) tokens at which a row is among the k strongest. strength, loudest: (n,) mean and largest |w| ||v||.
-    places, weights: (n, contexts) where in the text it is strongest, from the strongest on, and its w there. A place
+    places, weights: (n, contexts) where in the text its |w| is largest, from the largest on, and its w there. A place
     is the number of a token, windows one after the other.
     """
 
@@ -55,7 +59,7 @@ class RowLoad:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Rows start to stop - 1 of a memory, and the growth that added them; "start" for those it began with."""
+    """Rows (or experts) start to stop - 1, and the growth that added them; "start" for those it began with."""
 
     name: str
     start: int
@@ -64,18 +68,19 @@ class Origin:
 
 @torch.no_grad()
 def row_loads(
-    model: PreTrainedModel, batches: Iterable[Tensor], k: Mapping[str, int] | None = None, contexts: int = 0
+    model: PreTrainedModel, batches: Iterable[Tensor], k: Amount | None = None, contexts: int = 0
 ) -> dict[str, RowLoad]:
     """For each memory, by its place, what its rows do on token ids (B, T + 1), of which the first T are looked at.
 
-    k: for fields of the configuration, how many rows of a memory a token counts as used; else a tenth of them.
-    contexts: how many places are kept for each row. The model is left as it was.
+    k: how many rows of a memory a token counts as used, as in `sparse`; a tenth of them where it says nothing.
+    contexts: how many places are kept for each row. The model is left as it was. ValueError as of `sparse`.
     """
+    asked = {} if k is None else amounts(model.config, "k", k)
     loads, norms = {}, {}
     for memory in row_tables(model):
         rows = size_of(model.config, memory.field)
         zeros, none = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, 0)
-        used = (k or {}).get(memory.field, max(1, kept_rows(rows, STRONGEST)))
+        used = asked.get(memory.field, max(1, kept_rows(rows, STRONGEST)))
         counts = torch.zeros(rows, dtype=torch.long)
         loads[memory.place] = RowLoad(memory, used, 0, counts, zeros, zeros.clone(), none.long(), none)
         norms[memory.place] = value_norms(model, memory)
@@ -86,10 +91,10 @@ def row_loads(
         load.strength += loud.double().sum(0).cpu()
         load.loudest = torch.maximum(load.loudest, loud.double().amax(0).cpu())
         if contexts:
-            best = loud.topk(min(contexts, len(loud)), dim=0).indices  # (contexts, n)
+            best = weights.abs().topk(min(contexts, len(weights)), dim=0).indices  # (contexts, n)
             places = torch.cat([load.places, (best + load.tokens).t().cpu()], 1)
             seen = torch.cat([load.weights, weights.gather(0, best).t().cpu()], 1)
-            order = loudness(seen, torch.ones(())).argsort(dim=1, descending=True, stable=True)[:, :contexts]
+            order = seen.abs().argsort(dim=1, descending=True, stable=True)[:, :contexts]
             load.places, load.weights = places.gather(1, order), seen.gather(1, order)
         load.tokens += len(weights)
 
@@ -116,16 +121,18 @@ def origins(lineage: Sequence[Mapping[str, Any]], field: str, rows: int) -> list
     """The rows of a memory by where they come from, oldest first, read off a checkpoint's lineage.
 
     A cut by order takes rows from the end; of one by another rule it is not known which rows it kept, so those count
-    as a start. So do all rows where the lineage does not lead to as many as there are.
+    as a start. So do experts after MIX_EXPERTS, and all rows where the lineage does not lead to as many as there are.
     """
     found: list[Origin] = []
     for number, event in enumerate(lineage, 1):
         old, new = (event.get(side, {}).get(field) for side in ("from", "to"))
-        if old is None or new is None:
+        if old is None or new is None or old == new:
             continue
-        found = found or [Origin("start", 0, old)]
-        if new > old:
-            found.append(Origin(f"{event.get('operator')} ({number})", old, new))
+        operator = str(event.get("operator"))
+        if not found or found[-1].stop != old:  # the first that is told of, or something is missing before it
+            found = [Origin("start", 0, old)]
+        if new > old and not set(operator.split("+")) & set(MIX_EXPERTS):
+            found.append(Origin(f"{operator} ({number})", old, new))
         elif event.get("options", {}).get("by") == "order":
             found = [dataclasses.replace(o, stop=min(o.stop, new)) for o in found if o.start < new]
         else:

@@ -343,6 +343,10 @@ class Pattention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return pattention(x, self.key, self.value, self.scale, self.theta, self.eps, self.up)
 
+    def row_weights(self, x: Tensor) -> Tensor:
+        """What each row's value is multiplied by: (..., in_features) -> (..., tokens), by the plain formula."""
+        return row_weights(x, self.key, self.scale, self.theta, self.eps, self.up)
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.scale, dtype=torch.float64)
 

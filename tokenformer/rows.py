@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .evaluate import cross_entropy
 from .models.axes import parameter_dims, size_of, table_of
 from .models.tables import TABLES
-from .pattention import WITHOUT_NORM, Pattention, default_scale, row_weights
+from .pattention import WITHOUT_NORM, Pattention, default_scale
 
 RULES = ("order", "magnitude", "activation", "gradient", "use")
 RULES_OF_TEXT = ("activation", "gradient", "use")
@@ -60,6 +60,27 @@ def row_fields(config: PreTrainedConfig) -> dict[str, str]:
         known = ", ".join(name for name, each in TABLES.items() if each.rows)
         raise ValueError(f"{config.model_type} has no rows that could be left out one by one; these have: {known}")
     return fields
+
+
+def by_field(config: PreTrainedConfig, option: str, value: Any) -> dict[str, Any]:
+    """What is meant for each field of rows: one value for all, or a mapping's by the names that `grow` takes ("ffn").
+
+    ValueError, naming the option, on a name that is no field of rows or is given twice, or where none is named.
+    """
+    fields, said = row_fields(config), table_of(config).names
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(fields, value)
+    found: dict[str, Any] = {}
+    for name, each in value.items():
+        field = said.get(name, name)
+        if field not in fields:
+            raise ValueError(f"{option}: {name} is no number of rows; {config.model_type} has {', '.join(fields)}")
+        if field in found:
+            raise ValueError(f"{option}: {field} is given twice")
+        found[field] = each
+    if not found:
+        raise ValueError(f"{option}: no memory is named; allowed: {', '.join(fields)}")
+    return found
 
 
 def row_tables(model: PreTrainedModel) -> list[RowTable]:
@@ -134,7 +155,7 @@ def _telling(see: Callable[[RowTable, Tensor], None], memory: RowTable) -> Calla
     def hook(module: nn.Module, inputs: Any) -> None:
         x = inputs[0].detach().flatten(0, -2)  # (N, C)
         if isinstance(module, Pattention):
-            x = row_weights(x, module.key, module.scale, module.theta, module.eps, module.up)
+            x = module.row_weights(x)
         see(memory, x if x.dtype == torch.float64 else x.float())
 
     return hook

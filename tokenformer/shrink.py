@@ -24,8 +24,8 @@ from .growth.moments import grow_optimizer
 from .growth.plan import Plan, identity
 from .growth.tensors import TensorMaps
 from .growth.weights import grow_weights
-from .models.axes import resize, size_of, table_of
-from .rows import RowTable, heard, kept_rows, kept_scale, ranking, row_fields, row_tables
+from .models.axes import resize, size_of
+from .rows import RowTable, by_field, heard, kept_rows, kept_scale, ranking, row_fields, row_tables
 
 Keep = float | Mapping[str, float]
 
@@ -68,16 +68,10 @@ def shrink(
 
 def kept_sizes(config: PreTrainedConfig, keep: Keep) -> dict[str, int]:
     """Field of the configuration -> how many rows it keeps. ValueError if that makes no smaller model."""
-    fields, said = row_fields(config), table_of(config).names
     sizes = {}
-    for name, share in keep.items() if isinstance(keep, Mapping) else dict.fromkeys(fields, keep).items():
-        field = said.get(name, name)
-        if field not in fields:
-            raise ValueError(f"keep: {name} is no number of rows; {config.model_type} has {', '.join(fields)}")
+    for field, share in by_field(config, "keep", keep).items():
         if not 0 < share < 1:
             raise ValueError(f"keep: {share:g} is not allowed; it must be a share above 0 and below 1")
-        if field in sizes:
-            raise ValueError(f"keep: {field} is given twice")
         rows = size_of(config, field)
         sizes[field] = kept_rows(rows, share)
         if sizes[field] < 1:

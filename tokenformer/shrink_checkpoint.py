@@ -186,16 +186,9 @@ def curve_paths(out: Path) -> tuple[Path, Path]:
 
 
 def write_points(out: Path, curve: dict[str, Any]) -> None:
-    """The curve as numbers and as a picture: both, or on an error neither."""
-    numbers, picture = curve_paths(out)
     dots = [(p["parameters"], p["bits_per_byte"], f"{p['keep']:g}") for p in curve["points"]]
     x_label = "parameters; at each point, the share of the rows that is kept"
-    write_curve(picture, {curve["by"]: dots}, x_label, f"rows kept by {curve['by']}")
-    try:
-        runs.write_json(numbers, curve)
-    except BaseException:
-        picture.unlink()
-        raise
+    write_curve(curve_paths(out)[0], curve, {curve["by"]: dots}, x_label, f"rows kept by {curve['by']}")
 
 
 def words(event: Mapping[str, Any]) -> list[str]:

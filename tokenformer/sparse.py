@@ -35,9 +35,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .growth.carried import carried_of
-from .models.axes import field_of, size_of
-from .pattention import WITHOUT_NORM, Pattention, row_weights
-from .rows import RowTable, loudness, row_fields, row_tables, rows_of, value_norms
+from .models.axes import size_of
+from .pattention import WITHOUT_NORM, Pattention
+from .rows import RowTable, by_field, loudness, row_tables, rows_of, value_norms
 
 Amount = int | Mapping[str, int]
 GROUPINGS = ("keys", "order")
@@ -110,16 +110,17 @@ def masked_to(
     model: PreTrainedModel, counts: Mapping[str, int], groups: Mapping[str, Tensor] | None = None
 ) -> Iterator[Sparsity]:
     """`sparse` of numbers that are known to fit: of rows for each field, or with `groups` (`group_all`), of groups."""
-    used, handles = Sparsity(), []
-    for memory in row_tables(model):
-        if memory.field in counts:
-            count = counts[memory.field]
-            if groups is None:
-                choose = _by_strength(model, memory, count, used)
-            else:
-                choose = _by_group(model, memory, groups[memory.place], count, used)
-            handles += _masked(model, memory, choose)
+    used = Sparsity()
+    handles: list[Any] = []
     try:
+        for memory in row_tables(model):
+            if memory.field in counts:
+                count = counts[memory.field]
+                if groups is None:
+                    choose = _by_strength(model, memory, count, used)
+                else:
+                    choose = _by_group(model, memory, groups[memory.place], count, used)
+                handles += _masked(model, memory, choose)
         yield used
     finally:
         for handle in handles:
@@ -128,34 +129,27 @@ def masked_to(
 
 def amounts(config: PreTrainedConfig, name: str, value: Amount) -> dict[str, int]:
     """A number for each field of rows that is meant; ValueError if it is none from 1 to the rows there are."""
-    fields = row_fields(config)
-    wanted = {}
-    for key, number in (value if isinstance(value, Mapping) else dict.fromkeys(fields, value)).items():
-        field = field_of(config, key)
-        if field not in fields:
-            raise ValueError(f"{name}: {key} is no number of rows; {config.model_type} has {', '.join(fields)}")
-        if field in wanted:
-            raise ValueError(f"{name}: {field} is given twice")
-        rows = size_of(config, field)
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"{name}: {number} is not allowed; it must be a whole number from 1 to {field} = {rows}")
-        if number > rows:
-            one_by_one = "" if isinstance(value, Mapping) or len(fields) == 1 else "; it may be given for each field"
-            raise ValueError(f"{name}: {number} is more than {field} = {rows}{one_by_one}")
-        wanted[field] = number
-    if not wanted:
-        raise ValueError(f"{name}: no memory is named; allowed: {', '.join(fields)}")
+    wanted = by_field(config, name, value)
+    hint = "" if isinstance(value, Mapping) or len(wanted) == 1 else "; it may be given for each field"
+    for field, number in wanted.items():
+        require_up_to(size_of(config, field), field, name, number, hint)
     return wanted
+
+
+def require_up_to(most: int, of: str, name: str, number: Any, hint: str = "") -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name}: {number} is not allowed; it must be a whole number from 1 to {of} = {most}")
+    if number > most:
+        raise ValueError(f"{name}: {number} is more than {of} = {most}{hint}")
 
 
 def best_groups(config: PreTrainedConfig, groups: Mapping[str, int], top: Amount) -> dict[str, int]:
     """How many groups are taken, for each field that has groups."""
-    best = amounts(config, "top", top if isinstance(top, Mapping) else dict.fromkeys(groups, top))
+    best = by_field(config, "top", top) if isinstance(top, Mapping) else dict.fromkeys(groups, top)
     if best.keys() != groups.keys():
         raise ValueError(f"top: is for {', '.join(best)}, and groups for {', '.join(groups)}")
     for field, number in best.items():
-        if number > groups[field]:
-            raise ValueError(f"top: {number} is more than groups = {groups[field]}")
+        require_up_to(groups[field], "groups", "top", number)
     return best
 
 
@@ -231,7 +225,7 @@ def _masked(model: PreTrainedModel, memory: RowTable, choose: Choose) -> list[An
 
         def spoken(module: Any, inputs: Any, output: Tensor) -> Tensor | None:
             x = inputs[0]
-            weights = row_weights(x, module.key, module.scale, module.theta, module.eps, module.up)
+            weights = module.row_weights(x)
             acting = choose(x.flatten(0, -2), weights.flatten(0, -2))
             return None if acting is None else (weights * acting.view(weights.shape)) @ module.value
 

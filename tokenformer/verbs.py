@@ -237,19 +237,23 @@ def inspect(arguments: Any) -> None:
     if arguments.rows < 0:
         raise ValueError(f"--rows {arguments.rows}: must be 0 or more")
     require_positive("sequence_length", arguments.sequence_length)
-    from .checkpoint import find_checkpoint, load_config
+    from .checkpoint import load_config
     from .data import load_tokenizer
     from .distributed import Ranks, choose_device
-    from .inspect_checkpoint import inspect_checkpoint
+    from .grow_checkpoint.plan import find_or_download
+    from .inspect_checkpoint import inspect_checkpoint, what_is_asked
 
-    folder = find_checkpoint(arguments.checkpoint)
-    place = folder.resolve()
+    place = place_beside(arguments.checkpoint)
     out = Path(arguments.out or place.with_name(f"{place.name}.inspect.json"))
     require_writable(out)
-    if out.suffix == ".png":
-        raise ValueError(f"--out {out}: is the picture's name; name the file of the numbers, such as {out.stem}.json")
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out}: the numbers are JSON, so name a file that ends in .json")
+    require_writable(out.with_suffix(".png"))
     device = choose_device(arguments.device, Ranks(), "--device")
-    section, parts, source = text_parts(arguments, folder, load_config(folder), "--text PATH or --source embedded")
+    folder = find_or_download(arguments.checkpoint)
+    config = load_config(folder)
+    what_is_asked(config, arguments.layer, k, groups, top)  # before the text is read
+    section, parts, source = text_parts(arguments, folder, config, "--text PATH or --source embedded")
     inspect_checkpoint(
         folder, out, parts, load_tokenizer(section.tokenizer), source, layer=arguments.layer, rows=arguments.rows, k=k,
         groups=groups, top=top, device=device, say=say,
@@ -289,7 +293,7 @@ def evaluate(arguments: Any) -> None:
         require_harness()
     checkpoint = arguments.checkpoint
     on_hub = is_on_hub(checkpoint)
-    place = Path(Path(checkpoint).name if on_hub else find_checkpoint(checkpoint)).resolve()
+    place = place_beside(checkpoint)
     out = Path(arguments.out or place.with_name(f"{place.name}.{'tasks' if tasks else 'text'}.json"))
     require_writable(out)
     device = choose_device(arguments.device, Ranks(), "--device")
@@ -362,11 +366,17 @@ def text_parts(arguments: Any, folder: Path, config: Any, ways: str) -> tuple[An
     section = text_section(arguments, folder, config)
     if arguments.text:
         parts = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
-        return section, parts, " ".join(arguments.text)
-    if not section.source:
+        source = " ".join(arguments.text)
+    elif section.source:
+        parts = [eval_windows(prepare(section, 0, progress=say), section.sequence_length)]
+        source = f"the held-out share of {section.source}"
+    else:
         raise ValueError(f"{folder} names no text that it was trained on, so say what to score: {ways}")
-    windows = eval_windows(prepare(section, 0, progress=say), section.sequence_length)
-    return section, [windows], f"the held-out share of {section.source}"
+    largest = max(int(tokens.max()) for tokens, _ in parts)
+    if largest >= config.vocab_size:
+        tokenizer = f"{folder}: its tokenizer makes the token {largest} of the text"
+        raise ValueError(f"{tokenizer}, and the model's vocab_size is {config.vocab_size}")
+    return section, parts, source
 
 
 def text_section(arguments: Any, checkpoint: Path, config: Any) -> Any:
@@ -383,6 +393,13 @@ def text_section(arguments: Any, checkpoint: Path, config: Any) -> Any:
 def positions(config: Any) -> int:
     """How many tokens a model may be given at once."""
     return getattr(config, "max_position_embeddings", None) or LARGEST_SIZE
+
+
+def place_beside(checkpoint: str) -> Path:
+    """What the numbers of a checkpoint are to lie beside: its folder, or of one on the hub its name, here."""
+    from .checkpoint import find_checkpoint, is_on_hub
+
+    return Path(Path(checkpoint).name if is_on_hub(checkpoint) else find_checkpoint(checkpoint)).resolve()
 
 
 def require_writable(file: Path) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.axes import parameter_dims
-from ..pattention import Pattention, row_weights
+from ..pattention import Pattention
 from .layers import is_joined, together
 from .memory import Memory
 from .places import BESIDE, rows_axis
@@ -77,7 +77,7 @@ def weights_at(memory: Memory, place: str, module: nn.Module, inputs: tuple[Any,
         return (weights if layer.up is None else weights * (x @ layer.up.t())).flatten(0, -2)
     x = inputs[0].to(next(layer.parameters()).dtype)
     if isinstance(layer, Pattention):
-        return row_weights(x, layer.key, layer.scale, layer.theta, layer.eps, layer.up).flatten(0, -2)
+        return layer.row_weights(x).flatten(0, -2)
     if memory.parameters()[0].ndim == 3:
         return _expert_weights(layer, x, *inputs[1:])
     seen: list[Tensor] = []
