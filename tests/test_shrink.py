@@ -480,7 +480,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_taken_place_and_a_checkpoint_amid_a_growth_are_refused(
+def test_a_taken_place_and_a_checkpoint_that_cannot_be_cut_are_refused(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -489,12 +489,14 @@ def test_a_taken_place_and_a_checkpoint_amid_a_growth_are_refused(
     model, _ = load_checkpoint(llama)
     grown = grow(model.float(), "masked", {"intermediate_size": 60}, options={"ramp_steps": 5}).model
     save_checkpoint("masked", grown, ByteTokenizer())
+    save_checkpoint("narrow", model_of("llama", torch.float32), ByteTokenizer())  # of 61 tokens
     before = sorted(tmp_path.rglob("*"))
     for words, message in (
         (("llama", "llama"), "llama already exists"),
         (("llama", "llama/inside"), "lies inside llama"),
         (("llama", "taken", "--curve", "--text", "some.txt"), "taken.curve.png already exists"),
         (("masked", "out"), "masked/carried.json: the checkpoint is amid a growth"),
+        (("narrow", "out", "--text", "some.txt"), "narrow: its tokenizer makes the token 116 of the text"),
         (("nowhere", "out"), "nowhere: no such checkpoint"),
     ):
         assert run("shrink", *words, "--keep", "0.5") == 2

@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,14 @@ def evaluate(
         "tokens": predicted,
         "bytes": size,
     }
+
+
+def require_vocabulary(windows: Iterable[Tensor], config: Any, checkpoint: str | Path) -> None:
+    """ValueError if token ids that the checkpoint's tokenizer has made are none of its model's."""
+    largest = max((int(tokens.max()) for tokens in windows), default=0)
+    if largest >= config.vocab_size:
+        tokenizer = f"{checkpoint}: its tokenizer makes the token {largest} of the text"
+        raise ValueError(f"{tokenizer}, and the model's vocab_size is {config.vocab_size}")
 
 
 def evaluate_parts(

@@ -19,7 +19,7 @@ from . import checkpoint as files
 from . import runs
 from .curve import write_curve
 from .data import eval_windows, load_tokenizer, prepare, text_windows
-from .evaluate import evaluate
+from .evaluate import evaluate, require_vocabulary
 from .grow_checkpoint.write import copy_others, remove_left_over, require_free
 from .optim import AdamW, named_state, parameter_groups
 from .rows import RULES, RULES_OF_TEXT, ranking
@@ -38,6 +38,11 @@ class Text:
     calibration: Tensor | None = None
     held_out: tuple[Tensor, Tensor] | None = None
     source: str = ""  # of what is held out
+
+    @property
+    def windows(self) -> list[Tensor]:
+        ranked = [] if self.calibration is None else [self.calibration]
+        return ranked if self.held_out is None else [*ranked, self.held_out[0]]
 
     @property
     def batches(self) -> list[Tensor]:
@@ -71,6 +76,7 @@ def shrink_checkpoint(
     texts = text_of(section, text, say)
     if curve and texts.held_out is None:
         raise ValueError("--curve: there is no text to measure on; name one by --text")
+    require_vocabulary(texts.windows, files.load_config(folder), folder)
     model, lineage = files.load_checkpoint(folder)
     model.to(device)
     optimizer = None

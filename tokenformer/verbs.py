@@ -362,6 +362,7 @@ def text_parts(arguments: Any, folder: Path, config: Any, ways: str) -> tuple[An
     """The [data] of `text_section`; windows of --text, of --source, or of what the checkpoint's own run held out; and
     what they are of. ways: the options by which a text can be named, for the error where none is."""
     from .data import eval_windows, load_tokenizer, prepare, text_windows
+    from .evaluate import require_vocabulary
 
     section = text_section(arguments, folder, config)
     if arguments.text:
@@ -372,10 +373,7 @@ def text_parts(arguments: Any, folder: Path, config: Any, ways: str) -> tuple[An
         source = f"the held-out share of {section.source}"
     else:
         raise ValueError(f"{folder} names no text that it was trained on, so say what to score: {ways}")
-    largest = max(int(tokens.max()) for tokens, _ in parts)
-    if largest >= config.vocab_size:
-        tokenizer = f"{folder}: its tokenizer makes the token {largest} of the text"
-        raise ValueError(f"{tokenizer}, and the model's vocab_size is {config.vocab_size}")
+    require_vocabulary((tokens for tokens, _ in parts), config, folder)
     return section, parts, source
 
 
