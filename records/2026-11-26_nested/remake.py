@@ -36,6 +36,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -59,7 +60,7 @@ from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
 from tokenformer.rows import RULES, scores
 from tokenformer.shrink import cut
 from tokenformer.statistics import difference, mean_sd, spread_of
-from tokenformer.step import Diverged
+from tokenformer.train import Diverged, Stopped
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS, SMALLEST, SMALL_ROWS, GROW_AT = 480, 1 / 32, 120, 0.1
@@ -174,6 +175,8 @@ def do(job: Job) -> Job:
     except Diverged:
         if job.final:
             raise
+    except Stopped:  # its checkpoint is written, and the parent is gone: take up nothing more
+        os._exit(1)
     if job.final:
         runs.write_json(job.folder / FINAL, measured(job, *job.final))
     return job
@@ -356,7 +359,8 @@ def tables_of(report: dict[str, Any], arms: dict[str, Any], curves: dict[str, Cu
     trials = {name: [trial["bits_per_byte"] for trial in arms[name]["trials"]] for name in TUNED}
     lines = [[k, arms[k]["learning_rate"], *(f"{x:.4f}" if x else "diverged" for x in trials[k])] for k in TUNED]
     parts.append(table("Bits per byte on HELD_OUT of each trial", ["arm", "taken", *report["learning_rates"]], lines))
-    return "\n".join([*parts, f"\nFLOPs of all six sizes, seed {SEEDS[0]}: {report['family_flops']}"])
+    parts.append(f"\nBest rate at an edge of the grid: {', '.join(report['at_edge']) or 'none'}")
+    return "\n".join([*parts, f"FLOPs of all six sizes, seed {SEEDS[0]}: {report['family_flops']}"])
 
 
 def draw(curves: dict[str, Curve], picture: Path) -> None:
@@ -430,4 +434,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"remake.py: {error}")
