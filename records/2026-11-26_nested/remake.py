@@ -21,9 +21,9 @@ rows a layer, F is 0.9e13 training FLOPs, seeds are 0, 1 and 2, each for initial
                              rules and, a control too, by reverse order: the newest stay
 
 Every arm is tuned on one grid of peak rates, 2e-3, 4e-3, 8e-3, at 15 % of its length on another seed, by bits per byte
-on HELD_OUT; if any best lies at an edge the grid grows there by a factor of 2 for all arms, once. The two views of a size
-share a rate, tuned at 15 % of the longer one's steps (nine tenths of the shorter one's); 240, 60 and 15 rows take that
-of 480, 120 and 30. Rules that look at a text see 98,304 tokens of TRAIN. A row's age is set against its score by
+on HELD_OUT; if any best lies at an edge the grid grows there by a factor of 2 for all arms, once. The two views of a
+size share a rate, tuned at 15 % of the longer one's steps (nine tenths of the shorter one's); 240, 60 and 15 rows take
+that of 480, 120 and 30. Rules that look at a text see 98,304 tokens of TRAIN. A row's age is set against its score by
 Spearman's rank correlation, the mean over layers. Nothing is chosen by FINAL, by which all is judged.
 """
 
