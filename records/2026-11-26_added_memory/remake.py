@@ -37,6 +37,7 @@ import threading
 import time
 import tomllib
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,11 +105,6 @@ class Job:
     def name(self) -> str:
         return f"{self.arm}-seed{self.seed}" + ("" if self.arm == "base" else f"-lr{self.rate:g}")
 
-    @property
-    def weight(self) -> int:
-        """What it takes, in runs of an arm."""
-        return 5 if self.arm == "base" else 1
-
 
 # --- texts ---
 
@@ -134,7 +130,7 @@ def texts(setting: Setting) -> tuple[Any, Any, dict[str, Any]]:
     windows += [eval_windows(prose, LENGTH), text_windows([setting.final], load_tokenizer("bytes"), LENGTH)[0]]
     parts = {}
     for (part, tokens), (ids, sizes) in zip(PARTS.items(), windows, strict=True):
-        chosen = np.linspace(0, len(ids) - 1, max(1, setting.scaled(tokens) // LENGTH)).round()
+        chosen = np.linspace(0, len(ids) - 1, max(1, setting.scaled(tokens) // LENGTH)).round().astype(int)
         parts[part] = ids[chosen], sizes[chosen]
     return prose, python, parts
 
@@ -147,16 +143,6 @@ def identity(setting: Setting) -> dict[str, Any]:
     hashes |= {"python_train": python["sha256"], "python_text": python["text_hash"]}
     lengths = {"fraction": setting.fraction, "steps": STEPS, "base_flops": BASE_FLOPS, "parts": PARTS}
     return {"python": platform.python_version(), "sha256": hashes, **lengths, "grid": list(RATES), "arms": ARMS}
-
-
-def overlaps(setting: Setting) -> dict[str, float]:
-    """How much of either final text occurs in what is trained on, in stretches of 64 bytes."""
-    prose, python, windows = texts(setting)
-    return {
-        f"{part} in {name}": overlap(windows[part][0][:, 1:].numpy().astype(np.uint8).ravel(), text_blocks(c, c.train))
-        for part in ("python_final", "prose_final")
-        for name, c in (("python", python), ("prose", prose))
-    }
 
 
 class Replayed:
@@ -280,42 +266,48 @@ def headline(found: dict[str, Any], rates: list[float]) -> dict[str, list[Job]]:
     return {arm: [Job(arm, seed, rate) for seed in SEEDS] for arm, rate in chosen.items()}
 
 
-def todo(found: dict[str, Any]) -> tuple[list[Job], int]:
-    """The jobs that can start now or are at work, and the weight of all that is left."""
+def todo(found: dict[str, Any]) -> list[Job]:
+    """The jobs that can start now, or are at work."""
     bases = [job for seed in SEEDS if (job := Job("base", seed)).name not in found]
     rates, jobs = grid(found)
-    later = 0
-    if jobs:
-        later = len(ARMS) * (len(SEEDS) - 1) + len(SEEDS)
-    else:
+    if not jobs:
         jobs = [job for each in headline(found, rates).values() for job in each if job.name not in found]
-    ready = [job for job in jobs if Job("base", job.seed) not in bases]
-    return bases + ready, sum(job.weight for job in bases + jobs) + later
+    return bases + [job for job in jobs if Job("base", job.seed) not in bases]
+
+
+def cost(names: Iterable[str]) -> int:
+    """In runs of an arm; a base takes five times as long."""
+    return sum(5 if name.startswith("base") else 1 for name in names)
 
 
 def follow_parent() -> None:
     """In a worker: one thread, and no life after the parent's, however that ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def wait_for_its_end() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_its_end, daemon=True).start()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", module="peft")
+    warnings.simplefilter("ignore", FutureWarning)  # of what PEFT asks transformers for
 
 
 def run_all(setting: Setting, slots: int) -> dict[str, Any]:
     """Every run by name, those of earlier sessions included."""
     found = {path.stem: read_json(path) for path in sorted((setting.out / "runs").glob("*.json"))}
-    began, done, at_work = time.monotonic(), 0, dict[Any, Job]()
+    began, before, at_work = time.monotonic(), cost(found), dict[Any, Job]()
     with ProcessPoolExecutor(slots, multiprocessing.get_context("spawn"), follow_parent) as pool:
-        while ready := todo(found)[0]:
+        while ready := todo(found):
             for job in ready:
                 if len(at_work) < slots and job not in at_work.values():
                     at_work[pool.submit(run, setting, job)] = job
             for future in wait(at_work, return_when=FIRST_COMPLETED).done:
                 job = at_work.pop(future)
                 found[job.name] = future.result()
-                done += job.weight
-                left = (time.monotonic() - began) / done * todo(found)[1] / 60
+                whole = len(SEEDS) * cost(["base", "prose"]) + len(ARMS) * (len(grid(found)[0]) + len(SEEDS) - 1)
+                left = (whole - cost(found)) / (cost(found) - before) * (time.monotonic() - began) / 60
                 bits = " · ".join(f"{part} {value:.3f}" for part, value in found[job.name].get("bits", {}).items())
                 print(f"{len(found)} ended: {job.name} · {bits or 'diverged'} · about {left:.0f} min left", flush=True)
     return found
@@ -369,6 +361,7 @@ def table_of(said: dict[str, Any]) -> str:
     for arm, about in said["arms"].items():
         seconds = mean(about["runs"], "seconds")
         row = [arm, f"{about['trained_parameters']:,}", f"{about['flops']:.3g}", f"{seconds:.0f}", f"{about['rate']:g}"]
+        row[-1] += " (edge)" * (about["rate"] in (said["rates"][0], said["rates"][-1]))
         for part in ("python_final", "prose_final"):
             row.append(f"{mean(about['runs'], part):.3f}")
             if part == "prose_final":
@@ -390,9 +383,9 @@ def draw(said: dict[str, Any], picture: Path) -> None:
     looks = dict(zip(ARMS, zip(LIGHT, "osD^vPX", strict=True), strict=True))
     figure = Figure(figsize=(13.6, 5.4), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    places = ((0.05, 0.33), (0.53, 0.2), (0.79, 0.2))
-    plane, *grids = (figure.add_axes((left, 0.17, wide, 0.74)) for left, wide in places)
-    points = {arm: [mean(said["arms"][arm]["runs"], part) for part in ("prose_final", "python_final")] for arm in ARMS}
+    places: Any = ((0.05, 0.33), (0.53, 0.2), (0.79, 0.2))
+    plane, *grids = (figure.add_axes((left, 0.21, wide, 0.71)) for left, wide in places)
+    points: Any = {arm: [mean(said["arms"][arm]["runs"], p) for p in ("prose_final", "python_final")] for arm in ARMS}
     for arm, (colour, marker) in looks.items():
         for bits in (run["bits"] for run in said["arms"][arm]["runs"] if "bits" in run):
             plane.plot(bits["prose_final"], bits["python_final"], marker, color=colour, ms=4, alpha=0.45)
@@ -400,16 +393,20 @@ def draw(said: dict[str, Any], picture: Path) -> None:
         trials = [trial for trial in said["arms"][arm]["trials"] if "bits" in trial]
         for axes, part in zip(grids, ("python_held_out", "prose_held_out"), strict=True):
             axes.plot([t["rate"] for t in trials], [t["bits"][part] for t in trials], color=colour, marker=marker, ms=5)
-    before = {"base": mean(said["base"], "prose_final"), "prose": mean(said["arms"]["prose"]["runs"], "prose_final")}
-    for text, x in before.items():
+    controls = [(mean(said["base"], "prose_final"), "base")]
+    controls.append((mean(said["arms"]["prose"]["runs"], "prose_final"), "prose"))
+    left, right = min(controls)[0], plane.get_xlim()[1]
+    plane.set_xlim(left - 0.14 * (right - left), right)
+    for (x, text), (shift, side) in zip(sorted(controls), ((-3, "right"), (3, "left")), strict=True):
         plane.axvline(x, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        plane.annotate(text, (x, 0.01), (3, 0), xycoords=("data", "axes fraction"), textcoords="offset points", size=9)
+        at: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": side}
+        plane.annotate(text, (x, 0.015), (shift, 0), size=9, color="#555555", **at)
     low, high = plane.get_ylim()
     heights = spread([(points[arm][1] - low) / (high - low) for arm in ARMS], 0.065, 0.0, 1.0)
     for arm, height in zip(ARMS, heights, strict=True):
-        text, look = (1.03, height), {"color": looks[arm][0], "xycoords": "data", "textcoords": "axes fraction"}
         line = {"arrowstyle": "-", "color": looks[arm][0], "linewidth": 0.6, "alpha": 0.6}
-        plane.annotate(arm, points[arm], text, va="center", size=10, arrowprops=line, annotation_clip=False, **look)
+        look: Any = {"color": looks[arm][0], "size": 10, "va": "center", "textcoords": "axes fraction"}
+        plane.annotate(arm, points[arm], (1.03, height), arrowprops=line, annotation_clip=False, **look)
     plane.set_xlabel("prose, bits per byte of FINAL (left is better)")
     titles = ["Python, bits per byte of its final part (lower is better)", "held-out Python, seed 0"]
     titles.append("held-out prose, seed 0")
@@ -422,30 +419,35 @@ def draw(said: dict[str, Any], picture: Path) -> None:
         axes.set_xticks(said["rates"], [f"{rate:g}" for rate in said["rates"]], rotation=45)
         axes.minorticks_off()
         axes.set_xlabel("learning rate")
+    note = "Large marks are means of three seeds, small ones single seeds. Dashed: prose of the base untouched, and of "
+    note += "the control that went on with prose. Right: every trial of the learning rate."
+    figure.text(0.012, 0.015, note, size=9, color="#666666")
     figure.savefig(picture, metadata={"Software": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("train", "held_out", "final", "out"):
-        parser.add_argument(name.upper(), type=Path)
+        parser.add_argument(name.upper(), type=Path if name == "out" else str)
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--fraction", type=float, default=1.0, help="of every length")
     given = vars(parser.parse_args())
-    paths = [str(given[name]) for name in ("TRAIN", "HELD_OUT", "FINAL")]
-    setting = Setting(*paths, given["OUT"], given["fraction"])
-    (setting.out / "runs").mkdir(parents=True, exist_ok=True)
+    setting = Setting(*(given[key] for key in ("TRAIN", "HELD_OUT", "FINAL", "OUT", "fraction")))
     shared, kept = identity(setting), setting.out / "setting.json"
     if kept.exists() and read_json(kept) != shared:
         raise ValueError(f"{kept}: is of other texts, another Python or other lengths; choose another OUT")
+    (setting.out / "runs").mkdir(parents=True, exist_ok=True)
     write_json(kept, shared)
     known = (HERE.parent / "README.md").read_text(encoding="utf-8")
     others = [name for name in ("train", "held_out", "final") if shared["sha256"][name] not in known]
     if others:
         print(f"not the texts of records/README.md: {', '.join(others)}", flush=True)
     said = summary(run_all(setting, given["jobs"]))
-    about = {"setting": shared, "other_texts": others, "overlap": overlaps(setting), "peft": version("peft")}
-    write_json(setting.out / "report.json", {"environment": environment(), **about, **said})
+    _, python, windows = texts(setting)
+    bytes_judged = windows["python_final"][0][:, 1:].numpy().astype(np.uint8).ravel()
+    shared["final_python_in_training_python"] = overlap(bytes_judged, text_blocks(python, python.train))
+    about = {"environment": environment() | {"peft": version("peft")}, "setting": shared, "other_texts": others}
+    write_json(setting.out / "report.json", about | said)
     draw(said, setting.out / "report.png")
     print(table_of(said))
 
@@ -453,5 +455,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"remake.py: {error}")
