@@ -9,7 +9,8 @@ Base      the Llama of recipes/growth_llama_cpu.toml (504,672 parameters, bytes,
           trained on TRAIN by a recipe: wsd, 1.0e13 FLOPs, learning rate 4e-3; three seeds.
 Python    the embedded corpus, the standard library of the running Python. It differs between builds: the report names
           it by version and hash. A fifth of its files is kept apart and dealt, file by file in a fixed random order,
-          into a held-out part, by which rates are chosen, and a final part, by which nothing is.
+          into a held-out part, by which rates are chosen, and a final part, by which nothing is. Of either, windows
+          are left out of which any of four stretches of 64 bytes occurs in the training text (tables, templates).
 Arms      ARMS: equal tokens, none seen twice but those replayed, each from the base of its seed, moments fresh.
 Controls  the base untouched; and `prose`, full fine-tuning on prose that its base has not seen, at the rate of `full`:
           what of prose is lost to other text, and not to going on at all.
@@ -54,7 +55,7 @@ from tokenformer.adapters.training import train_memory
 from tokenformer.data import Batches, cut_windows, eval_windows, load_tokenizer, prepare, text_windows
 from tokenformer.environment import environment, version
 from tokenformer.evaluate import cross_entropy
-from tokenformer.race.checks import overlap, text_blocks
+from tokenformer.race.checks import STRETCH_BYTES, hashes
 from tokenformer.recipe import Recipe, recipe_from_dict
 from tokenformer.report.charts import LIGHT, spread
 from tokenformer.runs import read_json, write_json
@@ -126,7 +127,8 @@ def texts(setting: Setting) -> tuple[Any, Any, dict[str, Any]]:
     files = np.split(np.arange(len(python.valid)), np.flatnonzero(python.valid == 0) + 1)[:-1]
     order = np.random.RandomState(0).permutation(len(files))
     dealt = [np.concatenate([files[i] for i in order[side::2]]) for side in (0, 1)]
-    windows = [cut_windows(python.valid[each], python.valid_bytes[each], 0, LENGTH) for each in dealt]
+    seen = np.sort(hashes(np.asarray(python.train, np.uint8)))
+    windows = [unseen(cut_windows(python.valid[i], python.valid_bytes[i], 0, LENGTH), seen) for i in dealt]
     windows += [eval_windows(prose, LENGTH), text_windows([setting.final], load_tokenizer("bytes"), LENGTH)[0]]
     parts = {}
     for (part, tokens), (ids, sizes) in zip(PARTS.items(), windows, strict=True):
@@ -135,14 +137,23 @@ def texts(setting: Setting) -> tuple[Any, Any, dict[str, Any]]:
     return prose, python, parts
 
 
+def unseen(windows: Any, seen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows of which no stretch of 64 bytes, cut one after another, has a hash among those `seen`, sorted."""
+    stretches = np.stack([hashes(ids)[::STRETCH_BYTES] for ids in windows[0][:, 1:].numpy().astype(np.uint8)])
+    nearest = seen[np.searchsorted(seen, stretches).clip(max=len(seen) - 1)]
+    kept = torch.from_numpy((nearest != stretches).all(1))
+    return windows[0][kept], windows[1][kept]
+
+
 def identity(setting: Setting) -> dict[str, Any]:
     """What the runs of a folder have in common, the texts by hash."""
     files = {name: getattr(setting, name) for name in ("train", "held_out", "final")}
-    hashes = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in files.items()}
-    python = texts(setting)[1].info
-    hashes |= {"python_train": python["sha256"], "python_text": python["text_hash"]}
+    sums = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in files.items()}
+    _, python, windows = texts(setting)
+    sums |= {"python_train": python.info["sha256"], "python_text": python.info["text_hash"]}
+    sums |= {part: hashlib.sha256(ids.numpy().tobytes()).hexdigest() for part, (ids, _) in windows.items()}
     lengths = {"fraction": setting.fraction, "steps": STEPS, "base_flops": BASE_FLOPS, "parts": PARTS}
-    return {"python": platform.python_version(), "sha256": hashes, **lengths, "grid": list(RATES), "arms": ARMS}
+    return {"python": platform.python_version(), "sha256": sums, **lengths, "grid": list(RATES), "arms": ARMS}
 
 
 class Replayed:
@@ -443,9 +454,6 @@ def main() -> None:
     if others:
         print(f"not the texts of records/README.md: {', '.join(others)}", flush=True)
     said = summary(run_all(setting, given["jobs"]))
-    _, python, windows = texts(setting)
-    bytes_judged = windows["python_final"][0][:, 1:].numpy().astype(np.uint8).ravel()
-    shared["final_python_in_training_python"] = overlap(bytes_judged, text_blocks(python, python.train))
     about = {"environment": environment() | {"peft": version("peft")}, "setting": shared, "other_texts": others}
     write_json(setting.out / "report.json", about | said)
     draw(said, setting.out / "report.png")
