@@ -392,7 +392,7 @@ def draw(curves: dict[str, Curve], picture: Path) -> None:
         axes.set(xlabel="rows a layer", ylabel="bits per byte on FINAL")
         axes.set_title(title, loc="left", size=11)
         axes.grid(color="#dddddd", linewidth=0.6)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(framealpha=1, edgecolor="none", fontsize=9)  # opaque: curves that leave the panel end behind it
     low, high = min(bits), max(bits)
     figure.axes[0].set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))  # the next panel has what leaves it
     figure.savefig(picture, format="png")
