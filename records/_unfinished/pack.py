@@ -3,31 +3,27 @@
 A headline run whose branches are not all finished needs its checkpoints: it is left out, with its branches.
 """
 
-import json
 import sys
 import tarfile
 from pathlib import Path
 
-SHARES = ("0.25", "0.5")  # race.budgets below the whole one, as folders are named
+from tokenformer import runs
+from tokenformer.race.jobs import bits_of
 
 
-def finished(run: Path) -> bool:
-    if not (run / "result.json").exists():
-        return False
-    result = json.loads((run / "result.json").read_text())
-    return result["status"] == "finished" or bool(result.get("diverged"))
-
-
-def complete(run: Path) -> bool:
+def complete(run: Path, budgets: list[float]) -> bool:
+    if run.parent.name == "tune":
+        return bits_of(run) is not None
     trunk = run.with_name(run.name.partition("_at-")[0])
-    parts = [trunk, *(trunk.with_name(f"{trunk.name}_at-{share}") for share in SHARES)]
-    alone = run.parent.name == "tune" or run.name.endswith("_cosine")
-    return all(map(finished, [run] if alone else parts))
+    parts = [trunk, *(trunk.with_name(f"{trunk.name}_at-{share:g}") for share in budgets[:-1])]
+    return all(bits_of(part, final=True) is not None for part in ([run] if run.name.endswith("_cosine") else parts))
 
 
 def main(race: str, out: str) -> None:
     folder = Path(race)
-    kept = [run for pattern in ("tune/*", "seed-*") for run in folder.glob(f"arms/*/{pattern}") if complete(run)]
+    budgets = runs.read_json(folder / "race.json")["race"]["budgets"]
+    found = [run for pattern in ("tune/*", "seed-*") for run in folder.glob(f"arms/*/{pattern}")]
+    kept = [run for run in found if complete(run, budgets)]
     files = [folder / "race.json"]
     for run in kept:
         inside = (path for path in run.rglob("*") if path.is_file() and path.name != ".lock")
