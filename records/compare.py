@@ -1,4 +1,4 @@
-"""Was a race re-made to the same digits?    python records/compare.py records/NAME/report.json runs/again/report.json
+"""Was a record re-made to the same digits?    python records/compare.py records/NAME/report.json again/report.json
 
 Compares every trial and every headline run that both reports hold; exit code 1 when any differs or none is shared.
 """
@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 
-def results(path: Path) -> dict[str, Any]:
-    """What every run of a race came to, by arm, seed and budget, or learning rate; FLOPs included."""
-    found: dict[str, Any] = {}
-    for arm in json.loads(path.read_text(encoding="utf-8"))["arms"]:
+# What a run came to: of a race, of a model that was cut, of a memory.
+FIGURES = ("bits_per_byte", "final_bits_per_byte", "cut", "age", "bits", "flops")
+
+
+def results(path: Path) -> dict[str, dict[str, Any]]:
+    """The figures of every run, by arm, seed and budget, or learning rate."""
+    found: dict[str, dict[str, Any]] = {}
+    arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+    for name, arm in arms.items() if isinstance(arms, dict) else ((arm["name"], arm) for arm in arms):
         for trial in arm["trials"]:
-            found[f"{arm['name']} trial {trial['learning_rate']:g}"] = (trial["bits_per_byte"], trial["flops"])
+            found[f"{name} trial {trial.get('learning_rate') or trial['rate']:g}"] = trial
         for run in arm["runs"]:
-            name = f"{arm['name']} seed {run['seed']} at {run['share']:g}"
-            found[name] = (run["bits_per_byte"], run["final_bits_per_byte"], run["flops"])
-    return {name: values for name, values in found.items() if values[0] is not None}
+            found[f"{name} seed {run['seed']} at {run.get('share', 1):g}"] = run
+    figures = {name: {key: run[key] for key in FIGURES if run.get(key) is not None} for name, run in found.items()}
+    return {name: values for name, values in figures.items() if "bits_per_byte" in values or "bits" in values}
 
 
 def main(first: str, second: str) -> int:

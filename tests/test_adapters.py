@@ -286,11 +286,12 @@ assert "tokenformer" not in sys.modules
 
 
 def test_a_merged_checkpoint_loads_in_transformers_alone(tmp_path: Path) -> None:
-    expected = {}
+    expected, bases = {}, {}
     for name in ("llama tied", "qwen2", "qwen3", "gpt2", "mistral", "mixtral"):
         model = fresh(name)
         trained(model, add_parameter_tokens(model, tokens=4))
         folder = tmp_path / name.split()[0]
+        bases[folder] = logits(fresh(name))
         merge_parameter_tokens(model).save_pretrained(folder)
         save_file({"input_ids": IDS}, folder / "ids.safetensors")
         expected[folder] = logits(model)
@@ -300,6 +301,7 @@ def test_a_merged_checkpoint_loads_in_transformers_alone(tmp_path: Path) -> None
     for folder, values in expected.items():
         found = load_file(folder / "logits.safetensors")["logits"]
         assert (found - values).abs().max() < 1e-5 * values.abs().max(), folder
+        assert (found - bases[folder]).abs().max() > 1e-3  # the control: the memory counts
 
 
 def test_only_rows_that_are_on_can_be_merged() -> None:
@@ -719,6 +721,10 @@ def test_adapt_writes_a_memory_that_lowers_the_loss_and_a_merged_model(place: Pa
 
     assert cli.main(["eval", "base", *["--memory", "memory"] * 2, "--text", "notes.txt"]) == 2
     assert "--memory memory: is named twice" in capsys.readouterr().err
+    for verb in (["eval", "merged", "--text", "notes.txt"], ["generate", "merged", "--prompt", "a"]):  # another base
+        assert cli.main([*verb, "--memory", "memory"]) == 2
+        told = capsys.readouterr()
+        assert told.out == "" and "the memory was made for another base" in told.err and told.err.count("\n") == 1
     scores = {}
     for name, more in (("base", []), ("base", ["--memory", "memory"]), ("merged", [])):
         assert cli.main(["eval", name, *more, "--text", "notes.txt", "--sequence-length", "64"]) == 0

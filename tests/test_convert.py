@@ -16,7 +16,7 @@ import pytest
 import released_format as released
 import torch
 import yaml
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenformer import cli
@@ -264,6 +264,20 @@ out["seen"] = seen
 other = AutoModelForCausalLM.from_pretrained(portable, trust_remote_code=True)
 out["portable"] = sum(float(p.double().sum()) for p in other.parameters())
 print(json.dumps(out))
+"""
+
+
+WITHOUT_IN_FULL = """
+import sys
+sys.modules["tokenformer"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+folder, place = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+with torch.no_grad():
+    save_file({"logits": model(load_file(place + "/ids")["ids"]).logits}, place + "/logits")
 """
 
 
@@ -570,6 +584,11 @@ def test_the_150m_shape_in_full_agrees_layer_by_layer_and_goes_back_bit_for_bit(
     assert lines[-1].endswith("151,881,216 parameters in float16")
     ids = torch.randint(released.VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
-    assert largest_difference(layers_of(model, ids), list(released.published_layers(tensors, ids, heads))) < 1e-9
+    expected = list(released.published_layers(tensors, ids, heads))
+    assert largest_difference(layers_of(model, ids), expected) < 1e-9
+    save_file({"ids": ids}, tmp_path / "ids")
+    python(WITHOUT_IN_FULL, tmp_path / "out", tmp_path, place=tmp_path)
+    logits = load_file(tmp_path / "logits")["logits"]
+    assert 1e-9 < largest_difference([logits], expected[-1:]) < 1e-5  # what float32 allows, without the package
     convert(tmp_path / "out", tmp_path / "back", say=lambda line: None)
     assert filecmp.cmp(tmp_path / "back" / BIN, tmp_path / "in" / BIN, shallow=False)

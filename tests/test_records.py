@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,19 @@ def test_a_race_that_was_made_again_is_compared_digit_by_digit(compare: Any, tmp
     assert compare.main(first, again) == 0
     assert "3 runs in both, of 3 and 4; 3 the same to the digit" in capsys.readouterr().out
     assert compare.main(first, report(tmp_path / "3.json", 2.0 + 1e-15)) == 1
-    assert "a seed 0 at 1: (2.0, None, 10) and (2.000000000000001, None, 10)" in capsys.readouterr().out
+    assert "a seed 0 at 1: {'bits_per_byte': 2.0, 'flops': 10} and" in capsys.readouterr().out
+
+
+def test_every_record_of_many_runs_can_be_held_against_another(compare: Any, tmp_path: Path, capsys: Any) -> None:
+    reports = [path for path in RECORDS.glob("2*/report.json") if '"trials"' in path.read_text()]
+    assert len(reports) > 2
+    for path in reports:
+        assert compare.main(str(path), str(path)) == 0
+        runs, other = capsys.readouterr().out.split()[0], tmp_path / path.parent.name
+        assert int(runs) > 10, path
+        other.write_text(re.sub(r'("(?:final_bits_per_byte|240|python_final)": 2)\.', r"\1.0", path.read_text()))
+        assert compare.main(str(path), str(other)) == 1  # the control: another digit, and it is told
+        capsys.readouterr()
 
 
 def test_every_record_says_what_it_is() -> None:

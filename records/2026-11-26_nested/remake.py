@@ -1,7 +1,7 @@
 """Make this record again: nested training against separate sizes and against cutting a plain model; and whether the
 oldest rows of a grown model are the most important.
 
-    python remake.py TRAIN HELD_OUT FINAL OUT --jobs 2      about an hour on two cores; the texts: records/README.md
+    python PATH/remake.py TRAIN HELD_OUT FINAL OUT --jobs 2     about an hour on two cores; the texts: records/README.md
 
 What has ended is read off OUT, so a stopped run goes on. `--fraction 0.02` is a miniature of all of it. Ends by writing
 OUT/report.json and OUT/report.png and by printing the tables. The design, fixed before the first result:
@@ -59,7 +59,7 @@ from tokenformer.race.jobs import FINAL, bits_of
 from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
 from tokenformer.rows import RULES, scores
 from tokenformer.shrink import cut
-from tokenformer.statistics import difference, mean_sd, spread_of
+from tokenformer.statistics import difference, mean_sd, own_interval, spread_of
 from tokenformer.train import Diverged, Stopped
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -323,7 +323,25 @@ def comparisons(curves: dict[str, Curve]) -> list[dict[str, Any]]:
         table = {name: curves[name][rows] for name in names}
         spread = spread_of({name: table[name] for name in names[:3]})
         pairs = [difference(table, nested, other, spread) for nested in NESTED for other in names[2:]]
+        pairs.append(difference(table, *NESTED, spread))
         found += [{"rows": rows, **asdict(pair)} for pair in pairs]
+    return found
+
+
+def cut_comparisons(curves: dict[str, Curve]) -> list[dict[str, Any]]:
+    """Of each model that is cut, at each size: every rule minus random, and every other minus order, by the pairs
+    alone: the deviations of the rules differ too much to be pooled."""
+    found = []
+    models = [("plain", PLAIN_RULES, SIZES[1:]), *((kind, GROWN_RULES, GROWN_SIZES) for kind in GROWN)]
+    for kind, rules, sizes in models:
+        for rows in sizes:
+            table = {rule: curves[f"{kind} by {rule}"][rows] for rule in rules}
+            pairs = [(rule, "random") for rule in rules if rule != "random"]
+            for rule, other in [*pairs, *((rule, "order") for rule in rules if rule not in ("order", "random"))]:
+                values = [table[rule][seed] - table[other][seed] for seed in sorted(table[rule])]
+                value, low, high = own_interval(values)
+                pair = {"model": kind, "rows": rows, "rule": rule, "other": other}
+                found.append({**pair, "value": value, "own_low": low, "own_high": high})
     return found
 
 
@@ -345,6 +363,9 @@ def tables_of(report: dict[str, Any], arms: dict[str, Any], curves: dict[str, Cu
             sure = "yes" if own_high <= WITHIN else "no" if own_low > WITHIN else "left open"
         return [rows, f"{arm} - {other}", f"{value:+.3f}", own, "yes" if value <= WITHIN else "no", sure, more["word"]]
 
+    def interval(pair: dict[str, Any]) -> str:
+        return "{value:+.3f} [{own_low:+.3f} to {own_high:+.3f}]".format(**pair)
+
     def age(arm: str, rule: str) -> str:
         found = [run["age"][rule] for run in arms[arm]["runs"]]
         return f"{cell(each['spearman'] for each in found)}; {cell(each['old_among_first'] for each in found)}"
@@ -353,6 +374,8 @@ def tables_of(report: dict[str, Any], arms: dict[str, Any], curves: dict[str, Cu
     parts = [table("Bits per byte on FINAL, mean and standard deviation over seeds", ["rows a layer", *SIZES], lines)]
     head = ["rows", "pair", "mean", "95 %, paired", f"mean within {WITHIN}", "interval within", "pooled, against 0"]
     parts.append(table("Nested minus the other", head, [compared(**each) for each in report["comparisons"]]))
+    cuts = [[c["model"], c["rows"], f"{c['rule']} - {c['other']}", interval(c)] for c in report["cuts"]]
+    parts.append(table("Rules of cutting held against each other", ["model", "rows", "pair", "mean, 95 %"], cuts))
     title = f"Rank correlation of a row's age with its score; share of old rows among the first {SMALL_ROWS}"
     lines = [[rule, *(age(arm, rule) for arm in GROWN)] for rule in GROWN_RULES]
     parts.append(table(f"{title} (of two ages at most 0.75; by chance 0 and 0.25)", ["rule", *GROWN], lines))
@@ -426,6 +449,7 @@ def main() -> None:
             for kind in (*NESTED, "separate", "long")
         },
         "comparisons": comparisons(curves),
+        "cuts": cut_comparisons(curves),
         "arms": list(arms.values()),
     }
     runs.write_json(record.out / "report.json", report)
