@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
 # What a run came to: of a race, of a model that was cut, of a memory.
 FIGURES = ("bits_per_byte", "final_bits_per_byte", "cut", "age", "bits", "flops")
 
