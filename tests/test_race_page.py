@@ -11,6 +11,7 @@ from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
 
 from tokenformer.report import read_report, write_report
 from tokenformer.report.race.page import page as page_of
+from tokenformer.statistics import spread_of
 
 BUDGETS, SEEDS = (0.25, 0.5, 1.0), (0, 1, 2)
 
@@ -59,8 +60,9 @@ def test_means_and_deviations_are_those_of_the_fabricated_runs(report):
     assert cell(report, "grown")["parameters"] == 720_000 and cell(report, "grown", 0.25)["parameters"] == 412_000
 
 
-def test_the_pooled_interval_is_that_of_a_two_way_table(report):
-    y = {name: [plausible(name, 0.004, seed, 1.0) for seed in SEEDS] for name in ARMS}
+def test_the_pooled_interval_is_that_of_the_table_of_arms_that_start_alike(report):
+    alike = ("grown", "grown late", "small", "dropped")  # whose smaller model is one, at each seed
+    y = {name: [plausible(name, 0.004, seed, 1.0) for seed in SEEDS] for name in alike}
     grand = sum(map(sum, y.values())) / (3 * len(y))
     seed_means = [sum(row[j] for row in y.values()) / len(y) for j in SEEDS]
     squares = sum((row[j] - sum(row) / 3 - seed_means[j] + grand) ** 2 for row in y.values() for j in SEEDS)
@@ -71,7 +73,14 @@ def test_the_pooled_interval_is_that_of_a_two_way_table(report):
     assert p["high"] - p["value"] == pytest.approx(half) and p["value"] - p["low"] == pytest.approx(half)
     own = stats.ttest_rel(y["grown"], y["small"]).confidence_interval(0.95)
     assert (p["own_low"], p["own_high"]) == pytest.approx(tuple(own))
+    table = {name: {seed: plausible(name, 0.004, seed, 1.0) for seed in SEEDS} for name in ARMS}
+    starts = {name: "small" if name in alike else name for name in ARMS}  # a copy is a start of its own
+    spread = spread_of(table, starts)
+    other = pair(report, "grown", "scratch")
+    assert (p["same_start"], other["same_start"]) == (True, False)
+    assert other["high"] - other["value"] == pytest.approx(spread.half_width(3)) != pytest.approx(half)
     last = report["budgets"][-1]
+    assert (last["s"], last["s_same"]) == pytest.approx((spread.s, math.sqrt(squares / df)))
     assert len(last["pairs"]) == 21 and last["expected_false_alarms"] == pytest.approx(21 * 0.05)
 
 

@@ -106,6 +106,63 @@ def test_coverage_holds_when_a_run_has_failed():
     assert abs(hits / times - 0.95) < 0.027
 
 
+# --- arms that start as one model ---
+
+FAMILIES = {arm: int(arm[0]) for arm in ("0a", "0b", "0c", "0d", "0e", "1a", "1b", "1c", "2a", "2b", "3a", "4a")}
+
+
+def drawn_in_families(rng, s, s_start, seeds=3):
+    """y = seed + start x seed + rest: no arm differs from another."""
+    start = rng.normal(0, s_start, (len(set(FAMILIES.values())), seeds))
+    table = drawn(rng, dict.fromkeys(FAMILIES, 2.0), seeds, s)
+    return {arm: {j: y + start[FAMILIES[arm], j] for j, y in row.items()} for arm, row in table.items()}
+
+
+def test_a_shared_start_is_taken_out_as_in_a_nested_analysis_of_variance():
+    rng, groups, m, n = np.random.default_rng(RNG_SEED), 4, 3, 5
+    y = rng.normal(0, 1, (groups, m, n)) + 2 * rng.normal(0, 1, (groups, 1, n))
+    table = {f"{g}{i}": dict(enumerate(y[g, i])) for g in range(groups) for i in range(m)}
+    rest = y - y.mean(2, keepdims=True)  # of tables for balanced data: arms out, then seeds within each group
+    within = float(((rest - rest.mean(1, keepdims=True)) ** 2).sum()) / (groups * (m - 1) * (n - 1))
+    between = m * float(((rest.mean(1) - rest.mean((0, 1))) ** 2).sum()) / ((groups - 1) * (n - 1))
+    spread = st.spread_of(table, {arm: arm[0] for arm in table})
+    assert (spread.s_same, spread.df_same) == (pytest.approx(math.sqrt(within)), groups * (m - 1) * (n - 1))
+    parts = {(groups - 1) * (n - 1): between / m, spread.df_same: within * (1 - 1 / m)}
+    assert spread.s == pytest.approx(math.sqrt(sum(parts.values())))
+    assert spread.df == pytest.approx(sum(parts.values()) ** 2 / sum(v**2 / df for df, v in parts.items()))
+    apart, same = st.difference(table, "00", "10", spread), st.difference(table, "00", "01", spread)
+    assert (apart.same_start, same.same_start) == (False, True) and apart.high - apart.low > same.high - same.low
+    alone = st.spread_of(table)
+    each = {arm: arm for arm in table}
+    assert st.spread_of(table, each) == st.Spread(alone.s, alone.df, starts=each)
+    one = st.spread_of(table, dict.fromkeys(table, "the same"))
+    assert (one.s, one.s_same, one.df_same) == (None, pytest.approx(alone.s), alone.df)
+
+
+def test_a_start_that_does_nothing_leaves_the_pooled_spread():
+    rest = np.array([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, 1.0]])  # the groups' means: no rest at all
+    table = {arm: dict(enumerate(row)) for arm, row in zip("abcd", rest.tolist(), strict=True)}
+    spread, plain = st.spread_of(table, {"a": 1, "b": 1, "c": 2, "d": 2}), st.spread_of(table)
+    assert (spread.s, spread.df) == (pytest.approx(plain.s), plain.df) and spread.s < spread.s_same
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_intervals_cover_where_arms_share_the_start_of_a_seed(missing):
+    rng, times = np.random.default_rng(RNG_SEED), 500
+    hits = dict.fromkeys(("apart", "same", "apart, starts not known", "same, starts not known"), 0)
+    for _ in range(times):
+        table = drawn_in_families(rng, s=0.0085, s_start=0.012)
+        if missing:
+            del table["0b"][1], table["3a"][0]
+        for known, spread in (("", st.spread_of(table, FAMILIES)), (", starts not known", st.spread_of(table))):
+            hits["apart" + known] += st.difference(table, "0a", "4a", spread).word == "not told apart"
+            hits["same" + known] += st.difference(table, "0a", "0c", spread).word == "not told apart"
+    share = {what: count / times for what, count in hits.items()}
+    assert abs(share["apart"] - 0.95) < 0.03 and abs(share["same"] - 0.95) < 0.03
+    # The control: pooled over all arms alike, intervals between starts are too short, and within one too long.
+    assert share["apart, starts not known"] < 0.92 and share["same, starts not known"] > 0.98
+
+
 def test_a_copy_is_not_told_apart_and_a_handicap_is_found():
     rng, words, times = np.random.default_rng(RNG_SEED), [], 400
     for _ in range(times):
@@ -140,12 +197,18 @@ def test_false_alarms_are_counted_as_chance_would_have_them():
     assert alarms / times == pytest.approx(st.false_alarms(10), rel=0.3)
 
 
-def test_so_many_seeds_would_settle_it():
-    n = st.seeds_needed(0.01, 0.01, arms=6)
-    width = [stats.t.ppf(0.975, 5 * (k - 1)) * 0.01 * math.sqrt(2 / k) for k in (n - 1, n)]
-    assert width[1] < 0.01 <= width[0]
-    assert st.seeds_needed(-0.01, 0.01, arms=6) == n and st.seeds_needed(0.02, 0.01, arms=6) < n
-    assert st.seeds_needed(0.0, 0.01, arms=6) is None
+def test_so_many_seeds_would_settle_it_four_times_in_five():
+    n = st.seeds_needed(0.012, 0.01, df=5)
+    rng, found = np.random.default_rng(RNG_SEED), {}
+    for seeds in (n - 2, n):
+        words = []
+        for _ in range(600):
+            table = drawn(rng, {"a": 2.0, "b": 2.012, "c": 2.1, "d": 2.0, "e": 2.0, "f": 2.0}, seeds=seeds)
+            words.append(st.difference(table, "a", "b", st.spread_of(table)).word)
+        found[seeds] = words.count("better") / 600
+    assert found[n - 2] < 0.8 < found[n] < 0.9
+    assert st.seeds_needed(-0.012, 0.01, df=5) == n and st.seeds_needed(0.02, 0.01, df=5) < n
+    assert st.seeds_needed(0.0, 0.01, df=5) is None
 
 
 def test_students_points_are_those_of_tables():

@@ -125,15 +125,16 @@ def write_run(
         "peak_memory_bytes": 600_000_000 + total * 16,
         **changes,
     }
-    fields = {"hidden_size": 128, "ffn_tokens": 256 if sizes[0] < 500_000 else 512}
+    fields = {"hidden_size": 128, "ffn_tokens": {412_000: 256, 560_000: 350}.get(sizes[0], 512)}
     recipe = {
         "name": name,
         "description": "",
-        "model": {"architecture": arm.get("architecture", "tokenformer"), "fields": fields},
+        "model": {"architecture": arm.get("architecture", "tokenformer"), **fields},
         "data": {"source": "prose", "tokenizer": "bytes", "sequence_length": 256, "batch_size": 8, "seed": seed},
-        "train": {"flops": FLOPS * share, "learning_rate": rate, "schedule": "wsd", "weight_decay": 0.1, "seed": seed},
+        "train": {"flops": FLOPS * share, "learning_rate": rate, "schedule": "wsd", "weight_decay": 0.1},
         "growth": [{"to": {"ffn_tokens": 512}, "at_fraction": GREW_AT}] if arm.get("grows") else [],
     }
+    recipe["train"]["seed"] = seed + 10_000 * (arm["role"] == "copy")
     if place.name.endswith("_cosine"):
         recipe["train"]["schedule"] = "cosine"
     for file, value in (("recipe", recipe), ("environment", ENVIRONMENT), ("data", DATA), ("result", result)):

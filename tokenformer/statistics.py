@@ -7,16 +7,17 @@ ended, is not in it: its arm is then compared over the seeds that both arms have
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import nctdtr, stdtrit
 
 LEVEL = 0.95
 LEAST_POINTS = 4  # of FLOPs, for a power law of three parameters
 BOOTSTRAP_DRAWS = 1000
+POWER = 0.8  # of a race with as many seeds as are needed
 MOST_SEEDS = 1000  # that `seeds_needed` looks at
 ALPHAS = (0.01, 3.0)  # exponents that a power law is fitted with
 
@@ -24,47 +25,91 @@ Table = dict[str, dict[int, float]]
 Curve = list[tuple[float, float]]  # (FLOPs, loss), one fully decayed result per budget
 
 
-def student(df: int, level: float = LEVEL) -> float:
+def student(df: float, level: float = LEVEL) -> float:
     """The two-sided point of Student's distribution: |t| is below it with probability `level`."""
     if df < 1:
         raise ValueError(f"df: {df} is too small; a t interval needs at least 1 degree of freedom")
     return float(stdtrit(df, 0.5 + level / 2))
 
 
-# --- the two-way table: y = arm + seed + rest (rule 20) ---
+# --- the table of arms and seeds: y = arm + seed + start x seed + rest (rule 20) ---
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviation of the rest, pooled over arms, and its degrees of freedom; s is None where they are 0."""
+    """Standard deviation of one run in a difference of two arms, and its degrees of freedom; None where those are 0.
+
+    s, df: of arms that start from different models. s_same, df_same: of arms that a seed gives the same initial
+    weights, as `starts` (arm -> what its weights start as) says; what these do to a run is then common to both.
+    """
 
     s: float | None
-    df: int
+    df: float
+    s_same: float | None = None
+    df_same: float = 0
+    starts: dict[str, Hashable] = field(default_factory=dict)
 
-    def half_width(self, n: int) -> float | None:
+    def same_start(self, arm: str, other: str) -> bool:
+        return arm in self.starts and self.starts[arm] == self.starts.get(other)
+
+    def half_width(self, n: int, same_start: bool = False) -> float | None:
         """Of the interval of a difference of two arms over n seeds: t s sqrt(2 / n)."""
-        return None if self.s is None or n < 1 else student(self.df) * self.s * math.sqrt(2 / n)
+        s, df = (self.s_same, self.df_same) if same_start else (self.s, self.df)
+        return None if s is None or n < 1 else student(df) * s * math.sqrt(2 / n)
 
 
-def spread_of(table: Table) -> Spread:
-    """Least squares of y = arm + seed + rest. Without missing cells df is (arms - 1)(seeds - 1)."""
-    cells = [(i, seed, y) for i, row in enumerate(table.values()) for seed, y in row.items()]
-    seeds = {seed: len(table) + j for j, seed in enumerate(sorted({seed for _, seed, _ in cells}))}
+def spread_of(table: Table, starts: dict[str, Hashable] | None = None) -> Spread:
+    """Least squares of y = arm + seed + rest, where `starts` is None and each arm stands for itself.
+
+    Arms of one start share an effect of start and seed beside it, of variance v_g, over the rest's v. The rest is what
+    least squares of y = arm + start x seed leaves; what that leaves less than arm + seed alone has the expected mean
+    square v + k v_g, from which v_g follows (Henderson's third method). Then s^2 = v + v_g with Satterthwaite's degrees
+    of freedom, and s_same^2 = v. Where v_g comes out below zero, s is that of y = arm + seed + rest.
+    """
+    starts = starts or {}
+    arms = {arm: i for i, arm in enumerate(table)}
+    cells = [(arm, seed, y) for arm, row in table.items() for seed, y in row.items()]
     if not cells:
-        return Spread(None, 0)
-    design = np.zeros((len(cells), len(table) + len(seeds)))
-    for k, (i, seed, _) in enumerate(cells):
-        design[k, [i, seeds[seed]]] = 1
+        return Spread(None, 0, starts=starts)
     y = np.array([y for _, _, y in cells])
     y = y - y.mean()  # no more than rounding may be left of a table without rest
-    solution, _, rank, _ = np.linalg.lstsq(design, y)
-    rest, df = y - design @ solution, len(cells) - int(rank)
-    return Spread(math.sqrt(float(rest @ rest) / df) if df else None, df)
+    by_arm = one_hot([arms[arm] for arm, _, _ in cells])
+    by_seed = one_hot([seed for _, seed, _ in cells])
+    by_start = one_hot([(starts.get(arm, arms[arm]), seed) for arm, seed, _ in cells])
+    additive, same = residual_maker(by_arm, by_seed), residual_maker(by_arm, by_start)
+    df, df_same = (round(float(np.trace(left))) for left in (additive, same))
+    square, square_same = float(y @ additive @ y), float(y @ same @ y)
+    v = square_same / df_same if df_same else None
+    s_same, df_starts = None if v is None else math.sqrt(v), df - df_same
+    if not df_starts:
+        return Spread(None, 0, s_same, df_same, starts)
+    mean_square = max(square - square_same, 0.0) / df_starts
+    k = float(np.trace(by_start.T @ additive @ by_start)) / df_starts
+    if v is None:
+        return Spread(math.sqrt(mean_square), df_starts, starts=starts)
+    if mean_square <= v:
+        return Spread(math.sqrt(square / df), df, s_same, df_same, starts)
+    parts = [(mean_square / k, df_starts), (v * (1 - 1 / k), df_same)]
+    total = sum(part for part, _ in parts)
+    return Spread(math.sqrt(total), total**2 / sum(p**2 / d for p, d in parts), s_same, df_same, starts)
+
+
+def one_hot(labels: list[Any]) -> np.ndarray:
+    columns = {label: j for j, label in enumerate(dict.fromkeys(labels))}
+    return np.eye(len(columns))[[columns[label] for label in labels]]
+
+
+def residual_maker(*designs: np.ndarray) -> np.ndarray:
+    """I - U Uᵀ, U an orthonormal base of the columns of all designs: what least squares on them leaves of a vector."""
+    u, sizes, _ = np.linalg.svd(np.concatenate(designs, axis=1), full_matrices=False)
+    base = u[:, sizes > 1e-9 * sizes[0]]
+    return np.eye(len(u)) - base @ base.T
 
 
 @dataclass(frozen=True)
 class Difference:
-    """arm - other over the seeds both have: the pooled interval, which gives the word, and the pair's own."""
+    """arm - other over the seeds both have: the pooled interval, which gives the word, and the pair's own. same_start:
+    whether a seed gives both the same initial weights."""
 
     arm: str
     other: str
@@ -75,6 +120,7 @@ class Difference:
     own_low: float | None
     own_high: float | None
     word: str
+    same_start: bool
 
 
 def difference(table: Table, arm: str, other: str, spread: Spread) -> Difference:
@@ -82,10 +128,11 @@ def difference(table: Table, arm: str, other: str, spread: Spread) -> Difference
     seeds = sorted(table[arm].keys() & table[other].keys())
     apart = [table[arm][seed] - table[other][seed] for seed in seeds]
     value, own_low, own_high = own_interval(apart)
-    half = spread.half_width(len(seeds))
+    same = spread.same_start(arm, other)
+    half = spread.half_width(len(seeds), same)
     low, high = (None, None) if value is None or half is None else (value - half, value + half)
     word = "not compared" if value is None else verdict(low, high, ("better", "worse"))
-    return Difference(arm, other, seeds, value, low, high, own_low, own_high, word)
+    return Difference(arm, other, seeds, value, low, high, own_low, own_high, word, same)
 
 
 def own_interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
@@ -130,10 +177,13 @@ def copy_noise(table: Table, copy: str, original: str) -> dict[str, Any]:
     return {"copy": copy, "original": original, "seeds": seeds, "differences": apart, "s": s}
 
 
-def seeds_needed(value: float, s: float, arms: int) -> int | None:
-    """The least number of seeds at which the pooled interval of a difference of `value` would exclude zero."""
+def seeds_needed(value: float, s: float, df: float) -> int | None:
+    """The least number of seeds at which the interval of a true difference of `value` excludes zero four times in five.
+
+    s: of one run. df: degrees of freedom that each seed beyond the first adds.
+    """
     for n in range(2, MOST_SEEDS + 1):
-        if student((arms - 1) * (n - 1)) * s * math.sqrt(2 / n) < abs(value):
+        if nctdtr(df * (n - 1), abs(value) / (s * math.sqrt(2 / n)), student(df * (n - 1))) <= 1 - POWER:
             return n
     return None
 
@@ -174,14 +224,17 @@ class Ratio:
 
 
 def flops_ratios(
-    curves: dict[str, dict[int, Curve]], targets: dict[int, tuple[float, float]], losses: dict[str, Difference]
+    curves: dict[str, dict[int, Curve]],
+    targets: dict[int, tuple[float, float]],
+    losses: dict[str, Difference],
+    starts: dict[str, Hashable] | None = None,
 ) -> dict[str, Ratio]:
     """FLOPs of each arm to reach the reference's loss, over the reference's, as the mean of logarithms over seeds.
 
     targets: seed -> (FLOPs, loss) of the reference at one budget. The threshold of a seed is the reference's result of
     that seed, so that the reference itself is there at exactly those FLOPs and pairs stay pairs. losses: each arm's
     difference to the reference at that budget. The interval is pooled as in rule 20, on log ratios: what the reference
-    adds is common to all arms of a seed, so their two-way table leaves the s of one arm, and the interval is
+    adds is common to all arms of a seed, so their table leaves the s of one arm, and the interval is
     t s sqrt(2 / n) again. Where a seed lies outside the budgets there is no interval; the word is then that of the
     loss at the budget itself, because a lower loss there and fewer FLOPs to the reference's are the same event.
     """
@@ -194,11 +247,11 @@ def flops_ratios(
                 flops, side = flops_to_reach(by_seed[seed], targets[seed][1])
                 logs[arm][seed] = math.log(flops / targets[seed][0])
                 sides[arm].add(side)
-    spread = spread_of({arm: row for arm, row in logs.items() if sides[arm] == {""}})
-    return {arm: ratio_of(logs[arm], sides[arm], spread, losses[arm].word) for arm in curves}
+    spread = spread_of({arm: row for arm, row in logs.items() if sides[arm] == {""}}, starts)
+    return {arm: ratio_of(logs[arm], sides[arm], spread, losses[arm]) for arm in curves}
 
 
-def ratio_of(logs: dict[int, float], sides: set[str], spread: Spread, loss_word: str) -> Ratio:
+def ratio_of(logs: dict[int, float], sides: set[str], spread: Spread, loss: Difference) -> Ratio:
     seeds = sorted(logs)
     if not seeds:
         return Ratio([], None, "", None, None, None, None, "not compared")
@@ -208,9 +261,9 @@ def ratio_of(logs: dict[int, float], sides: set[str], spread: Spread, loss_word:
     if outside:
         # Ends stand in for what lies beyond them. With both in one arm the mean is bounded on neither side.
         side = outside.pop() if len(outside) == 1 else "unbounded"
-        word = {"better": "faster", "worse": "slower"}.get(loss_word, "not told apart")
+        word = {"better": "faster", "worse": "slower"}.get(loss.word, "not told apart")
         return Ratio(seeds, math.exp(mean), side, None, None, None, None, word)
-    half = spread.half_width(len(seeds))
+    half = spread.half_width(len(seeds), loss.same_start)
     low, high = (own_low, own_high) if half is None else (mean - half, mean + half)
     a, b, c, d = (None if bound is None else math.exp(bound) for bound in (low, high, own_low, own_high))
     return Ratio(seeds, math.exp(mean), "", a, b, c, d, verdict(low, high, ("faster", "slower")))

@@ -347,7 +347,8 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         rest = spread_of(table)
         pairs = [asdict(pair) for pair in differences(table, rest)]
         minus = {arm: asdict(difference(table, arm, "rows", rest)) for arm in ARMS if arm != "rows"}
-        said[part] = {**asdict(rest), "half_width": rest.half_width(len(SEEDS)), "minus_rows": minus, "pairs": pairs}
+        said[part] = {"s": rest.s, "df": rest.df, "half_width": rest.half_width(len(SEEDS))}
+        said[part] |= {"minus_rows": minus, "pairs": pairs}
         said[part]["chance_alone_tells_apart"] = false_alarms(len(pairs))
     off = {"base_untouched": True, "off_minus_base": 0.0}  # of every run with a memory, trials too
     for run in found.values():

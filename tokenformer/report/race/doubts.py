@@ -163,21 +163,26 @@ def nearest(budget: dict[str, Any], arm: str, names: list[str]) -> list[str]:
     which = "is the first of these pairs that would" if len(apart) > 1 else "would"
     return [
         f"More noise: **{arm}** against **{pair['other']}** {which} no longer be told apart if runs scattered "
-        f"{times:.1f} times as much as they did (s = {gap_text(budget['s'])})."
+        f"{times:.1f} times as much as they did (s = {gap_text(noise_of(budget, pair)[0])})."
     ]
+
+
+def noise_of(budget: dict[str, Any], pair: dict[str, Any]) -> tuple[float, float]:
+    """The deviation of one run that the interval of a pair rests on, and its degrees of freedom."""
+    return (budget["s_same"], budget["df_same"]) if pair["same_start"] else (budget["s"], budget["df"])
 
 
 def more_seeds(budget: dict[str, Any], arm: str, other: str) -> list[str]:
     """For a pair that is not told apart: the interval against the difference, and how many seeds would settle it."""
     pair = pair_of(budget, arm, other)
-    if pair is None or pair["low"] is None or pair["word"] != "not told apart" or not budget["s"]:
+    if pair is None or pair["low"] is None or pair["word"] != "not told apart":
         return []
-    half, filled = (pair["high"] - pair["low"]) / 2, sum(cell["mean"] is not None for cell in budget["arms"])
-    needed = seeds_needed(pair["value"], budget["s"], filled) if pair["value"] else None
+    (s, df), n, half = noise_of(budget, pair), len(pair["seeds"]), (pair["high"] - pair["low"]) / 2
+    needed = seeds_needed(pair["value"], s, df / (n - 1)) if pair["value"] and s and n > 1 else None
     what = f"about {needed} seeds" if needed and needed <= WORTH_SEEDS else f"more than {WORTH_SEEDS} seeds"
     return [
         f"More seeds: **{arm}** against **{other}** differs by {signed(pair['value'])} with an interval of "
-        f"±{gap_text(half)}; if that difference is the true one, {what} would tell them apart."
+        f"±{gap_text(half)}; if that difference is the true one, {what} would tell them apart four times in five."
     ]
 
 

@@ -6,7 +6,9 @@ on it (docs/fairness.md, rule 26), else the held-out one.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Hashable
 from dataclasses import asdict
 from typing import Any
 
@@ -89,9 +91,24 @@ def mean_of(runs: list[dict[str, Any]], key: str) -> float | None:
     return mean_sd([run[key] for run in runs if run[key] is not None])[0]
 
 
+def starts_of(report: dict[str, Any]) -> dict[str, Hashable]:
+    """What an arm's weights start as at each seed: one architecture in one set of sizes is drawn alike (rule 20).
+
+    A size is a whole number. A copy has a seed of its own for its weights beside that of its text.
+    """
+    starts: dict[str, Hashable] = {}
+    for arm in report["arms"]:
+        model, train, data = (arm["recipe"].get(key) or {} for key in ("model", "train", "data"))
+        sizes = {k: v for k, v in model.items() if isinstance(v, int | list) and not isinstance(v, bool)}
+        about = [arm["architecture"], model.get("checkpoint"), model.get("rank"), sizes]
+        own = train.get("seed", 0) - data.get("seed", 0)
+        starts[arm["name"]] = json.dumps([*about, own], sort_keys=True) if model else arm["name"]
+    return starts
+
+
 def budget_of(report: dict[str, Any], share: float) -> dict[str, Any]:
     table = values_at(report, share)
-    spread, cells = spread_of(table), []
+    spread, cells = spread_of(table, starts_of(report)), []
     for arm in report["arms"]:
         finished = [run for run in runs_at(arm, share) if run["status"] == "finished"]
         mean, sd = mean_sd(list(table[arm["name"]].values()))
@@ -124,6 +141,8 @@ def budget_of(report: dict[str, Any], share: float) -> dict[str, Any]:
         "measure": measure_at(report, share),
         "s": spread.s,
         "df": spread.df,
+        "s_same": spread.s_same,
+        "df_same": spread.df_same,
         "arms": cells,
         "pairs": [asdict(d) for d in compared],
         "told_apart": sum(d.word != "not told apart" for d in compared),
@@ -175,11 +194,12 @@ def reach(report: dict[str, Any]) -> list[dict[str, Any]]:
     reference, measure = reference_of(report), measure_of_all(report)
     others = [arm for arm in report["arms"] if arm is not reference]
     curves, out = {arm["name"]: curves_of(report, arm) for arm in others}, []
+    starts = starts_of(report)
     for share in spread_out(report["race"]["budgets"], THRESHOLDS):
         ended = [run for run in runs_at(reference, share) if value_of(run, measure) is not None]
         targets = {run["seed"]: (run["flops"], run[measure]) for run in ended}
         table = values_at(report, share)
-        spread = spread_of(table)
+        spread = spread_of(table, starts)
         losses: dict[str, Difference] = {
             arm["name"]: difference(table, arm["name"], reference["name"], spread) for arm in others
         }
@@ -188,7 +208,7 @@ def reach(report: dict[str, Any]) -> list[dict[str, Any]]:
                 "share": share,
                 "flops": mean_sd([flops for flops, _ in targets.values()])[0],
                 "loss": mean_sd([loss for _, loss in targets.values()])[0],
-                "ratios": {name: asdict(r) for name, r in flops_ratios(curves, targets, losses).items()},
+                "ratios": {name: asdict(r) for name, r in flops_ratios(curves, targets, losses, starts).items()},
             }
         )
     return out

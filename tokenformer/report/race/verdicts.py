@@ -48,7 +48,7 @@ def matrix(report: dict[str, Any], budget: dict[str, Any]) -> str:
             out.append(verdict_cell(pair["word"], signed(pair["value"]) + half, own))
         rows.append(out)
     pairs = len(budget["pairs"])
-    spread = "" if budget["s"] is None else f"s = {gap_text(budget['s'])} with {budget['df']} degrees of freedom. "
+    spread = "".join(f"s = {gap_text(s)} of {of}, with {df:.3g} degrees of freedom. " for of, s, df in noise(budget))
     text = "the final text" if budget["measure"] == "final_bits_per_byte" else "the held-out text"
     note = (
         f'<p class="small">The row’s bits per byte less the column’s, on {text}, ± the pooled 95 % interval; beneath '
@@ -57,6 +57,13 @@ def matrix(report: dict[str, Any], budget: dict[str, Any]) -> str:
     )
     head = ["", *(named(report, c["arm"]) for c in cells)]
     return table(head, rows, "matrix") + note
+
+
+def noise(budget: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """What the pooled deviations of a budget are of, each with its degrees of freedom (rule 20)."""
+    found = [("arms of different starts", budget["s"], budget["df"])]
+    found.append(("arms that start as the same model", budget["s_same"], budget["df_same"]))
+    return [each for each in found if each[1] is not None]
 
 
 def verdict_section(report: dict[str, Any]) -> str:
@@ -179,11 +186,15 @@ def noise_section(report: dict[str, Any]) -> str:
         apart = ", ".join(signed(d) for d in copy["differences"])
         row = [budget_name(report, budget), named(report, copy["copy"]), e(copy["original"]), apart or MISSING]
         rows.append([*row, MISSING if copy["s"] is None else gap_text(copy["s"]), verdict])
-    pooled = [[budget_name(report, b), gap_text(b["s"]), str(b["df"])] for b in report["budgets"] if b["s"] is not None]
+    pooled = [
+        [budget_name(report, b), what, gap_text(s), f"{df:.3g}"] for b in report["budgets"] for what, s, df in noise(b)
+    ]
     out = ["<h2>Noise</h2>"]
     if pooled:
-        out.append('<p class="small">Standard deviation of one run once arm and seed are taken out, over all arms.</p>')
-        out.append(table(["budget", "pooled s", "degrees of freedom"], pooled, "", (1, 2)))
+        text = "Standard deviation of one run in a difference of two arms. Arms that start as the same model share "
+        text += "what a seed’s initial weights do, and differ by less."
+        out.append(f'<p class="small">{text}</p>')
+        out.append(table(["budget", "of", "pooled s", "degrees of freedom"], pooled, "", (2, 3)))
     if rows:
         text = "A copy is the same arm with other initial weights on the same text; what lies between is noise."
         head = ["budget", "copy", "of", "differences, seed by seed", "s of one run", "verdict"]

@@ -19,7 +19,7 @@ def pair_of(budget: dict[str, Any], arm: str, other: str) -> dict[str, Any] | No
             return pair
         if (pair["arm"], pair["other"]) == (other, arm):
             turned = {"better": "worse", "worse": "better"}
-            flipped = {"arm": arm, "other": other, "seeds": pair["seeds"], "value": -pair["value"]}
+            flipped = {**pair, "arm": arm, "other": other, "value": -pair["value"]}
             for low, high in (("low", "high"), ("own_low", "own_high")):
                 flipped[low] = None if pair[high] is None else -pair[high]
                 flipped[high] = None if pair[low] is None else -pair[low]
@@ -173,7 +173,7 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
             edge = "bracketed" if not best["edge"] else f"not bracketed: the {best['edge']} size"
             tiles.append(("best size from scratch", bits_text(best["loss"]), f"{best['arm']}; {edge}"))
         if budget["s"] is not None:
-            tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']} degrees of freedom"))
+            tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']:.3g} degrees of freedom"))
         at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
         ratio = at["ratios"].get(arm["name"]) if at and arm else None
         if ratio and ratio["value"] is not None and ratio["side"] != "unbounded":
