@@ -16,10 +16,11 @@ from tiny_runs import tiny
 from tokenformer import runs
 from tokenformer.data import prepare
 from tokenformer.models import build_config
-from tokenformer.race import checks, jobs, plan_race, processes, race_of, run_race, settle_moved
-from tokenformer.race.arms import arms_of
+from tokenformer.race import arm_entry, checks, jobs, plan_race, processes, race_of, run_race, settle_moved
+from tokenformer.race.arms import arms_of, same_run, target_of, ungrown
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
 from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from tokenformer.report.race.controls import control_of
 from tokenformer.state import save_state
 from tokenformer.step import train_step as step
 from tokenformer.train import Diverged, Stopped, train
@@ -119,6 +120,37 @@ def test_scratch_is_of_the_size_that_the_arm_ends_with(
     assert race.plan(arms["scratch"], scratch).phases[-1].flops_per_step == (
         race.plan(arms["grown"], arms["grown"].recipe).phases[-1].flops_per_step
     )
+
+
+def test_the_page_finds_for_each_arm_the_controls_that_the_race_gave_it(shared: Path) -> None:
+    def growing(name: str, model: dict[str, Any], **event: Any) -> dict[str, Any]:
+        return {"name": name, "model": model, "growth": [{"at_fraction": 0.2, **event}]}
+
+    gelu = {"theta": "gelu"}
+    experts = {"operator": "upcycle", "to": {"num_local_experts": 2}}
+    each = [
+        growing("grown", {}, to={"ffn_tokens": 32}), growing("late", {}, to={"ffn_tokens": 32}, moments="drop"),
+        growing("theta", gelu, to={"ffn_tokens": 32}), growing("theta-late", gelu, to={"ffn_tokens": 32},
+        moments="drop"), growing("next", {"ffn_tokens": 32}, to={"ffn_tokens": 64}),
+        growing("moe", LLAMA["model"], **experts), growing("moe-late", LLAMA["model"], moments="drop", **experts),
+    ]
+    race = race_of(racing(shared, *each), Path())
+    told = [arm_entry(race, arm) | {"recipe": recipe_to_dict(arm.recipe)} for arm in race.arms]
+    for i, arm in enumerate(race.arms[: len(each)]):
+        # Each is found by what was made for it, and by likeness alone.
+        likeness = [entry | {"of": None} if entry["of"] == arm.name else entry for entry in told]
+        for role, recipe in (("scratch", target_of(arm, 256)), ("small", ungrown(arm.recipe, 256))):
+            made = [other.name for other in race.arms[:-1] if not other.grows and same_run(other.recipe, recipe, 256)]
+            own = role == "scratch" and arm.name == "moe"  # of another architecture: that it was made for it is needed
+            for arms in [told] if own else [told, likeness]:
+                found = control_of({"arms": arms}, arms[i], role)
+                assert [found and found["name"]] == made, (arm.name, role)
+    blurred = [entry | {"of": None, "recipe": {}} for entry in told]  # the control: parameters alone do not tell
+    theta = control_of({"arms": blurred}, blurred[2], "scratch")
+    assert theta and theta["name"] == "scratch" and control_of({"arms": told}, told[2], "scratch") == next(
+        entry for entry in told if entry["name"] == "scratch-theta"
+    )
+    assert len({other.name for other in race.arms if other.role == "scratch"}) == 4
 
 
 @pytest.mark.parametrize(

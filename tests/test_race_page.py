@@ -10,7 +10,10 @@ from scipy import stats
 from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
 
 from tokenformer.report import read_report, write_report
+from tokenformer.report.markup import name_of
 from tokenformer.report.race.page import page as page_of
+from tokenformer.report.race.words import ratio_text
+from tokenformer.report.units import flops_text, signed
 from tokenformer.statistics import spread_of
 
 BUDGETS, SEEDS = (0.25, 0.5, 1.0), (0, 1, 2)
@@ -44,6 +47,13 @@ def pair(report, a, b, share=1.0):
 def cell(report, arm, share=1.0):
     budget = next(b for b in report["budgets"] if b["share"] == share)
     return next(c for c in budget["arms"] if c["arm"] == arm)
+
+
+def cells_of(page, title):
+    """The table under a heading, row by row, as text."""
+    body = page.split(f">{title}", 1)[1].split("<tbody>", 1)[1].split("</tbody>", 1)[0]
+    rows = [re.findall("<td[^>]*>(.*?)</td>", row) for row in body.split("<tr>")[1:]]
+    return [[html.unescape(re.sub("<[^>]*>", "", cell)) for cell in row] for row in rows]
 
 
 # --- arithmetic ---
@@ -144,6 +154,9 @@ def test_a_rise_after_growth_is_shown_with_what_made_it_good(tmp_path):
     assert [v["rise"] for v in events["grown"]] == pytest.approx([0.25] * 3)
     assert all(0 < v["recovery_flops"] <= 0.04 * FLOPS + 1 for v in events["grown"])
     assert [v["rise"] for v in events["grown late"]] == pytest.approx([0.0] * 3)
+    rows = {row[0]: row[-2:] for row in cells_of(page_of(told), "Growths, and what they cost")}
+    assert rows["grown"] == ["+0.250", f"by the next evaluation, ≤ {flops_text(0.02 * FLOPS)}"]
+    assert rows["grown late"] == ["none", "none"]
 
 
 def test_the_compute_optimal_size_is_found_and_an_edge_is_said(report, tmp_path):
@@ -172,6 +185,138 @@ def test_a_power_law_is_fitted_where_there_are_four_budgets(report, tmp_path):
     law = read_report(folder)["power_laws"]["small"]
     assert law["reason"] is None and law["alpha"] == pytest.approx(0.3, abs=0.1)
     assert law["E"] == pytest.approx(2.055, abs=0.15)
+
+
+# --- the controls of each arm ---
+
+GROWS = {"role": "arm", "grows": True, "parameters": (412_000, 720_000)}
+MANY = {
+    **ARMS,
+    "wide": {**GROWS, "parameters": (300_000, 720_000)},
+    "small-wide": {"role": "small", "of": "wide", "parameters": (300_000, 300_000)},
+    "theta": {**GROWS, "model": {"theta": "gelu"}},
+    "scratch-theta": {"role": "scratch", "of": "theta", "parameters": (720_000, 720_000), "model": {"theta": "gelu"}},
+    "theta late": {**GROWS, "model": {"theta": "gelu"}},
+    "next": {**GROWS, "parameters": (720_000, 900_000)},
+    "unmatched": {**GROWS, "model": {"theta": "silu"}},  # as large as the others, and another model
+}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    away = {"grown late": -0.06, "wide": 0.01, "small-wide": 0.06, "scratch-theta": 0.04}
+    return read_report(
+        write_full_race(
+            tmp_path_factory.mktemp("many") / "race", MANY, lambda arm, *at: plausible(arm, *at) + away.get(arm, 0.0)
+        )
+    )
+
+
+def test_each_arms_controls_are_found_by_what_they_are(many):
+    found = {
+        row["arm"]: {role: control["name"] for role, control in row["controls"].items() if role != "optimal"}
+        for row in many["own_controls"]
+    }
+    assert found == {
+        "grown": {"scratch": "scratch", "small": "small", "dropped": "dropped"},
+        "grown late": {"scratch": "scratch", "small": "small"},
+        "wide": {"scratch": "scratch", "small": "small-wide"},
+        "theta": {"scratch": "scratch-theta"},
+        "theta late": {"scratch": "scratch-theta"},
+        "next": {"small": "scratch"},
+        "unmatched": {},
+    }
+    assert list(found)[0] == "grown late" and "**grown late**" in many["answer"][0]  # best first, and it owns nothing
+    for name in ("dropped", "small-wide", "scratch-theta"):
+        assert f"**{name}**" not in many["answer"][0]
+
+
+def test_a_mixture_that_grew_from_a_dense_model_has_its_scratch(tmp_path):
+    mixture = {name: {**ARMS[name], "architecture": "mixtral"} for name in ("scratch", "copy of scratch")}
+    arms = {**ARMS, **mixture, "other": {**GROWS, "model": {"theta": "gelu"}}}
+    folder = write_full_race(
+        tmp_path / "race", arms, lambda arm, *at: plausible(arm, *at) + 0.05 * (arm == "other"), budgets=(1.0,)
+    )
+    told = read_report(folder)
+    own = {row["arm"]: row["controls"] for row in told["own_controls"]}
+    assert own["grown"]["scratch"]["name"] == own["grown late"]["scratch"]["name"] == "scratch"
+    assert "scratch" not in own["other"] and "**scratch** (the target size from scratch)" in told["answer"][0]
+    assert own["grown"]["optimal"]["name"] == "size 560 k"  # of both architectures
+
+
+def test_own_controls_are_compared_by_the_pairs_and_flops_by_their_own_scratch(many):
+    for row in many["own_controls"]:
+        for control in row["controls"].values():
+            found = pair(many, row["arm"], control["name"])
+            sign = 1 if found["arm"] == row["arm"] else -1
+            assert control["pair"]["value"] == pytest.approx(sign * found["value"])
+    ratios = {row["arm"]: row["flops_to_scratch"] for row in many["own_controls"]}
+    assert ratios["grown"] == many["reach"][-1]["ratios"]["grown"] and ratios["next"] is None
+    curves = [cell(many, "scratch-theta")["values"], *(cell(many, "theta", share)["values"] for share in BUDGETS)]
+    logs = []
+    for target, *curve in zip(*curves, strict=True):
+        logs.append(math.log(0.5) + math.log(2) * (curve[1] - target) / (curve[1] - curve[2]))
+    assert ratios["theta"]["value"] == pytest.approx(math.exp(sum(logs) / 3)) and ratios["theta"]["side"] == ""
+    assert many["reach"][-1]["ratios"]["theta"]["value"] != pytest.approx(ratios["theta"]["value"])  # the reference's
+    rows = {row[0]: row for row in cells_of(page_of(json.loads(json.dumps(many))), "Each growing arm against its own")}
+    late = next(row for name, row in rows.items() if name.startswith("grown late"))
+    assert "from scratch" in late[1] and "from small" in late[2] and late[3] == "–" and "faster" in late[5]
+
+
+def test_gains_over_different_scratch_are_compared_seed_by_seed(many):
+    gains = {(g["arm"], g["other"]): g for g in many["gains"]}
+    assert {frozenset(key) for key in gains} == {
+        frozenset((a, b)) for a in ("grown", "grown late", "wide") for b in ("theta", "theta late")
+    }
+    four = (cell(many, name)["values"] for name in ("grown late", "scratch", "theta", "scratch-theta"))
+    apart = [a - b - (c - d) for a, b, c, d in zip(*four, strict=True)]
+    found = gains["grown late", "theta"]
+    interval = stats.ttest_1samp(apart, 0).confidence_interval(0.95)
+    assert (found["value"], found["own_low"], found["own_high"]) == pytest.approx((sum(apart) / 3, *interval))
+    last = many["budgets"][-1]  # of a difference of two arms t s sqrt(2 / 3); of four runs t s sqrt(4 / 3)
+    half = stats.t.ppf(0.975, last["df"]) * last["s"] * math.sqrt(4 / 3)
+    assert (found["low"], found["high"]) == pytest.approx((found["value"] - half, found["value"] + half))
+    assert found["word"] == "better" and ("theta", "theta late") not in gains  # the control: they share their scratch
+    rows = cells_of(page_of(json.loads(json.dumps(many))), "Gain of growing over")
+    assert len(rows) == 6 and rows[0][0].startswith("grown lateless scratch") and "better" in rows[0][2]
+
+
+# --- how it reads ---
+
+
+def test_the_columns_of_the_matrix_begin_with_the_reference_and_the_controls(race):
+    page = (race / "report.html").read_text().split("<h2>Verdicts</h2>", 1)[1]
+    head = re.findall("<b>(.*?)</b>", page.split("<thead>", 1)[1].split("</thead>", 1)[0])
+    assert head[0] == "scratch" and set(head[-2:]) == {"grown", "grown late"} and len(head) == len(ARMS)
+    rows = [row[0] for row in cells_of(page, "At 12.0 TFLOP")]
+    assert rows[0].startswith("grown") and not rows[0].startswith("grown late")  # rows stay best first
+
+
+def test_what_decays_before_the_growth_is_tagged_in_matrix_and_flops(race):
+    page = (race / "report.html").read_text()
+    early = page.split("Verdicts at 3.00 TFLOP", 1)[1].split("</details>", 1)[0]
+    assert early.count("before growth") == 6  # three arms that grow, as row and as column
+    middle = page.split("Verdicts at 6.00 TFLOP", 1)[1].split("</details>", 1)[0]
+    assert "before growth" not in middle
+    rows = {row[0]: row for row in cells_of(page, "FLOPs to reach a loss")}
+    assert "before growth" in rows["grown"][1] and "before growth" not in rows["grown"][2] + rows["small"][1]
+    assert "by its loss at that budget" in rows["grown"][1] and "by its loss" not in rows["grown"][2]
+
+
+def test_ratios_get_digits_where_a_bound_would_read_as_one():
+    ratio = {"value": 0.92, "low": 0.84, "high": 0.9964, "side": ""}
+    assert ratio_text(ratio) == "0.920 [0.840 to 0.996]"
+    assert ratio_text(ratio | {"high": 0.99961}) == "0.9200 [0.8400 to 0.9996]"
+    assert ratio_text(ratio | {"high": 0.99}) == "0.92 [0.84 to 0.99]"
+    assert ratio_text(ratio | {"low": None, "high": None, "side": "more than"}) == "more than 0.92"
+    assert [signed(x) for x in (0.0123, -0.0003, 0.0)] == ["+0.012", "−0.0003", "+0.000"]
+    assert [signed(x) for x in (2e-9, -2e-9)] == ["<+0.0001", ">−0.0001"]
+
+
+def test_arms_of_one_colour_have_swatches_like_their_lines():
+    report = {"kind": "race", "arms": [{"name": str(i)} for i in range(21)]}
+    looks = [re.search('class="swatch (.*?)"', name_of(report, arm)).group(1) for arm in report["arms"]]
+    assert len(set(looks)) == 21 and [looks[i] for i in (0, 7, 14)] == ["f0", "f0 dashed", "f0 dotted"]
 
 
 # --- self-tests: a copy, a handicap, and what spoils an answer ---
@@ -216,6 +361,11 @@ def test_copies_of_copies_are_told_apart_about_as_often_as_chance_has_it(tmp_pat
             {"loss": lambda *at: plausible(*at) - 1.7},
         ),
         ({"loss": lambda *at: plausible(*at) - 1.99}, "is below 0.5, which is implausible", {}),
+        (
+            {"final": lambda *at: plausible(*at) - 1.99, "checks": {"lzma_bits_per_byte": 1.6}},
+            "is below 0.5, which is implausible",
+            {"final": lambda *at: plausible(*at) - 1.7, "checks": {"lzma_bits_per_byte": 1.6}},
+        ),
         ({"seeds": (0, 1)}, "Fewer than 3 seeds: 2", {"seeds": (0, 1, 2)}),
         (
             {"changed": lambda a, s, b: {"flops": 1.05 * b * FLOPS} if a == "small" else {}},
@@ -251,6 +401,33 @@ def test_what_spoils_the_answer_is_red(tmp_path, changes, flag, control):
     )
     fine = read_report(write_full_race(tmp_path / "fine", **control))
     assert reds(fine) == [] and not fine["answer"][0].startswith("**Read")
+
+
+@pytest.mark.parametrize("run", ["tune/lr-0.004", "seed-0_cosine"])
+def test_trials_and_cosine_runs_are_held_to_the_same_rules(tmp_path, run):
+    folder = write_full_race(tmp_path / "race", budgets=(1.0,), cosine=("scratch",))
+    assert reds(read_report(folder)) == []
+    path = folder / f"arms/scratch/{run}/result.json"
+    stored = json.loads(path.read_text())
+    for change, flag in (({"epochs": 3.0}, "text 3.00 times"), ({"bits_per_byte": 0.4}, "0.400 bits per byte is")):
+        write(path, stored | change)
+        assert any(text.startswith("**scratch**") and flag in text for text in reds(read_report(folder)))
+
+
+def test_growing_without_controls_and_maps_learned_on_text_seen_before_are_said(tmp_path):
+    arms = {"grown": {**ARMS["grown"], "operator": "ligo"}, "other": {"role": "arm", "parameters": (720_000,) * 2}}
+    folder = write_full_race(tmp_path / "race", arms=arms, reference="other", budgets=(1.0,))
+    path = folder / "race.json"
+    stored = json.loads(path.read_text())
+    said = {}
+    for controls in (True, False):
+        write(path, {**stored, "race": {**stored["race"], "controls": controls}})
+        said[controls] = ambers(read_report(folder))
+    assert any("race.controls = false: **grown** grew without" in text for text in said[False])
+    assert not any("race.controls" in text for text in said[True])
+    assert any(text.startswith("**grown** learned the maps of ligo on batches already") for text in said[True])
+    plain = write_full_race(tmp_path / "plain", budgets=(1.0,))
+    assert not any("ligo" in text for text in ambers(read_report(plain)))
 
 
 def test_runs_that_cannot_come_any_more_are_failed_and_so_is_tuning_that_only_diverged(tmp_path):

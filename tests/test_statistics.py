@@ -315,10 +315,20 @@ def test_a_power_law_is_recovered_and_too_few_points_are_refused():
 
 def test_a_rise_after_growth_and_the_flops_until_it_is_made_good():
     after = [(10.0, 2.1), (12.0, 2.3), (15.0, 2.05), (20.0, 1.9), (25.0, 1.8)]
-    assert st.recovery(2.0, 10.0, after) == {"rise": pytest.approx(0.3), "flops": 10.0}
-    assert st.recovery(1.0, 10.0, after) == {"rise": pytest.approx(1.3), "flops": None}
-    assert st.recovery(2.3, 10.0, after) == {"rise": 0.0, "flops": 0.0}
-    assert st.recovery(2.0, 10.0, []) == {"rise": None, "flops": None}
+    assert st.recovery(2.0, 10.0, after) == {"rise": pytest.approx(0.3), "flops": 10.0, "at_next": False}
+    assert st.recovery(1.0, 10.0, after) == {"rise": pytest.approx(1.3), "flops": None, "at_next": False}
+    assert st.recovery(2.3, 10.0, after) == {"rise": 0.0, "flops": 0.0, "at_next": False}
+    assert st.recovery(2.0, 10.0, []) == {"rise": None, "flops": None, "at_next": False}
+
+
+def test_a_rise_of_rounding_is_none_and_one_made_good_at_the_next_evaluation_is_a_bound():
+    def after(rise):
+        return st.recovery(2.0, 10.0, [(10.0, 2.0 + rise), (12.0, 1.9), (15.0, 1.8)])
+
+    assert after(1e-9)["flops"] == 0 and after(0.99e-4)["flops"] == 0 and not after(1e-9)["at_next"]
+    assert (after(1.01e-4)["flops"], after(1.01e-4)["at_next"]) == (2.0, True)  # the control: this one is a rise
+    later = st.recovery(2.0, 10.0, [(10.0, 2.3), (12.0, 2.1), (15.0, 1.9)])
+    assert (later["flops"], later["at_next"]) == (5.0, False)
 
 
 def test_the_best_size_is_found_and_an_edge_is_said_to_be_one():

@@ -26,7 +26,7 @@ CHECKS = {"overlap": 0.012, "lzma_bits_per_byte": 2.4, "final_overlap": None}
 FLOPS, STEPS, TOKENS_PER_STEP = 1.2e13, 1000, 2048
 GREW_AT = 0.3  # of the whole budget
 
-# What an arm is, beside its name: role, of, whether it grows, parameters at its start and end.
+# What an arm is, beside its name: role, of, whether it grows, parameters at its start and end, more of its model.
 ARMS: dict[str, dict[str, Any]] = {
     "grown": {"role": "arm", "grows": True, "parameters": (412_000, 720_000)},
     "grown late": {"role": "arm", "grows": True, "parameters": (412_000, 720_000)},
@@ -125,14 +125,16 @@ def write_run(
         "peak_memory_bytes": 600_000_000 + total * 16,
         **changes,
     }
-    fields = {"hidden_size": 128, "ffn_tokens": {412_000: 256, 560_000: 350}.get(sizes[0], 512)}
+    rows, target = (size // 1_000 for size in sizes)
+    model = {"architecture": arm.get("architecture", "tokenformer"), "hidden_size": 128, "ffn_tokens": rows}
+    event = {"to": {"ffn_tokens": target}, "at_fraction": GREW_AT, "operator": arm.get("operator", "zero_keys")}
     recipe = {
         "name": name,
         "description": "",
-        "model": {"architecture": arm.get("architecture", "tokenformer"), **fields},
+        "model": {**model, **arm.get("model", {})},
         "data": {"source": "prose", "tokenizer": "bytes", "sequence_length": 256, "batch_size": 8, "seed": seed},
         "train": {"flops": FLOPS * share, "learning_rate": rate, "schedule": "wsd", "weight_decay": 0.1},
-        "growth": [{"to": {"ffn_tokens": 512}, "at_fraction": GREW_AT}] if arm.get("grows") else [],
+        "growth": [event] if arm.get("grows") else [],
     }
     recipe["train"]["seed"] = seed + 10_000 * (arm["role"] == "copy")
     if place.name.endswith("_cosine"):
@@ -165,7 +167,9 @@ def write_full_race(
     entries = []
     for name, arm in arms.items():
         place = folder / "arms" / name
-        start, end = ({"total": p, "active": p, "embedding": 32_768} for p in arm["parameters"])
+        start, end = (
+            {"total": p, "active": p, "embedding": 32_768, "other": p - 32_768} for p in arm["parameters"]
+        )
         entries.append(
             {
                 "name": name,

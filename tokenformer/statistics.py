@@ -19,6 +19,7 @@ LEAST_POINTS = 4  # of FLOPs, for a power law of three parameters
 BOOTSTRAP_DRAWS = 1000
 POWER = 0.8  # of a race with as many seeds as are needed
 MOST_SEEDS = 1000  # that `seeds_needed` looks at
+NO_RISE = 1e-4  # bits per byte; what rounding makes of an exact growth stays far below
 ALPHAS = (0.01, 3.0)  # exponents that a power law is fitted with
 
 Table = dict[str, dict[int, float]]
@@ -324,19 +325,22 @@ def fit_power_law(flops: np.ndarray, losses: np.ndarray) -> tuple[float, float, 
 # --- growth and size ---
 
 
-def recovery(before: float, at_flops: float, after: Curve) -> dict[str, float | None]:
+def recovery(before: float, at_flops: float, after: Curve) -> dict[str, Any]:
     """Rule 24: how far the held-out loss rose above `before`, and the FLOPs until it was there again.
 
     after: the evaluations from right after the growth until the next one. The rise is that of their highest; 0 FLOPs
-    where none is higher; None FLOPs where `before` is not reached again after the highest.
+    where it is none, below NO_RISE; None FLOPs where `before` is not reached again after the highest. `at_next`: it
+    was there again at the first evaluation that training led to, so the FLOPs are no more than a bound.
     """
     if not after:
-        return {"rise": None, "flops": None}
+        return {"rise": None, "flops": None, "at_next": False}
     top = max(range(len(after)), key=lambda i: after[i][1])
     rise = after[top][1] - before
-    if rise <= 0:
-        return {"rise": rise, "flops": 0.0}
-    return {"rise": rise, "flops": next((c - at_flops for c, loss in after[top:] if loss <= before), None)}
+    if rise < NO_RISE:
+        return {"rise": rise, "flops": 0.0, "at_next": False}
+    flops = next((c - at_flops for c, loss in after[top:] if loss <= before), None)
+    trained = [c - at_flops for c, _ in after if c > at_flops]
+    return {"rise": rise, "flops": flops, "at_next": bool(trained) and flops == trained[0]}
 
 
 def compute_optimal(sizes: dict[str, tuple[float, float]]) -> dict[str, Any] | None:

@@ -73,5 +73,5 @@ def name_of(report: dict[str, Any], arm: dict[str, Any]) -> str:
     if report["kind"] == "run":
         return f"<b>{e(arm['name'])}</b>"
     colour = colour_of(report, arm)
-    dash = " dashed" if colour >= len(LIGHT) else ""
+    dash = ("", " dashed", " dotted")[colour // len(LIGHT) % 3]  # as the lines of the charts
     return f'<i class="swatch f{colour % len(LIGHT)}{dash}"></i><b>{e(arm["name"])}</b>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .markup import e, name_of, pairs, shown, table
-from .units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text, small_text
+from .units import MISSING, bits_text, count_text, flops_text, seconds_text, signed, small_text
 from .verdict import by_rank, flatten
 
 
@@ -15,8 +15,8 @@ def difference(arm: dict[str, Any]) -> str:
     if arm["against_best"] == "best":
         return "lowest"
     if arm["against_best"] == "not told apart":
-        return f'+{gap_text(arm["difference_to_best"])} <span class="tag quiet">not told apart</span>'
-    return f"+{gap_text(arm['difference_to_best'])}"
+        return f'{e(signed(arm["difference_to_best"]))} <span class="tag quiet">not told apart</span>'
+    return e(signed(arm["difference_to_best"]))
 
 
 def arms_table(report: dict[str, Any]) -> str:

@@ -65,11 +65,17 @@ def bits_text(value: float | None) -> str:
 
 
 def gap_text(value: float) -> str:
-    """A difference in bits per byte: three decimals, four where three would hide it."""
+    """A difference in bits per byte without its sign: three decimals, four where three would hide it."""
     size = abs(value)
     if size == 0 or size >= 0.0005:
         return f"{size:.3f}"
-    return f"{size:.4f}" if size >= 0.00005 else "less than 0.0001"
+    return f"{size:.4f}" if size >= 0.00005 else "<0.0001"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign: +0.012, −0.0003; what is closer to 0 than is shown, as <+0.0001 or >−0.0001."""
+    sign, size = "−" if value < 0 else "+", gap_text(value)
+    return f"{sign}{size}" if size[0] != "<" else f"{'>' if value < 0 else '<'}{sign}{size[1:]}"
 
 
 def small_text(value: float | None) -> str:

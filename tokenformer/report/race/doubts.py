@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...statistics import seeds_needed
-from ..units import bits_text, flops_text, gap_text
+from ..units import bits_text, flops_text, gap_text, signed
 from ..verdict import (
     differing_keys,
     environment_doubts,
@@ -15,7 +15,8 @@ from ..verdict import (
     stream_doubts,
     unequal_text,
 )
-from .words import answer, answered, best_arm, controls_of, headline, listed, pair_of, progress, share_text, signed
+from .controls import controls_of, gains, own_controls, pair_of
+from .words import answer, answered, best_arm, headline, listed, progress, share_text
 
 OVERLAP = 0.05  # above this share of its stretches in the training text, a text is no longer held out (rule 4)
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
@@ -52,9 +53,12 @@ def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
     seen: dict[tuple[str, str], int] = {}
     notes: dict[tuple[str, str], str] = {}
     floor = report["checks"].get("lzma_bits_per_byte")
-    for arm, run in started:
-        doubts = run_doubts({**run, "name": arm["name"]})
-        lowest = min((b for b in (run["bits_per_byte"], run["final_bits_per_byte"]) if b is not None), default=None)
+    others = [(arm, {"epochs": None, "growth": [], **run}) for arm in report["arms"] for run in arm["trials"]]
+    others += [(arm, run) for arm in report["arms"] for run in arm["cosine"]]
+    for arm, run in started + others:
+        found = [b for b in (run["bits_per_byte"], run.get("final_bits_per_byte")) if b is not None]
+        lowest = min(found, default=None)
+        doubts = run_doubts({**run, "name": arm["name"], "bits_per_byte": lowest})
         if floor and lowest is not None and lowest < LZMA_SHARE * floor:
             text = f"**{arm['name']}**: {bits_text(lowest)} bits per byte is less than a quarter of LZMA's {floor:.2f}."
             doubts.append(("below LZMA", text))
@@ -116,6 +120,14 @@ def soft_doubts(report: dict[str, Any]) -> list[str]:
     budgets = len(report["race"]["budgets"])
     if budgets < FEW_BUDGETS:
         warn.append(f"Fewer than {FEW_BUDGETS} budgets: {budgets}. FLOPs to reach a loss are hardly bounded.")
+    growing = [arm for arm in report["arms"] if arm["grows"]]
+    if growing and not report["race"].get("controls", True):
+        names = listed([f"**{arm['name']}**" for arm in growing])
+        warn.append(f"race.controls = false: {names} grew without the controls that rules 7 to 9 add.")
+    learned = [a for a in growing if any(event.get("operator") == "ligo" for event in a["recipe"].get("growth", ()))]
+    if learned:
+        names = listed([f"**{arm['name']}**" for arm in learned])
+        warn.append(f"{names} learned the maps of ligo on batches already trained on, so read those again (rule 3).")
     return warn
 
 
@@ -134,7 +146,8 @@ def changes(report: dict[str, Any]) -> list[str]:
             f"**{arm['name']}** is the best of {len(grown)} growing arms, chosen after the fact; chance favours it, "
             "and fresh seeds would be a fairer test."
         )
-    names = list(controls_of(report, budget, arm)) or [a["name"] for a in report["arms"] if a is not arm]
+    own = dict.fromkeys(controls_of(report, budget, arm).values())
+    names = list(own) or [a["name"] for a in report["arms"] if a is not arm]
     out += nearest(budget, arm["name"], names)
     for name in names:
         out += more_seeds(budget, arm["name"], name) + trend(report, budget, arm["name"], name)
@@ -229,7 +242,7 @@ def fewer_alarms(budget: dict[str, Any]) -> list[str]:
 def judge_race(report: dict[str, Any]) -> dict[str, Any]:
     """The calculated report with answer, warnings and what would change the answer (names between **)."""
     doubts, status = warnings(report), status_warnings(report)
-    said = answer(report)
+    said, budget = answer(report), answered(report)
     if any(note["level"] == "bad" for note in doubts + status):
         said[0] = f"**Read the red notes first.** {said[0]}"
     for arm in report["arms"]:  # said once: environment and data stand at the head of the report and in the run folders
@@ -242,6 +255,8 @@ def judge_race(report: dict[str, Any]) -> dict[str, Any]:
         "status_warnings": status,
         "warnings": doubts,
         "changes": changes(report),
+        "own_controls": own_controls(report, budget) if budget else [],
+        "gains": gains(report, budget) if budget else [],
         "differing_keys": differing_keys(
             [arm["recipe"] for arm in report["arms"] if arm["recipe"]], ("name", "description", "arms", "race", "noise")
         ),

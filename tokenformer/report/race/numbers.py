@@ -41,7 +41,7 @@ def calculate(report: dict[str, Any]) -> dict[str, Any]:
         judge_trials(arm)
         note_growths(arm)
     report["budgets"] = [budget_of(report, share) for share in race["budgets"]]
-    report["reach"] = reach(report)
+    report["reach"] = reach(report, reference_of(report), spread_out(race["budgets"], THRESHOLDS))
     report["sunk"] = [sunk for arm in arms if arm["grows"] for sunk in sunk_costs(report, arm)]
     report["power_laws"] = {arm["name"]: law_of(report, arm) for arm in arms}
     report["cosine"] = cosine_check(report)
@@ -189,13 +189,13 @@ def spread_out(values: list[Any], most: int) -> list[Any]:
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
-def reach(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """At three thresholds, each arm's FLOPs over the reference's to reach the reference's loss."""
-    reference, measure = reference_of(report), measure_of_all(report)
+def reach(report: dict[str, Any], reference: dict[str, Any], shares: list[float]) -> list[dict[str, Any]]:
+    """At each of some budgets, each arm's FLOPs over the reference's to reach the reference's loss there."""
+    measure = measure_of_all(report)
     others = [arm for arm in report["arms"] if arm is not reference]
     curves, out = {arm["name"]: curves_of(report, arm) for arm in others}, []
     starts = starts_of(report)
-    for share in spread_out(report["race"]["budgets"], THRESHOLDS):
+    for share in shares:
         ended = [run for run in runs_at(reference, share) if value_of(run, measure) is not None]
         targets = {run["seed"]: (run["flops"], run[measure]) for run in ended}
         table = values_at(report, share)
@@ -280,7 +280,7 @@ def judge_trials(arm: dict[str, Any]) -> None:
 
 
 def note_growths(arm: dict[str, Any]) -> None:
-    """Writes rise and recovery_flops into each growth of each run, from its held-out curve."""
+    """Writes rise, recovery_flops and recovered_at_next into each growth of each run, from its held-out curve."""
     for run in arm["runs"]:
         if not run["curve"]:
             continue
@@ -295,7 +295,7 @@ def note_growths(arm: dict[str, Any]) -> None:
             before, first = (at[0], at[1:]) if at else (earlier[-1], [])
             seen = [(flops, bits) for _, flops, bits in (*first, *after) if bits is not None]
             found = recovery(before[2], event["flops"], seen) if before[2] is not None else recovery(0.0, 0.0, [])
-            event["rise"], event["recovery_flops"] = found["rise"], found["flops"]
+            event |= {"rise": found["rise"], "recovery_flops": found["flops"], "recovered_at_next": found["at_next"]}
 
 
 def cosine_check(report: dict[str, Any]) -> list[dict[str, Any]]:

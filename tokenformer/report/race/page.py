@@ -9,13 +9,13 @@ from ..markup import pairs, prose
 from ..page import TOGGLE, document, figure, growth_key, head, legend, small_print
 from ..tables import data_texts, provenance
 from .charts import top_charts, training_chart
-from .tables import arms_section, hyperparameters, trials_section
+from .tables import arms_section, growth_section, hyperparameters, trials_section
 from .verdicts import (
     cosine_section,
-    growth_section,
     law_section,
     noise_section,
     optimal_section,
+    own_section,
     reach_section,
     sunk_section,
     verdict_section,
@@ -40,7 +40,7 @@ def page(report: dict[str, Any]) -> str:
     body = (
         f'{head(report)}<div class="bar-top"><h2>Results</h2>{TOGGLE}</div>'
         f'{legend(report)}<div class="charts">{results}</div><p class="small">{band}</p>'
-        f"{verdict_section(report)}{changes_section(report)}{reach_section(report)}{arms_section(report)}"
+        f"{own_section(report)}{verdict_section(report)}{changes_section(report)}{reach_section(report)}{arms_section(report)}"
         f"{optimal_section(report)}{growth_section(report)}{sunk_section(report)}"
         f'<h2>On the way</h2><div class="charts one">{figure(training, "way")}</div>{growth_key(training)}'
         '<p class="small">Runs of the whole budget: mean over seeds, the band from the lowest to the highest seed; '

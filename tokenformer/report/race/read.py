@@ -141,7 +141,7 @@ def is_started(folder: Path) -> bool:
 
 def read_trials(tune: Path) -> list[dict[str, Any]]:
     trials = [read_piece(found) for found in tune.glob("lr-*") if is_started(found)]
-    keys = ("status", "error", "learning_rate", "bits_per_byte", "flops", "data", "environment")
+    keys = ("status", "error", "learning_rate", "bits_per_byte", "flops", "epochs", "data", "environment")
     return sorted(({k: t[k] for k in keys} for t in trials), key=lambda trial: trial["learning_rate"])
 
 

@@ -1,15 +1,16 @@
-"""The other tables of a full race: its arms, their trials of the learning rate, every hyperparameter."""
+"""The other tables of a full race: its arms, their growths, trials of the learning rate, every hyperparameter."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ...statistics import NO_RISE, mean_sd
 from ..markup import e, name_of, pairs, table
 from ..tables import differing_table
-from ..units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text
+from ..units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text, signed, small_text
 from ..verdict import flatten
 from .charts import trunks
-from .words import share_text
+from .words import growth_state, share_text
 
 ROLES = {
     "arm": "",
@@ -28,7 +29,7 @@ def span(start: Any, end: Any) -> str:
 
 
 def mean_text(mean: float | None, sd: float | None) -> str:
-    return MISSING if mean is None else bits_text(mean) + ("" if sd is None else f" ± {gap_text(sd)}")
+    return MISSING if mean is None else bits_text(mean) + ("" if sd is None else f" ± {e(gap_text(sd))}")
 
 
 def arms_section(report: dict[str, Any]) -> str:
@@ -36,9 +37,9 @@ def arms_section(report: dict[str, Any]) -> str:
     final = any(b["measure"] == "final_bits_per_byte" for b in budgets)
     memory = any(cell["peak_memory_bytes"] for b in budgets for cell in b["arms"])
     sparse = any(arm["parameters_end"].get("active") != arm["parameters_end"].get("total") for arm in report["arms"])
-    counts = ["total", "active", "embedding"] if sparse else ["total", "embedding"]
-    head = ["arm", "architecture", "parameters", *counts[1:], "learning rate"]
-    head += [f"{share_text(report, b)}<br>{flops_text(b['flops'])}" for b in budgets]
+    counts = ["total", *(["active"] if sparse else []), "embedding", "other"]
+    head = ["arm", *(f"{share_text(report, b)}<br>{flops_text(b['flops'])}" for b in reversed(budgets))]
+    head += ["architecture", "parameters", *counts[1:], "learning rate"]
     head += ["tokens", "tokens per parameter", "FLOPs of growing", *(["memory"] if memory else []), "time"]
     last, rows = budgets[-1], []
     for i, arm in enumerate(report["arms"]):
@@ -46,10 +47,8 @@ def arms_section(report: dict[str, Any]) -> str:
         role = f"<span class=about>{e(ROLES[arm['role']] + beside)}</span>"
         about = f"<span class=about>{e(arm['description'])}</span>" if arm["description"] else ""
         start, end = arm["parameters"], arm["parameters_end"]
-        row = [name_of(report, arm) + (role if ROLES[arm["role"]] else "") + about, e(arm["architecture"] or MISSING)]
-        row += [span(start.get(key), end.get(key)) for key in counts]
-        row.append(MISSING if arm["learning_rate"] is None else f"{arm['learning_rate']:g}")
-        for budget in budgets:
+        row = [name_of(report, arm) + (role if ROLES[arm["role"]] else "") + about]
+        for budget in reversed(budgets):
             cell = budget["arms"][i]
             text = f"<b>{mean_text(cell['mean'], cell['sd'])}</b>"
             if final:
@@ -57,11 +56,10 @@ def arms_section(report: dict[str, Any]) -> str:
             if len(cell["seeds"]) != len(report["race"]["seeds"]):
                 asked = len(report["race"]["seeds"])
                 text += f'<span class="tag warn">{len(cell["seeds"])} of {asked} seeds</span>'
-            growths = max(b["arms"][i]["growths"] for b in budgets)
-            if arm["grows"] and cell["mean"] is not None and cell["growths"] < growths:
-                grown = f"grown {cell['growths']} of {growths} times" if cell["growths"] else "before growth"
-                text += f'<span class="tag">{grown}</span>'
-            row.append(text)
+            state = growth_state(report, budget, arm["name"])
+            row.append(text + (f'<span class="tag">{state}</span>' if state else ""))
+        row += [e(arm["architecture"] or MISSING), *(span(start.get(key), end.get(key)) for key in counts)]
+        row.append(MISSING if arm["learning_rate"] is None else f"{arm['learning_rate']:g}")
         cell = last["arms"][i]
         spent = [sum(v.get("growth_flops", 0) for v in run["growth"]) for run in trunks(arm)]
         grown = flops_text(sum(spent) / len(spent)) if spent and any(spent) else ("0" if spent else MISSING)
@@ -75,7 +73,70 @@ def arms_section(report: dict[str, Any]) -> str:
         "budget. Tokens, memory and time are of the whole budget; arms that ran side by side shared a machine."
         f"{'' if sparse else ' All parameters are active.'}</p>"
     )
-    return f"<h2>Arms</h2>{table(head, rows, 'arms', tuple(range(2, len(head))))}{note}"
+    numbers = tuple(i for i in range(1, len(head)) if head[i] != "architecture")
+    return f"<h2>Arms</h2>{table(head, rows, 'arms', numbers)}{note}"
+
+
+def rise_html(rises: list[float]) -> str:
+    if not rises:
+        return MISSING
+    mean = sum(rises) / len(rises)
+    return "none" if abs(mean) < NO_RISE else e(signed(mean))
+
+
+def recovery_text(events: list[dict[str, Any]]) -> str:
+    """FLOPs until the rise after one growth was made good, over its seeds; one evaluation is all they resolve."""
+    found = [v["recovery_flops"] for v in events if v.get("recovery_flops") is not None]
+    if len(found) < len(events):
+        return f"{len(found)} of {len(events)} seeds got back"
+    if not any(found):
+        return "none"
+    if all(v["recovered_at_next"] for v in events if v["recovery_flops"]):
+        return f"by the next evaluation, ≤ {flops_text(max(found))}"
+    return flops_text(sum(found) / len(found))
+
+
+def growth_section(report: dict[str, Any]) -> str:
+    """Every growth of the whole-budget runs: what grew, the rise of the loss after it, and what made it good."""
+    rows = []
+    for arm in report["arms"]:
+        runs = [run for run in arm["runs"] if run["share"] == arm["runs"][-1]["share"] and run["growth"]]
+        for i in range(max((len(run["growth"]) for run in runs), default=0)):
+            events = [run["growth"][i] for run in runs if i < len(run["growth"])]
+            event = events[0]
+            axes = "<br>".join(f"{e(k)} {e(event['from'].get(k, '?'))} → {e(v)}" for k, v in event["to"].items())
+            rises = [v["rise"] for v in events if v.get("rise") is not None]
+            moved = [v["max_logit_change"] for v in events]
+            rows.append(
+                [
+                    name_of(report, arm),
+                    f"{e(event['operator'])}<br>{e(event['promise'])}",
+                    axes,
+                    f"{count_text(event['parameters_before'])} → {count_text(event['parameters_after'])}",
+                    flops_text(mean_sd([v["flops"] for v in events])[0]),
+                    flops_text(mean_sd([v.get("growth_flops", 0) for v in events])[0]),
+                    small_text(None if None in moved else max(moved)),
+                    rise_html(rises),
+                    e(recovery_text(events)),
+                ]
+            )
+    if not rows:
+        return ""
+    head = [
+        "arm",
+        "operator",
+        "axes",
+        "parameters",
+        "at FLOPs",
+        "FLOPs of the growth itself",
+        "largest change of a logit",
+    ]
+    note = (
+        '<p class="small">Means over seeds of the whole-budget runs, as fine as their evaluations are. A rise below '
+        f"{NO_RISE:g} bits per byte is none.</p>"
+    )
+    more = ["rise of held-out loss", "FLOPs until made good"]
+    return f"<h2>Growths, and what they cost on the way</h2>{table(head + more, rows, '', (3, 4, 5, 6, 7, 8))}{note}"
 
 
 def bytes_text(value: float | None) -> str:

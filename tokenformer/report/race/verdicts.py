@@ -1,20 +1,33 @@
-"""The verdicts of a full race as tables: arm by arm, FLOPs to a loss, sunk costs, sizes, noise, growths, checks."""
+"""The verdicts of a full race as tables: arm by arm, FLOPs to a loss, sunk costs, sizes, noise, checks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ...statistics import mean_sd
+from ...statistics import LEVEL, false_alarms
 from ..markup import e, name_of, table
-from ..units import MISSING, bits_text, count_text, flops_text, gap_text, small_text
-from .words import pair_of, ratio_text, share_text, signed
+from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
+from .controls import pair_of
+from .numbers import cell_of
+from .words import BY_ITS_LOSS, growth_state, ratio_text, share_text, times
 
 CLASSES = {"better": "better", "faster": "better", "worse": "worse", "slower": "worse"}
 SIGNS = {"better": "▲", "worse": "▼"}  # so that a page printed in grey says the same
+SCREENFUL = 7  # columns of verdicts
+OWN = {
+    "scratch": "its target size from scratch",
+    "small": "its small size, trained longer",
+    "dropped": "itself, the optimizer’s state dropped",
+    "optimal": "the compute-optimal size",
+}
 
 
 def named(report: dict[str, Any], name: str) -> str:
     return name_of(report, next(arm for arm in report["arms"] if arm["name"] == name))
+
+
+def about(text: str) -> str:
+    return f'<span class="about">{text}</span>'
 
 
 def budget_name(report: dict[str, Any], budget: dict[str, Any]) -> str:
@@ -22,41 +35,117 @@ def budget_name(report: dict[str, Any], budget: dict[str, Any]) -> str:
     return f"{flops_text(budget['flops'])} ({share_text(report, budget)})"
 
 
-def verdict_cell(word: str, detail: str, small: str = "") -> str:
-    """A coloured cell that reads without its colour: sign, word, numbers."""
+def verdict_cell(word: str, detail: str, *small: str) -> str:
+    """A coloured cell that reads without its colour: sign, word, numbers, and in small what else belongs to them."""
     look = CLASSES.get(word, "same")
     sign = f"{SIGNS[look]} " if look in SIGNS else ""
-    small = f"<small>{small}</small>" if small else ""
-    return f'<span class="verdict {look}">{sign}{e(word)}<br><b>{detail}</b>{small}</span>'
+    more = "".join(f"<small>{e(text)}</small>" for text in small if text)
+    return f'<span class="verdict {look}">{sign}{e(word)}<br><b>{e(detail)}</b>{more}</span>'
+
+
+def pair_cell(pair: dict[str, Any], about: str = "") -> str:
+    """A difference with its pooled interval, and in small the pair's own."""
+    half = "" if pair["low"] is None else f" ±{gap_text((pair['high'] - pair['low']) / 2)}"
+    own = "" if pair["own_low"] is None else f"own {signed(pair['own_low'])} to {signed(pair['own_high'])}"
+    return verdict_cell(pair["word"], signed(pair["value"]) + half, own, about)
+
+
+def ratio_cell(ratio: dict[str, Any], state: str = "") -> str:
+    """FLOPs to a loss with their pooled interval; where the word rests on the loss, that is said."""
+    own = ""
+    if ratio["own_low"] is not None and ratio["low"] is not None:
+        own = "own {} to {}".format(*times(bounds := [ratio["own_low"], ratio["own_high"]], bounds))
+    return verdict_cell(ratio["word"], ratio_text(ratio), own, BY_ITS_LOSS if ratio["side"] else "", state)
+
+
+def scrolling(head: list[str], rows: list[list[str]]) -> str:
+    """A table of verdicts with its first column held, and a hint where its columns do not fit on the screen."""
+    wide = "" if len(head) > SCREENFUL else " narrow-only"
+    return f'<p class="small{wide}">Scrolls sideways: {len(head) - 1} columns.</p>{table(head, rows, "matrix")}'
+
+
+def tagged(report: dict[str, Any], budget: dict[str, Any], arm: str) -> str:
+    """The arm's name, and whether it has not grown yet at the budget."""
+    state = growth_state(report, budget, arm)
+    return named(report, arm) + (f' <span class="tag">{state}</span>' if state else "")
 
 
 def matrix(report: dict[str, Any], budget: dict[str, Any]) -> str:
-    """Each arm (row) against each other (column), best first; the row's loss less the column's."""
+    """Each arm (row, best first) against each other (column); the row's loss less the column's.
+
+    The reference and the controls are the first columns: they are what a screen shows without scrolling.
+    """
     cells = sorted((c for c in budget["arms"] if c["mean"] is not None), key=lambda c: c["mean"])
     if len(cells) < 2:
         return '<p class="small">Fewer than two arms have results here.</p>'
+    roles = {arm["name"]: arm["role"] for arm in report["arms"]}
+    reference = report["race"]["reference"]
+    columns = sorted((c["arm"] for c in cells), key=lambda name: (name != reference, roles[name] == "arm"))
     rows = []
     for row in cells:
-        out = [f'{named(report, row["arm"])}<span class="about">{bits_text(row["mean"])}</span>']
-        for column in cells:
-            pair = None if row is column else pair_of(budget, row["arm"], column["arm"])
-            if pair is None:
-                out.append("" if row is column else "not compared")
-                continue
-            half = "" if pair["low"] is None else f" ±{gap_text((pair['high'] - pair['low']) / 2)}"
-            own = "" if pair["own_low"] is None else f"own {signed(pair['own_low'])} to {signed(pair['own_high'])}"
-            out.append(verdict_cell(pair["word"], signed(pair["value"]) + half, own))
+        out = [f'{tagged(report, budget, row["arm"])}<span class="about">{bits_text(row["mean"])}</span>']
+        for column in columns:
+            pair = None if row["arm"] == column else pair_of(budget, row["arm"], column)
+            out.append(pair_cell(pair) if pair else "" if row["arm"] == column else "not compared")
         rows.append(out)
     pairs = len(budget["pairs"])
-    spread = "".join(f"s = {gap_text(s)} of {of}, with {df:.3g} degrees of freedom. " for of, s, df in noise(budget))
+    spread = "".join(f"s = {e(gap_text(s))} of {of}, with {df:.3g} degrees of freedom. " for of, s, df in noise(budget))
     text = "the final text" if budget["measure"] == "final_bits_per_byte" else "the held-out text"
     note = (
         f'<p class="small">The row’s bits per byte less the column’s, on {text}, ± the pooled 95 % interval; beneath '
         f"it the interval of the pair’s own differences. {spread}{pairs} pairs compared, {budget['told_apart']} told "
         f"apart; chance alone would tell about {budget['expected_false_alarms']:.1f} apart.</p>"
     )
-    head = ["", *(named(report, c["arm"]) for c in cells)]
-    return table(head, rows, "matrix") + note
+    return scrolling(["", *(tagged(report, budget, name) for name in columns)], rows) + note
+
+
+def budget_at(report: dict[str, Any], share: float) -> dict[str, Any]:
+    return next(budget for budget in report["budgets"] if budget["share"] == share)
+
+
+def own_section(report: dict[str, Any]) -> str:
+    """Each growing arm against the controls that are its own, and what it gained over its scratch against others."""
+    found = report["own_controls"]
+    if not any(row["controls"] for row in found):
+        return ""
+    budget, rows = budget_at(report, found[0]["share"]), []
+    roles = [role for role in OWN if any(role in row["controls"] for row in found)]
+    for row in found:
+        out = [f"{tagged(report, budget, row['arm'])}{about(bits_text(cell_of(budget, row['arm'])['mean']))}"]
+        for role in roles:
+            control = row["controls"].get(role)
+            if control is None:
+                out.append(MISSING)
+            else:
+                pair, name = control["pair"], control["name"]
+                out.append(pair_cell(pair, f"from {name}") if pair else f"not compared{about('from ' + e(name))}")
+        ratio = row["flops_to_scratch"]
+        out.append(ratio_cell(ratio) if ratio and ratio["value"] is not None else MISSING)
+        rows.append(out)
+    head = ["", *(OWN[role] for role in roles), "FLOPs to the loss of its scratch, over those of that scratch"]
+    note = (
+        f'<p class="small">At {budget_name(report, budget)}: the arm’s bits per byte less the control’s, below 0 is '
+        "better. Arms of the same sizes share their controls; dropped is run for one arm.</p>"
+    )
+    title = "<h2>Each growing arm against its own controls</h2>"
+    return f"{title}{note}{scrolling(head, rows)}{gains_table(report)}"
+
+
+def gains_table(report: dict[str, Any]) -> str:
+    if not report["gains"]:
+        return ""
+    rows = []
+    for gain in report["gains"]:
+        sides = ((gain["arm"], gain["scratch"]), (gain["other"], gain["other_scratch"]))
+        cells = [f"{named(report, name)}{about('less ' + e(scratch))}" for name, scratch in sides]
+        rows.append([*cells, pair_cell(gain)])
+    note = (
+        '<p class="small">(arm − its scratch) − (other − its scratch), ± the pooled 95 % interval; beneath it that of '
+        f"the four runs of each seed alone; below 0 growing gained the arm more. {len(rows)} pairs compared; chance "
+        f"alone would tell about {false_alarms(len(rows), LEVEL):.1f} apart.</p>"
+    )
+    title = "<h3>Gain of growing over the arm’s own scratch, compared</h3>"
+    return f"{title}{note}{table(['arm', 'other', 'verdict'], rows)}"
 
 
 def noise(budget: dict[str, Any]) -> list[tuple[str, float, float]]:
@@ -86,17 +175,16 @@ def reach_section(report: dict[str, Any]) -> str:
             continue
         row = [name_of(report, arm)]
         for t in thresholds:
-            ratio = t["ratios"][arm["name"]]
-            own = ratio["own_low"] is not None and ratio["low"] is not None
-            small = f"own {ratio['own_low']:.2f} to {ratio['own_high']:.2f}" if own else ""
-            row.append(verdict_cell(ratio["word"], e(ratio_text(ratio)), small))
+            state = growth_state(report, budget_at(report, t["share"]), arm["name"])
+            row.append(ratio_cell(t["ratios"][arm["name"]], state))
         rows.append(row)
     head = ["arm", *(f"to {bits_text(t['loss'])}<br>({flops_text(t['flops'])} of the reference)" for t in thresholds)]
     note = (
         f'<p class="small">FLOPs of the arm over those of <b>{e(reference)}</b>, ancestors included, to reach the loss '
-        "that it has at each budget, seed by seed. Below 1 is fewer. Nothing is extrapolated beyond the budgets.</p>"
+        "that it has at each budget, seed by seed. Below 1 is fewer. Nothing is extrapolated beyond the budgets. "
+        "“Before growth” is what the arm is at that budget.</p>"
     )
-    return f"<h2>FLOPs to reach a loss</h2>{note}{table(head, rows, 'matrix')}"
+    return f"<h2>FLOPs to reach a loss</h2>{note}{scrolling(head, rows)}"
 
 
 def sunk_section(report: dict[str, Any]) -> str:
@@ -134,60 +222,19 @@ def optimal_section(report: dict[str, Any]) -> str:
     return "<h2>Compute-optimal size, found among those from scratch</h2>" + table(head, rows, "", (0, 3, 4))
 
 
-def growth_section(report: dict[str, Any]) -> str:
-    """Every growth of the whole-budget runs: what grew, the rise of the loss after it, and what made it good."""
-    rows = []
-    for arm in report["arms"]:
-        runs = [run for run in arm["runs"] if run["share"] == arm["runs"][-1]["share"] and run["growth"]]
-        for i in range(max((len(run["growth"]) for run in runs), default=0)):
-            events = [run["growth"][i] for run in runs if i < len(run["growth"])]
-            event = events[0]
-            axes = "<br>".join(f"{e(k)} {e(event['from'].get(k, '?'))} → {e(v)}" for k, v in event["to"].items())
-            rises = [v["rise"] for v in events if v.get("rise") is not None]
-            recovered = [v["recovery_flops"] for v in events if v.get("recovery_flops") is not None]
-            back = flops_text(mean_sd(recovered)[0]) if len(recovered) == len(events) else ""
-            missing = f"{len(recovered)} of {len(events)} seeds got back"
-            moved = [v["max_logit_change"] for v in events]
-            rows.append(
-                [
-                    name_of(report, arm),
-                    f"{e(event['operator'])}<br>{e(event['promise'])}",
-                    axes,
-                    f"{count_text(event['parameters_before'])} → {count_text(event['parameters_after'])}",
-                    flops_text(mean_sd([v["flops"] for v in events])[0]),
-                    flops_text(mean_sd([v.get("growth_flops", 0) for v in events])[0]),
-                    small_text(None if None in moved else max(moved)),
-                    signed(mean_sd(rises)[0] or 0.0) if rises else MISSING,
-                    back or e(missing),
-                ]
-            )
-    if not rows:
-        return ""
-    head = [
-        "arm",
-        "operator",
-        "axes",
-        "parameters",
-        "at FLOPs",
-        "FLOPs of the growth itself",
-        "largest change of a logit",
-    ]
-    note = '<p class="small">Means over seeds of the whole-budget runs, as fine as their evaluations are.</p>'
-    more = ["rise of held-out loss", "FLOPs until made good"]
-    return f"<h2>Growths, and what they cost on the way</h2>{table(head + more, rows, '', (3, 4, 5, 6, 7, 8))}{note}"
-
-
 def noise_section(report: dict[str, Any]) -> str:
     rows = []
     for copy in report["copies"]:
-        budget = next(b for b in report["budgets"] if b["share"] == copy["share"])
+        budget = budget_at(report, copy["share"])
         pair = pair_of(budget, copy["copy"], copy["original"])
         verdict = verdict_cell(pair["word"], signed(pair["value"])) if pair else MISSING
-        apart = ", ".join(signed(d) for d in copy["differences"])
+        apart = e(", ".join(signed(d) for d in copy["differences"]))
         row = [budget_name(report, budget), named(report, copy["copy"]), e(copy["original"]), apart or MISSING]
-        rows.append([*row, MISSING if copy["s"] is None else gap_text(copy["s"]), verdict])
+        rows.append([*row, MISSING if copy["s"] is None else e(gap_text(copy["s"])), verdict])
     pooled = [
-        [budget_name(report, b), what, gap_text(s), f"{df:.3g}"] for b in report["budgets"] for what, s, df in noise(b)
+        [budget_name(report, b), what, e(gap_text(s)), f"{df:.3g}"]
+        for b in report["budgets"]
+        for what, s, df in noise(b)
     ]
     out = ["<h2>Noise</h2>"]
     if pooled:
@@ -229,7 +276,7 @@ def cosine_section(report: dict[str, Any]) -> str:
     rows = []
     for row in report["cosine"]:
         known = row["cosine"] is not None and row["wsd"] is not None
-        apart = signed(row["cosine"] - row["wsd"]) if known else e(row["status"])
+        apart = e(signed(row["cosine"] - row["wsd"]) if known else row["status"])
         cells = [named(report, row["arm"]), str(row["seed"]), bits_text(row["wsd"]), bits_text(row["cosine"])]
         rows.append([*cells, apart])
     head = ["arm", "seed", "warm-up, stable, decay", "cosine", "difference"]

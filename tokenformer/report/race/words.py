@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..units import bits_text, flops_text, gap_text
+from ..units import bits_text, flops_text, gap_text, signed
+from .controls import controls_of, pair_of
 from .numbers import cell_of, mean_of, runs_at
 
-
-def signed(value: float) -> str:
-    return f"{'−' if value < 0 else '+'}{gap_text(value)}"
-
-
-def pair_of(budget: dict[str, Any], arm: str, other: str) -> dict[str, Any] | None:
-    """arm - other at a budget, whichever way round it was worked out; None where they share no seed."""
-    for pair in budget["pairs"]:
-        if (pair["arm"], pair["other"]) == (arm, other):
-            return pair
-        if (pair["arm"], pair["other"]) == (other, arm):
-            turned = {"better": "worse", "worse": "better"}
-            flipped = {**pair, "arm": arm, "other": other, "value": -pair["value"]}
-            for low, high in (("low", "high"), ("own_low", "own_high")):
-                flipped[low] = None if pair[high] is None else -pair[high]
-                flipped[high] = None if pair[low] is None else -pair[low]
-            return {**flipped, "word": turned.get(pair["word"], pair["word"])}
-    return None
+LABELS = {
+    "scratch": "the target size from scratch",
+    "small": "the small size, trained longer",
+    "dropped": "the same growth without its optimizer's state",
+    "optimal": "the compute-optimal size",
+}
+BY_ITS_LOSS = "by its loss at that budget"  # where a word rests, when the FLOPs to a loss lie beyond the budgets
 
 
 def against(pair: dict[str, Any], label: str) -> str:
@@ -47,16 +37,32 @@ def listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
+def times(values: list[float], bounds: list[float]) -> list[str]:
+    """Ratios with two digits, or with as many as keep a bound beside 1 from reading 1.00; at most four."""
+    digits = next((d for d in (2, 3) if all(bound == 1 or round(bound, d) != 1 for bound in bounds)), 4)
+    return [f"{value:.{digits}f}" for value in values]
+
+
 def ratio_text(ratio: dict[str, Any]) -> str:
     """ "0.72 [0.60 to 0.86]", "more than 1.40"."""
-    key = "value" if "value" in ratio else "ratio"
-    if ratio[key] is None:
+    value = ratio["value"] if "value" in ratio else ratio["ratio"]
+    if value is None:
         return "not compared"
     if ratio["side"] == "unbounded":
         return "beyond the budgets on both sides"
-    side = f"{ratio['side']} " if ratio["side"] else ""
-    interval = "" if ratio["low"] is None else f" [{ratio['low']:.2f} to {ratio['high']:.2f}]"
-    return f"{side}{ratio[key]:.2f}{interval}"
+    if ratio["low"] is None:
+        return f"{ratio['side']} {value:.2f}".strip()
+    shown, low, high = times([value, ratio["low"], ratio["high"]], [ratio["low"], ratio["high"]])
+    return f"{shown} [{low} to {high}]"
+
+
+def growth_state(report: dict[str, Any], budget: dict[str, Any], arm: str) -> str:
+    """ "before growth", or "grown 1 of 3 times", where what an arm is at a budget is not what it ends as (rule 17)."""
+    cell = cell_of(budget, arm)
+    growths = max(cell_of(b, arm)["growths"] for b in report["budgets"])
+    if cell["mean"] is None or cell["growths"] == growths:
+        return ""
+    return f"grown {cell['growths']} of {growths} times" if cell["growths"] else "before growth"
 
 
 # --- the answer ---
@@ -83,22 +89,11 @@ def best_arm(report: dict[str, Any], budget: dict[str, Any], grows: bool | None 
     return min(entrants, key=lambda a: means[a["name"]], default=None)
 
 
-def controls_of(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> dict[str, str]:
-    """name -> what it is, of the controls that stand beside an arm, and of the compute-optimal size."""
-    what = {
-        "scratch": "the target size from scratch",
-        "small": "the small size, trained longer",
-        "dropped": "the same growth without its optimizer's state",
-    }
+def control_labels(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> dict[str, str]:
+    """name -> what it is, of the controls that stand beside a growing arm."""
     names: dict[str, str] = {}
-    for role, label in what.items():
-        found = [a for a in report["arms"] if a["role"] == role and a is not arm]
-        own = [a for a in found if a["of"] == arm["name"]]
-        names.update({a["name"]: label for a in own or found if a["architecture"] == arm["architecture"]})
-    for best in budget["compute_optimal"]:
-        if best["architecture"] == arm["architecture"] and best["arm"] != arm["name"]:
-            label = "the compute-optimal size"
-            names[best["arm"]] = f"{names[best['arm']]}, {label}" if best["arm"] in names else label
+    for role, name in controls_of(report, budget, arm).items():
+        names[name] = f"{names[name]}, {LABELS[role]}" if name in names else LABELS[role]
     return names
 
 
@@ -117,7 +112,7 @@ def answer(report: dict[str, Any]) -> list[str]:
     if not all(other["mean"] is not None for other in budget["arms"]):
         where = f"With arms missing: at{where[2:]}"
     figure = f"({bits_text(cell['mean'])} bits per byte on {text}, {count_seeds(len(cell['seeds']))})"
-    labels = controls_of(report, budget, arm) if grown else {}
+    labels = control_labels(report, budget, arm)
     others = list(labels) or [a["name"] for a in report["arms"] if a is not arm and a["role"] != "copy"]
     phrases = []
     for name in others:
@@ -152,9 +147,10 @@ def second_sentence(report: dict[str, Any], budget: dict[str, Any], arm: dict[st
     if not ratio or ratio["value"] is None or ratio["side"] == "unbounded":
         return "FLOPs to the reference's loss: not compared."
     name = report["race"]["reference"]
+    rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
     return (
         f"To the loss that **{name}** has there it needs {ratio_text(ratio)} times the FLOPs of **{name}**: "
-        f"**{ratio['word']}**."
+        f"**{ratio['word']}**{rests}."
     )
 
 
@@ -168,8 +164,8 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
         if arm is not None:
             cell = cell_of(budget, arm["name"])
             tiles.append(("best growing arm" if arm["grows"] else "best arm", bits_text(cell["mean"]), arm["name"]))
-        scratch = [b for b in budget["compute_optimal"] if not arm or b["architecture"] == arm["architecture"]]
-        for best in scratch[:1]:
+        own = controls_of(report, budget, arm).get("optimal") if arm else None
+        for best in [b for b in budget["compute_optimal"] if own in (None, b["arm"])][:1]:
             edge = "bracketed" if not best["edge"] else f"not bracketed: the {best['edge']} size"
             tiles.append(("best size from scratch", bits_text(best["loss"]), f"{best['arm']}; {edge}"))
         if budget["s"] is not None:
@@ -177,7 +173,9 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
         at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
         ratio = at["ratios"].get(arm["name"]) if at and arm else None
         if ratio and ratio["value"] is not None and ratio["side"] != "unbounded":
-            tiles.append(("FLOPs to the reference's loss", f"{ratio_text(ratio).split(' [')[0]} ×", ratio["word"]))
+            rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
+            text = f"{ratio_text(ratio).split(' [')[0]} ×"
+            tiles.append(("FLOPs to the reference's loss", text, ratio["word"] + rests))
         spent = mean_of([run for a in report["arms"] for run in runs_at(a, budget["share"])], "flops")
         tiles.append(("training FLOPs per run", flops_text(spent), "ancestors included"))
     return [{"label": label, "text": text, "note": note} for label, text, note in tiles]

@@ -1,0 +1,132 @@
+"""Which controls stand beside a growing arm, found by what they are, and what growing gained over them (rules 7 to 10).
+
+A race makes a control once, for the first arm that needs it; every other arm of the same sizes shares it.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import Any
+
+from ...statistics import Spread, own_interval, verdict
+from .numbers import FROM_SCRATCH, cell_of, reach, values_at
+
+# Of a recipe: what is tuned, drawn or follows from a size, and so tells no two models apart.
+NOT_SETTINGS = ("architecture", "rank", "rank_start", "learning_rate", "seed", "expert_balance", "keep_at")
+
+SQRT2 = math.sqrt(2)
+Model = tuple[dict[str, int], dict[str, Any], dict[str, Any]]
+
+
+def model_of(arm: dict[str, Any], grown: bool) -> Model:
+    """What an arm starts with, or ends with: its parameters, all that its recipe sets, the sizes that it names."""
+    recipe = arm["recipe"]
+    table = {key: value for key, value in recipe.get("model", {}).items() if value is not None}
+    for event in recipe.get("growth", ()) if grown else ():
+        table |= event["to"]
+    sizes = {k: value for k, value in table.items() if isinstance(value, int | list) and not isinstance(value, bool)}
+    settings = {key: value for key, value in table.items() if key not in sizes} | recipe.get("train", {})
+    settings = {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
+    counts = arm["parameters_end" if grown else "parameters"]
+    return counts, {"architecture": arm["architecture"], **settings}, sizes
+
+
+def same_model(one: Model, other: Model) -> bool:
+    """Equal parameters and settings, and no size that both name differs; a run without a recipe is known by less."""
+    (counts, settings, sizes), (other_counts, other_settings, other_sizes) = one, other
+    known = ["architecture"] if not sizes or not other_sizes else {**settings, **other_settings}
+    alike = all(settings.get(key) == other_settings.get(key) for key in known)
+    shared = sizes.keys() & other_sizes.keys() - set(NOT_SETTINGS)
+    return counts == other_counts and alike and all(sizes[key] == other_sizes[key] for key in shared)
+
+
+def control_of(report: dict[str, Any], arm: dict[str, Any], role: str) -> dict[str, Any] | None:
+    """The arm's own scratch, small or dropped; None where the race has none.
+
+    Own is what was made for it or, but for dropped, a run from scratch of the model that it ends with or starts from.
+    Growth into another architecture is known by another arm that grows to the same.
+    """
+    others = {a["name"]: a for a in report["arms"] if a is not arm}
+    made = [a for a in others.values() if a["role"] == role and a["of"] == arm["name"]]
+    if made or role == "dropped":
+        return made[0] if made else None
+    grown = role == "scratch"
+    mine, found = model_of(arm, grown), []
+    for other in others.values():
+        owner = others.get(other["of"]) if grown and other["role"] == role else None
+        same = same_model(model_of(other, False), mine) or (owner and same_model(model_of(owner, True), mine))
+        if other["role"] in FROM_SCRATCH and same:
+            found.append(other)
+    return min(found, key=lambda a: a["role"] != role, default=None)
+
+
+def controls_of(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> dict[str, str]:
+    """scratch, small, dropped, optimal -> the name of that control of a growing arm, of those that it has."""
+    if not arm["grows"]:
+        return {}
+    found = {role: control_of(report, arm, role) for role in ("scratch", "small", "dropped")}
+    names = {role: control["name"] for role, control in found.items() if control}
+    kinds = {arm["architecture"], *(control["architecture"] for control in found.values() if control)}
+    sizes = [best for best in budget["compute_optimal"] if best["architecture"] in kinds]
+    return names | ({"optimal": min(sizes, key=lambda best: best["loss"])["arm"]} if sizes else {})
+
+
+def pair_of(budget: dict[str, Any], arm: str, other: str) -> dict[str, Any] | None:
+    """arm - other at a budget, whichever way round it was worked out; None where they share no seed."""
+    for pair in budget["pairs"]:
+        if (pair["arm"], pair["other"]) == (arm, other):
+            return pair
+        if (pair["arm"], pair["other"]) == (other, arm):
+            turned = {"better": "worse", "worse": "better"}
+            flipped = {**pair, "arm": arm, "other": other, "value": -pair["value"]}
+            for low, high in (("low", "high"), ("own_low", "own_high")):
+                flipped[low] = None if pair[high] is None else -pair[high]
+                flipped[high] = None if pair[low] is None else -pair[low]
+            return {**flipped, "word": turned.get(pair["word"], pair["word"])}
+    return None
+
+
+def growing(report: dict[str, Any], budget: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entrants that grow and have a result at the budget, best first."""
+    means = {arm["name"]: cell_of(budget, arm["name"])["mean"] for arm in report["arms"]}
+    found = [a for a in report["arms"] if a["role"] == "arm" and a["grows"] and means[a["name"]] is not None]
+    return sorted(found, key=lambda a: means[a["name"]])
+
+
+def own_controls(report: dict[str, Any], budget: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each growing arm: its difference to each control of its own, and its FLOPs to its own scratch's loss."""
+    arms, ratios, out = {arm["name"]: arm for arm in report["arms"]}, {}, []
+    for arm in growing(report, budget):
+        names = controls_of(report, budget, arm)
+        scratch = names.get("scratch")
+        if scratch and scratch not in ratios:
+            ratios[scratch] = reach(report, arms[scratch], [budget["share"]])[0]["ratios"]
+        compared = {role: {"name": name, "pair": pair_of(budget, arm["name"], name)} for role, name in names.items()}
+        ratio = ratios[scratch][arm["name"]] if scratch else None
+        out.append({"arm": arm["name"], "share": budget["share"], "controls": compared, "flops_to_scratch": ratio})
+    return out
+
+
+def gains(report: dict[str, Any], budget: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of two growing arms with different scratch: (arm - its scratch) - (other - its scratch), seed by seed.
+
+    Four runs are in it, so its pooled interval is t s sqrt(4 / n), with the s of arms of different starts (rule 20).
+    """
+    values, out = values_at(report, budget["share"]), []
+    spread = Spread(budget["s"], budget["df"])
+    scratch = {arm["name"]: control_of(report, arm, "scratch") for arm in growing(report, budget)}
+    own = {name: control["name"] for name, control in scratch.items() if control}
+    for arm, other in combinations(own, 2):
+        four = [values[name] for name in (arm, own[arm], other, own[other])]
+        seeds = sorted(set.intersection(*map(set, four)))
+        if own[arm] == own[other] or not seeds:
+            continue
+        value, *own_ends = own_interval([a - b - (c - d) for a, b, c, d in ([y[s] for y in four] for s in seeds)])
+        half = spread.half_width(len(seeds))
+        low, high = (None, None) if value is None or half is None else (value - SQRT2 * half, value + SQRT2 * half)
+        ends = {"low": low, "high": high, "own_low": own_ends[0], "own_high": own_ends[1]}
+        names = {"arm": arm, "scratch": own[arm], "other": other, "other_scratch": own[other], "seeds": seeds}
+        word = verdict(low, high, ("better", "worse"))
+        out.append({**names, "share": budget["share"], "value": value, **ends, "word": word})
+    return out
