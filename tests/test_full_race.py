@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import sys
+import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 from tiny_runs import tiny
 
-from tokenformer import runs
+from tokenformer import runs, verbs
 from tokenformer.data import prepare
 from tokenformer.models import build_config
 from tokenformer.race import checks, jobs, plan_race, processes, race_of, run_race, settle_moved
@@ -52,7 +54,7 @@ def racing(folder: Path, *arms: dict[str, Any], race: dict[str, Any] | None = No
     return recipe_from_dict(table, "the test")
 
 
-def alone(todo: Any, folder: Path, slots: int, tell: Any, progress: Any = None, minutes: Any = None) -> None:
+def alone(todo: Any, folder: Path, slots: int, tell: Any, progress: Any = None, piece: Any = None) -> None:
     """Stands for `run_jobs`: the jobs one after another in this process."""
     while waiting := todo():
         job = waiting[0]
@@ -386,9 +388,77 @@ def test_a_race_stops_after_its_minutes_and_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr(processes, "RUN_PROGRAM", "import sys, time; sys.stdin.readline(); time.sleep(60)")
     job = jobs.Job("slow", racing(shared), 1)
-    with pytest.raises(Stopped, match="minutes are over.*--resume continues") as caught:
-        processes.run_jobs(lambda: [job], tmp_path, 1, lambda line: None, None, 0.005)
-    assert caught.value.exit_code == 75
+    ten = processes.Piece(10, time.monotonic() - 539.5)  # nine and a half seconds short of its last minute
+    with pytest.raises(Stopped, match="stopped within 10 minutes.*--resume continues") as caught:
+        processes.run_jobs(lambda: [job], tmp_path, 1, lambda line: None, None, ten)
+    assert caught.value.exit_code == 75 and time.monotonic() < ten.ends_at
+    late = processes.Piece(10, time.monotonic() - 541)
+    with pytest.raises(ValueError, match="--minutes 10: used up before a run could be started"):
+        processes.run_jobs(lambda: [job], tmp_path, 1, lambda line: None, None, late)
+    processes.run_jobs(lambda: [], tmp_path, 1, lambda line: None, None, late)  # nothing is left to do: the report is
+
+
+def test_a_piece_keeps_time_for_stopping_within_its_minutes() -> None:
+    assert [(piece.stops_at, piece.ends_at) for piece in (processes.Piece(10, 5.0), processes.Piece(1, 0.0))] == [
+        (5 + 540, 5 + 600), (54, 60)
+    ]
+    assert processes.Piece(100, 0.0).stops_at == 6000 - 60
+
+
+def test_a_run_that_does_not_stop_is_killed_when_its_piece_ends(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); sys.stdin.readline(); time.sleep(60)"
+    monkeypatch.setattr(processes, "RUN_PROGRAM", deaf)
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        job = jobs.Job("deaf", racing(shared), 1)
+        processes.run_jobs(lambda: [job], tmp_path, 1, lambda line: None, None, processes.Piece(0.05, began))
+    assert 2.7 <= time.monotonic() - began < processes.GRACE_SECONDS / 4
+
+
+def test_the_minutes_of_a_race_count_from_its_beginning(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[Any] = []
+    monkeypatch.setattr("tokenformer.race.run_jobs", lambda *arguments: pieces.append(arguments[-1]))
+    monkeypatch.setattr("tokenformer.race.write_report", lambda folder: {"json": folder / "race.json", "html": folder})
+    monkeypatch.setattr("tokenformer.race.summary", lambda report: [])
+    clock = iter([100.0])
+    monkeypatch.setattr("tokenformer.race.time.monotonic", lambda: next(clock, 900.0))  # what comes after takes long
+    run_race(racing(shared), tmp_path / "own", minutes=10)
+    run_race(racing(shared), tmp_path / "given", minutes=10, began=40.0)
+    run_race(racing(shared), tmp_path / "none")
+    assert pieces == [processes.Piece(10, 100.0), processes.Piece(10, 40.0), None]
+
+
+def test_the_verb_counts_the_minutes_from_its_own_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def reading(*arguments: Any) -> Any:
+        told["loaded"] = time.monotonic()
+        return type("Recipe", (), {"name": "slow"})
+
+    monkeypatch.setattr("tokenformer.recipe.load_recipe", reading)
+    monkeypatch.setattr("tokenformer.race.run_race", lambda *arguments: told.update(minutes=arguments[-2:]))
+    before = time.monotonic()
+    verbs.race(Namespace(recipe="slow", overrides=[], minutes=10, plan=False, out="x", resume=True, jobs=1))
+    assert told["minutes"][0] == 10 and before <= told["minutes"][1] <= told["loaded"]
+
+
+def test_a_run_is_as_far_as_the_furthest_that_it_has_told() -> None:
+    child = processes.Child(jobs.Job("published/seed-0", tiny(Path()), 100), None, None)  # type: ignore[arg-type]
+    shares = []
+    for line in (
+        "step 3/6 · 50% of the FLOPs · loss 2.3", "step 3/6: 3.1000 bits per byte held out",
+        "step 4/6 · 70% of the FLOPs · loss 2.2", "resumed from step-00000003", "step 3/6 · 50% of the FLOPs",
+    ):
+        child.hear(line)
+        shares.append(child.share_done)
+    assert shares == [0.5, 0.5, 0.7, 0.7, 0.7] and child.last_line.startswith("step 3/6")
+    progress = processes.Progress(lambda: (1, 100))
+    told = progress.line({"published/seed-0": child}, 420.0)
+    assert told == "0 of 1 runs · about 3 min left · now published/seed-0 70%"
 
 
 def test_a_run_that_leaves_no_result_is_not_run_for_ever(
