@@ -7,7 +7,7 @@ arms.py       the arms and the controls that are always there
 jobs.py       what is to be run next, read off what has been run
 processes.py  runs as processes, side by side
 checks.py     leaks between texts, models that look ahead
-final.py      headline runs on text that nothing was chosen by
+final.py      headline runs on text that nothing of a run was chosen by
 planned.py    what a race comes to, before anything is trained
 """
 
@@ -24,7 +24,7 @@ from ..runs import Say
 from ..train import require_feasible
 from .arms import Arm, arms_of, ends, parameters_of
 from .checks import check_texts, require_causal
-from .final import final_windows
+from .final import final_windows, require_another_text
 from .jobs import Race, all_jobs, bits_of, grid, headline, require_branches, todo, trial
 from .planned import plan_lines, table
 from .processes import Piece, Progress, run_jobs, run_main
@@ -87,6 +87,7 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
     """ValueError, naming the arm, unless every arm can be run to its end; returns the text that all of them read."""
     if race.recipe.race is not None and race.final_text:
         final_windows(race.recipe, *race.final_text)
+        require_another_text(race.recipe, race.final_text[0])
     for arm in race.arms:
         try:
             named = [(arm.name, arm.recipe)]
