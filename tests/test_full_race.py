@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import sys
+import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +13,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_runs import tiny
+from tiny_races import plausible, write_run
+from tiny_runs import corpus, tiny
 
-from tokenformer import runs
+from tokenformer import runs, verbs
 from tokenformer.data import prepare
 from tokenformer.models import build_config
 from tokenformer.race import arm_entry, checks, jobs, plan_race, processes, race_of, run_race, settle_moved
-from tokenformer.race.arms import arms_of, same_run, target_of, ungrown
+from tokenformer.race.arms import Arm, arms_of, keeps_moments, same_run, target_of, ungrown
+from tokenformer.race.final import require_another_text
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
-from tokenformer.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from tokenformer.recipe import Recipe, arm_recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
 from tokenformer.report.race.controls import control_of
 from tokenformer.state import save_state
+from tokenformer.step import learning_rate_at
 from tokenformer.step import train_step as step
 from tokenformer.train import Diverged, Stopped, train
 
 GROWN = {"name": "grown", "growth": [{"at_fraction": 0.2, "to": {"ffn_tokens": 32}}]}
+SLOPE: dict[str, Any] = {
+    "at_slope": -0.05, "at_earliest_fraction": 0.1, "at_latest_fraction": 0.5, "to": {"ffn_tokens": 32},
+}
 LLAMA: dict[str, Any] = {
     "name": "llama",
     "model": {"architecture": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -53,7 +61,7 @@ def racing(folder: Path, *arms: dict[str, Any], race: dict[str, Any] | None = No
     return recipe_from_dict(table, "the test")
 
 
-def alone(todo: Any, folder: Path, slots: int, tell: Any, progress: Any = None, minutes: Any = None) -> None:
+def alone(todo: Any, folder: Path, slots: int, tell: Any, progress: Any = None, piece: Any = None) -> None:
     """Stands for `run_jobs`: the jobs one after another in this process."""
     while waiting := todo():
         job = waiting[0]
@@ -91,6 +99,34 @@ def test_an_arm_that_is_a_control_already_is_not_run_twice(shared: Path) -> None
     other = [GROWN, {"name": "wide", "growth": [{"at_fraction": 0.5, "to": {"ffn_tokens": 64}}]}]
     names = [arm.name for arm in arms_of(racing(shared, *other), 256)]
     assert names == ["grown", "wide", "scratch", "small", "scratch-wide", "dropped", "copy"]
+
+
+def test_dropped_stands_beside_an_arm_whose_operator_keeps_moments(shared: Path) -> None:
+    def controls(*operators: str) -> dict[str, str | None]:
+        sizes = {**LLAMA["model"], "num_key_value_heads": 2}
+        grown = [{"at_fraction": 0.5, "to": {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}}]
+        each = [{"name": o, "model": sizes, "growth": [{**grown[0], "operator": o}]} for o in operators]
+        return {arm.role: arm.of for arm in arms_of(racing(shared, *each), 256)}
+
+    for drops in ("ligo", "shrink_pad_perturb"):
+        assert controls(drops, "zero")["dropped"] == "zero"
+        assert "dropped" not in controls(drops)  # it would be the twin of its arm
+    assert controls("zero", "ligo")["dropped"] == "zero"
+
+
+SHIPPED = {name: path for name, path in shipped_recipes().items() if name.endswith(("_cpu", "_gpu"))}
+DROPPED = {"architectures": None, "growth_llama": "zero", "growth_tokens": "zero_keys", "mirror": "modern",
+           "schedules": "early"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_race_can_be_branched_and_drops_the_moments_of_the_arm_that_it_did(name: str) -> None:
+    recipe = load_recipe(name)
+    race = Race(recipe, Path(), [Arm(arm.name, "", "arm", None, arm_recipe(recipe, arm)) for arm in recipe.arms], 256)
+    for arm in race.arms:
+        jobs.require_branches(race, arm)
+    keeping = (arm.name for arm in race.arms if arm.grows and keeps_moments(arm.recipe, 256))
+    assert next(keeping, None) == DROPPED[name[:-4]]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +218,10 @@ def test_a_race_that_cannot_be_fair_is_refused(shared: Path, changes: dict[str, 
          "arm bad: race.budgets: 0.5: .*the warm-up or ramp of growth.0 lasts until"),
         ({"growth": [{**GROWN["growth"][0], "at_fraction": 0.25, "learning_rate": "rewarm_all", "rewarm_steps": 5}]},
          {}, "arm bad: race.budgets: 0.5: .*the warm-up or ramp of growth.0 lasts until"),
+        ({"growth": [{**SLOPE, "learning_rate": "rewarm_all", "rewarm_steps": 2}]}, {},
+         "arm bad: race.budgets: 0.5: .*, at 0.3 of the FLOPs, .*warm-up or ramp of growth.0 may begin from 0.1 on"),
+        ({"model": LLAMA["model"], "growth": [{**SLOPE, "operator": "masked", "to": {"intermediate_size": 32},
+         "options": {"ramp_steps": 2}}]}, {}, "arm bad: race.budgets: 0.5: .*warm-up or ramp of growth.0 may begin"),
         ({"growth": [{**GROWN["growth"][0], "at_fraction": 0.999}]}, {"decay_fraction": 0.0005}, "arm bad: growth.0"),
         ({}, {"race": {"final_text": "nowhere.txt"}}, "race.final_text.*nowhere.txt: no such file"),
     ],
@@ -191,6 +231,46 @@ def test_what_would_end_a_race_in_its_middle_is_refused_before(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plan_race(racing(shared, {"name": "bad", **arm}, **changes))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {**SLOPE, "learning_rate": "keep"},
+        {**SLOPE, "learning_rate": "rewarm_all", "rewarm_steps": 2, "at_earliest_fraction": 0.3},
+        {**SLOPE, "learning_rate": "rewarm_all", "rewarm_steps": 2, "at_latest_fraction": 0.25, "slope_window": 0.05},
+    ],
+)
+def test_a_branch_certainly_outside_the_warm_up_of_a_growth_that_waits_is_allowed(shared: Path, event: Any) -> None:
+    race = race_of(racing(shared, {"name": "grown", "growth": [event]}), Path())
+    jobs.require_branches(race, race.arms[0])
+
+
+@pytest.mark.parametrize(
+    ("growth", "message"),
+    [
+        # At 0.3, where the branch begins, its trunk would stand at 0.55 + 0.45 (0.3 - 0.2) / 0.8 = 0.61 of its course.
+        ([{"at_fraction": 0.2, "rewind_to": 0.55}], r"growth.0.rewind_to = 0.55: must be at most 0.2; .* 0.6 \(from"),
+        ([{"at_fraction": 0.2, "rewind_to": 0.5}, {"at_fraction": 0.59, "to": {"ffn_tokens": 64}}], "growth.0.rewind"),
+        ([{"at_fraction": 0.8, "rewind_to": 0.7}], "growth.0.rewind_to = 0.7: must be at most 0.6"),
+        ([{**SLOPE, "rewind_to": 0.2}], "growth.0.rewind_to = 0.2: must be at most 0.1"),
+    ],
+)
+def test_a_rewind_may_not_bring_the_decay_forward(shared: Path, growth: list[Any], message: str) -> None:
+    def grown(**changes: Any) -> Recipe:
+        first = {**GROWN["growth"][0], **growth[0], "learning_rate": "rewind", "rewarm_steps": 1, **changes}
+        if "at_slope" in first:
+            del first["at_fraction"]
+        return racing(shared, {"name": "bad", "growth": [first, *growth[1:]]})
+
+    with pytest.raises(ValueError, match=f"arm bad: {message}"):
+        grown()
+    fine = grown(rewind_to=0.1)
+    race = race_of(fine, Path())
+    planned = race.plan(race.arms[0], race.arms[0].recipe)
+    first, peak = planned.growth_steps[0], fine.train.learning_rate
+    stable = [learning_rate_at(race.arms[0].recipe, planned, s) for s in range(2, planned.step_at(0.6)) if s != first]
+    assert min(stable) == pytest.approx(peak)  # what a branch and a later growth find before the decay's usual place
 
 
 @pytest.mark.parametrize(
@@ -383,6 +463,85 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
         assert runs.read_json(again)["bits_per_byte"] == runs.read_json(path)["bits_per_byte"]
 
 
+def ends_at_once(fails: str) -> Any:
+    """Stands for `run_jobs`: writes what runs leave; the one of that name diverges."""
+
+    def run_jobs(todo: Any, folder: Path, *rest: Any) -> None:
+        while waiting := todo():
+            job = waiting[0]
+            name, _, run = job.name.partition("/")
+            place, arm = folder / runs.ARMS / job.name, {"role": "arm", "parameters": (1000, 1000)}
+            ended = {"status": "failed", "error": "step 7: the loss is nan", "diverged": True}
+            changes = ended if job.name == fails else {}
+            bits = None if changes else plausible(name, job.recipe.train.learning_rate, job.recipe.data.seed, 1.0)
+            write_run(place, name, arm, job.recipe.train.learning_rate, job.recipe.data.seed, 0.5, bits, **changes)
+            checkpoint = runs.checkpoint_folder(place, 1)
+            checkpoint.mkdir(parents=True)
+            cost = {"flops": 27_000_000, "tokens": 64, "seconds": 0.0, "streams": []}
+            (checkpoint / "trainer.json").write_text(json.dumps(cost))
+
+    return run_jobs
+
+
+def test_an_arm_that_failed_is_reported_as_failed_and_the_race_goes_on(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = racing(shared)
+    for folder, fails, told in (("bad", "grown/seed-1", True), ("fine", "nobody", False)):
+        monkeypatch.setattr("tokenformer.race.run_jobs", ends_at_once(fails))
+        run_race(recipe, tmp_path / folder)
+        report = runs.read_json(tmp_path / folder / "report.json")
+        grown = next(arm for arm in report["arms"] if arm["name"] == "grown")
+        assert [run["status"] for run in grown["runs"]].count("failed") == (2 if told else 0)  # with its branch
+        page = (tmp_path / folder / "report.html").read_text(encoding="utf-8")
+        assert ("<b>grown</b> failed (seed 1" in page) is told and ("the loss is nan" in page) is told
+        assert (tmp_path / folder / runs.ARMS / "small/seed-1_at-0.5").exists()
+        assert (tmp_path / folder / runs.ARMS / "grown/seed-1_at-0.5").exists() is not told
+
+
+def test_a_race_goes_on_with_its_own_recipe_alone(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any) -> None:
+        raise Stopped("time is over", 15)
+
+    monkeypatch.setattr("tokenformer.race.run_jobs", stopped)
+    with pytest.raises(Stopped):
+        run_race(racing(shared), tmp_path / "race")
+    late = {**GROWN, "growth": [{"at_fraction": 0.3, "to": {"ffn_tokens": 32}}]}
+    for other, message in (
+        (racing(shared, race={"seeds": [0, 2]}), "race.seeds.1 is 1 there and 2 here"),
+        (racing(shared, late), "arm.0.growth.0.at_fraction is 0.2 there and 0.3 here"),
+        (racing(shared, GROWN, LLAMA), "arm is .* there and .*llama.* here"),
+        (racing(shared, warmup_steps=3), "train.warmup_steps is 2 there and 3 here"),
+    ):
+        with pytest.raises(ValueError, match=f"was begun with another recipe: {message}"):
+            run_race(other, tmp_path / "race", resume=True)
+    with pytest.raises(ValueError, match="already holds a race; --resume continues it"):
+        run_race(racing(shared), tmp_path / "race")
+    with pytest.raises(Stopped):  # the control: its own recipe is gone on with
+        run_race(racing(shared), tmp_path / "race", resume=True)
+
+
+def test_a_held_out_text_that_is_trained_on_is_refused_before_anything_runs(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def holding_out(name: str, documents: list[str]) -> Recipe:
+        (tmp_path / name).write_text("\f".join(documents))
+        table = recipe_to_dict(racing(shared))
+        table["data"] |= {"valid_source": str(tmp_path / name), "valid_tokens": 4096}
+        return recipe_from_dict(table, "the test")
+
+    monkeypatch.setattr("tokenformer.race.run_jobs", lambda *arguments: pytest.fail("it ran"))
+    trained_on = corpus(shared).read_text().split("\f")[:8]
+    taken = holding_out("taken.txt", [f"{text} with another end" for text in trained_on])  # no document of the corpus
+    with pytest.raises(ValueError, match="the held-out text: .* of its stretches .* occur in the training text"):
+        run_race(taken, tmp_path / "race")
+    assert not (tmp_path / "race" / runs.RACE).exists()
+    own = holding_out("own.txt", [text[::-1] for text in trained_on])
+    assert checks.check_texts(prepare(own.data, 0), None)["overlap"] == 0
+
+
 @pytest.mark.parametrize("steps_before", [0, 4])
 def test_a_branch_that_was_begun_goes_on_where_the_race_has_been_moved_to(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_before: int
@@ -418,9 +577,77 @@ def test_a_race_stops_after_its_minutes_and_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr(processes, "RUN_PROGRAM", "import sys, time; sys.stdin.readline(); time.sleep(60)")
     job = jobs.Job("slow", racing(shared), 1)
-    with pytest.raises(Stopped, match="minutes are over.*--resume continues") as caught:
-        processes.run_jobs(lambda: [job], tmp_path, 1, lambda line: None, None, 0.005)
-    assert caught.value.exit_code == 75
+    ten = processes.Piece(10, time.monotonic() - 539.5)  # nine and a half seconds short of its last minute
+    with pytest.raises(Stopped, match="stopped within 10 minutes.*--resume continues") as caught:
+        processes.run_jobs(lambda: [job], tmp_path, 1, lambda line: None, None, ten)
+    assert caught.value.exit_code == 75 and time.monotonic() < ten.ends_at
+    late = processes.Piece(10, time.monotonic() - 541)
+    with pytest.raises(ValueError, match="--minutes 10: used up before a run could be started"):
+        processes.run_jobs(lambda: [job], tmp_path, 1, lambda line: None, None, late)
+    processes.run_jobs(lambda: [], tmp_path, 1, lambda line: None, None, late)  # nothing is left to do: the report is
+
+
+def test_a_piece_keeps_time_for_stopping_within_its_minutes() -> None:
+    assert [(piece.stops_at, piece.ends_at) for piece in (processes.Piece(10, 5.0), processes.Piece(1, 0.0))] == [
+        (5 + 540, 5 + 600), (54, 60)
+    ]
+    assert processes.Piece(100, 0.0).stops_at == 6000 - 60
+
+
+def test_a_run_that_does_not_stop_is_killed_when_its_piece_ends(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); sys.stdin.readline(); time.sleep(60)"
+    monkeypatch.setattr(processes, "RUN_PROGRAM", deaf)
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        job = jobs.Job("deaf", racing(shared), 1)
+        processes.run_jobs(lambda: [job], tmp_path, 1, lambda line: None, None, processes.Piece(0.05, began))
+    assert 2.7 <= time.monotonic() - began < processes.GRACE_SECONDS / 4
+
+
+def test_the_minutes_of_a_race_count_from_its_beginning(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[Any] = []
+    monkeypatch.setattr("tokenformer.race.run_jobs", lambda *arguments: pieces.append(arguments[-1]))
+    monkeypatch.setattr("tokenformer.race.write_report", lambda folder: {"json": folder / "race.json", "html": folder})
+    monkeypatch.setattr("tokenformer.race.summary", lambda report: [])
+    clock = iter([100.0])
+    monkeypatch.setattr("tokenformer.race.time.monotonic", lambda: next(clock, 900.0))  # what comes after takes long
+    run_race(racing(shared), tmp_path / "own", minutes=10)
+    run_race(racing(shared), tmp_path / "given", minutes=10, began=40.0)
+    run_race(racing(shared), tmp_path / "none")
+    assert pieces == [processes.Piece(10, 100.0), processes.Piece(10, 40.0), None]
+
+
+def test_the_verb_counts_the_minutes_from_its_own_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def reading(*arguments: Any) -> Any:
+        told["loaded"] = time.monotonic()
+        return type("Recipe", (), {"name": "slow"})
+
+    monkeypatch.setattr("tokenformer.recipe.load_recipe", reading)
+    monkeypatch.setattr("tokenformer.race.run_race", lambda *arguments: told.update(minutes=arguments[-2:]))
+    before = time.monotonic()
+    verbs.race(Namespace(recipe="slow", overrides=[], minutes=10, plan=False, out="x", resume=True, jobs=1))
+    assert told["minutes"][0] == 10 and before <= told["minutes"][1] <= told["loaded"]
+
+
+def test_a_run_is_as_far_as_the_furthest_that_it_has_told(shared: Path) -> None:
+    child = processes.Child(jobs.Job("published/seed-0", tiny(shared), 100), None, None)  # type: ignore[arg-type]
+    shares = []
+    for line in (
+        "step 3/6 · 50% of the FLOPs · loss 2.3", "step 3/6: 3.1000 bits per byte held out",
+        "step 4/6 · 70% of the FLOPs · loss 2.2", "resumed from step-00000003", "step 3/6 · 50% of the FLOPs",
+    ):
+        child.hear(line)
+        shares.append(child.share_done)
+    assert shares == [0.5, 0.5, 0.7, 0.7, 0.7] and child.last_line.startswith("step 3/6")
+    progress = processes.Progress(lambda: (1, 100))
+    told = progress.line({"published/seed-0": child}, 420.0)
+    assert told == "0 of 1 runs · about 3 min left · now published/seed-0 70%"
 
 
 def test_a_run_that_leaves_no_result_is_not_run_for_ever(
@@ -462,9 +689,41 @@ def test_overlap_counts_the_stretches_that_were_trained_on() -> None:
 def test_text_that_was_trained_on_is_refused_as_held_out(shared: Path) -> None:
     corpus = prepare(racing(shared).data, 0)
     found = checks.check_texts(corpus, None)
-    assert found["overlap"] < 0.05 and found["final_overlap"] is None
+    assert found["overlap"] < 0.05 and found["final_overlap"] is None is found["final_held_out_overlap"]
     with pytest.raises(ValueError, match="race.final_text: 100% of its stretches .* occur in the training text"):
         checks.check_texts(corpus, np.asarray(corpus.train[:2048]))
+    with pytest.raises(ValueError, match="the held-out text: 100% of its stretches .* occur in the training text"):
+        checks.check_texts(replace(corpus, valid=corpus.train[:2048]), None)
+
+
+def test_a_final_text_that_was_tuned_by_is_refused(shared: Path) -> None:
+    corpus, generator = prepare(racing(shared).data, 0), np.random.default_rng(0)
+    corpus = replace(corpus, valid=generator.integers(0, 256, 64 * 32, dtype=np.uint16))
+
+    def final(taken: int, fresh: int) -> np.ndarray:
+        return np.concatenate([corpus.valid[: 64 * taken], generator.integers(0, 256, 64 * fresh, dtype=np.uint16)])
+
+    assert checks.check_texts(corpus, final(0, 64))["final_held_out_overlap"] == 0
+    assert checks.check_texts(corpus, final(16, 64))["final_held_out_overlap"] == 0.5  # half of the held-out text
+    assert checks.check_texts(corpus, final(3, 3))["final_held_out_overlap"] == 0.5  # half of the final text
+    for taken, fresh, share in ((32, 0, "100%"), (20, 300, "62%"), (4, 3, "57%")):
+        with pytest.raises(ValueError, match=f"race.final_text: {share} of its stretches .* in the held-out text"):
+            checks.check_texts(corpus, final(taken, fresh))
+
+
+def test_a_final_text_that_is_the_held_out_text_is_refused_before_anything_runs(shared: Path, tmp_path: Path) -> None:
+    held_out, final = tmp_path / "held_out.txt", tmp_path / "final.txt"
+    held_out.write_text("abcdef " * 200)
+    final.write_bytes(held_out.read_bytes())
+    table = recipe_to_dict(racing(shared, race={"final_text": str(final)}))
+    table["data"]["valid_source"] = str(held_out)
+    recipe = recipe_from_dict(table, "the test")
+    with pytest.raises(ValueError, match="race.final_text = .*final.txt': is the same text as data.valid_source"):
+        run_race(recipe, tmp_path / "race")
+    with pytest.raises(ValueError, match="must be one text file"):
+        require_another_text(recipe, str(tmp_path))
+    final.write_text("abcdef " * 201)
+    require_another_text(recipe, str(final))
 
 
 class Peeking(torch.nn.Module):

@@ -352,8 +352,13 @@ def test_copies_of_copies_are_told_apart_about_as_often_as_chance_has_it(tmp_pat
         ({"checks": {"overlap": 0.06}}, "6% of the held-out text also occurs", {"checks": {"overlap": 0.05}}),
         (
             {"checks": {"final_overlap": 0.5}},
-            "50% of the final text also occurs",
+            "50% of the final text also occurs in the training text",
             {"checks": {"final_overlap": 0.01}},
+        ),
+        (
+            {"checks": {"final_held_out_overlap": 0.06}},
+            "6% of the final text also occurs in the held-out text",
+            {"checks": {"final_held_out_overlap": 0.05}},
         ),
         (
             {"loss": lambda *at: plausible(*at) - 2.0},

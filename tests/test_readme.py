@@ -22,7 +22,7 @@ SHRINK = {
     "adapt": "train.steps=3 train.warmup_steps=0 train.threads=1 data.batch_size=2 data.valid_tokens=512",
     "race growth_llama_cpu": (
         "train.flops=3e11 train.warmup_steps=2 data.source=embedded data.valid_source=README.md "
-        f"race.final_text=README.md {SMALL}"
+        f"race.final_text=notes.txt {SMALL}"
     ),
     "train gpu_150m": (
         f"train.steps=3 train.warmup_steps=1 growth.0.at_fraction=0.4 growth.0.rewarm_steps=1 {SMALL} "

@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "started": "2030-01-01T12:00:00+00:00",
 }
 DATA = {"source": "prose", "tokenizer": "bytes", "train_tokens": 19_500_321, "valid_tokens": 9_999, "sha256": "ab" * 32}
-CHECKS = {"overlap": 0.012, "lzma_bits_per_byte": 2.4, "final_overlap": None}
+CHECKS = {"overlap": 0.012, "lzma_bits_per_byte": 2.4, "final_overlap": None, "final_held_out_overlap": None}
 FLOPS, STEPS, TOKENS_PER_STEP = 1.2e13, 1000, 2048
 GREW_AT = 0.3  # of the whole budget
 

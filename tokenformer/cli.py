@@ -57,7 +57,8 @@ TEXTS = {
         arm is tuned on one grid of learning rates, run with several seeds, fully decayed at several budgets, and
         held against controls that the race adds: docs/fairness.md has the rules. Leaves a race folder with
         report.html, .png and .json. --plan prints arms, parameters, FLOPs and the time foretold, and trains
-        nothing. --minutes stops in good order, with exit code 75 while there is more to do; --resume goes on.
+        nothing. --minutes stops in good order, so early that the command ends within so many of its start (a tenth
+        of them, at most one minute, is for stopping), with exit code 75 while there is more to do; --resume goes on.
 
           tokenformer race growth_llama_cpu --plan
           tokenformer race growth_llama_cpu --out runs/growth --jobs 2
@@ -298,7 +299,7 @@ def parser() -> Parser:
     override_argument(sub)
     sub.add_argument("--out", metavar="RACE", help="the race folder to make (runs/ and the recipe's name)")
     sub.add_argument("--plan", action="store_true", help="print what the race comes to, and train nothing")
-    sub.add_argument("--minutes", type=float, metavar="N", help="stop in good order after so many")
+    sub.add_argument("--minutes", type=float, metavar="N", help="stop in good order, to have ended within so many")
     race_arguments(sub)
 
     sub = verb("grow", verbs.grow)

@@ -48,6 +48,7 @@ class Event:
     name: str  # growth.0, or growth.0 (2 of 3)
     section: GrowthSection
     flops: int = 0  # of the growth itself, where its maps are learned
+    afresh: bool = False  # the optimizer starts afresh, as it was asked to or as the operator does
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,8 @@ def phase_configs(recipe: Recipe, vocab_size: int, start: Start) -> tuple[list[E
                 "rows are copies with the age of the old ones; rewarm_all has"
             )
         for j, (part, cost) in enumerate(zip(parts, flops, strict=True), start=1):
-            events.append(Event(f"growth.{i}" + (f" ({j} of {len(parts)})" if len(parts) > 1 else ""), part, cost))
+            name = f"growth.{i}" + (f" ({j} of {len(parts)})" if len(parts) > 1 else "")
+            events.append(Event(name, part, cost, afresh))
     return events, phases
 
 

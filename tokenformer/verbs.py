@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from inspect import getdoc
@@ -53,6 +54,7 @@ def train(arguments: Any) -> None:
 
 
 def race(arguments: Any) -> None:
+    began = time.monotonic()
     from .recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -65,14 +67,14 @@ def race(arguments: Any) -> None:
             say(line)
         return
     arguments.out = arguments.out or f"runs/{recipe.name}"
-    run_race(recipe, arguments, arguments.minutes)
+    run_race(recipe, arguments, arguments.minutes, began)
 
 
-def run_race(recipe: Any, arguments: Any, minutes: float | None = None) -> None:
+def run_race(recipe: Any, arguments: Any, minutes: float | None = None, began: float | None = None) -> None:
     jobs = race_jobs(arguments)
     from .race import run_race
 
-    page = run_race(recipe, Path(arguments.out), arguments.resume, say, jobs, minutes)
+    page = run_race(recipe, Path(arguments.out), arguments.resume, say, jobs, minutes, began)
     say(f"report: {page}")
 
 

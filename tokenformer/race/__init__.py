@@ -7,10 +7,11 @@ arms.py       the arms and the controls that are always there
 jobs.py       what is to be run next, read off what has been run
 processes.py  runs as processes, side by side
 checks.py     leaks between texts, models that look ahead
-final.py      headline runs on text that nothing was chosen by
+final.py      headline runs on text that nothing of a run was chosen by
 planned.py    what a race comes to, before anything is trained
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from ..runs import Say
 from ..train import require_feasible
 from .arms import Arm, arms_of, ends, parameters_of
 from .checks import check_texts, require_causal
-from .final import final_windows
+from .final import final_windows, require_another_text
 from .jobs import Race, all_jobs, bits_of, grid, headline, require_branches, todo, trial
 from .planned import plan_lines, table
-from .processes import Progress, run_jobs, run_main
+from .processes import Piece, Progress, run_jobs, run_main
 
 __all__ = ["plan_race", "run_main", "run_race"]
 
@@ -38,15 +39,17 @@ def run_race(
     say: Say = None,
     jobs: int = 2,
     minutes: float | None = None,
+    began: float | None = None,
 ) -> Path:
     """Run every arm of the recipe, `jobs` runs at a time, into `folder`; returns the path of the report's page.
 
     Runs whose train.threads is 0 get an equal share of the cores. With `resume`, what has ended is left as it is and
     the rest goes on. A mistake in the last arm is found before the first one has run. The first run that fails ends
     the race: the others are told to stop, write a checkpoint, and its message is raised as ValueError; but with [race],
-    one that diverges counts as a result. Raises `Stopped` after SIGTERM or SIGINT, and when `minutes` are over, when
-    every run has stopped.
+    one that diverges counts as a result. Raises `Stopped` after SIGTERM or SIGINT and, so early that every run has
+    stopped by then, before `minutes` are over, counted from `began` of time.monotonic(), or else from now.
     """
+    piece = None if minutes is None else Piece(minutes, time.monotonic() if began is None else began)
     folder, tell = Path(folder), say or (lambda line: None)
     race = race_of(recipe, folder)
     with runs.locked(folder, runs.LOCK_SECONDS if resume else 0):
@@ -57,7 +60,7 @@ def run_race(
         for arm in race.arms if recipe.race is None else []:
             if runs.finished_result(race.place(arm.name)):
                 tell(f"{arm.name}: finished before")
-        run_jobs(lambda: todo(race), folder, jobs, tell, progress, minutes)
+        run_jobs(lambda: todo(race), folder, jobs, tell, progress, piece)
         if recipe.race is not None:
             note_rates(race)
         paths = write_report(folder)
@@ -84,6 +87,7 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
     """ValueError, naming the arm, unless every arm can be run to its end; returns the text that all of them read."""
     if race.recipe.race is not None and race.final_text:
         final_windows(race.recipe, *race.final_text)
+        require_another_text(race.recipe, race.final_text[0])
     for arm in race.arms:
         try:
             named = [(arm.name, arm.recipe)]

@@ -60,7 +60,7 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
             target, small = target_of(arm, vocab_size), ungrown(arm.recipe, vocab_size)
             add(arms, "scratch", arm, target, "the grown size from the first step", vocab_size)
             add(arms, "small", arm, small, "the size before growth, trained longer", vocab_size)
-        dropping = next((arm for arm in growing if all(event.moments == "keep" for event in arm.recipe.growth)), None)
+        dropping = next((arm for arm in growing if keeps_moments(arm.recipe, vocab_size)), None)
         if dropping:
             words = "growth with the optimizer's state thrown away"
             add(arms, "dropped", dropping, dropped(dropping.recipe), words, vocab_size)
@@ -125,6 +125,12 @@ def ungrown(recipe: Recipe, vocab_size: int) -> Recipe:
     if chooses_experts(model_config(small, vocab_size, Start())):
         return small
     return replace(small, train=replace(small.train, expert_balance="none"))
+
+
+def keeps_moments(recipe: Recipe, vocab_size: int) -> bool:
+    """Whether no growth of the run starts the optimizer afresh, be it by `moments` or by its operator."""
+    events, _ = phase_configs(recipe, vocab_size, Start())
+    return not any(event.afresh for event in events)
 
 
 def dropped(recipe: Recipe) -> Recipe:

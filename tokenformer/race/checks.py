@@ -1,4 +1,4 @@
-"""What is checked before a race (docs/fairness.md, rules 4 and 5): leaks between texts, and models that look ahead."""
+"""What is checked before a race (docs/fairness.md, rules 4, 5, 26): leaks between texts, and models that look ahead."""
 
 import lzma
 from collections.abc import Iterator
@@ -59,20 +59,26 @@ def text_blocks(corpus: Corpus, tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def check_texts(corpus: Corpus, final: np.ndarray | None) -> dict[str, Any]:
-    """Overlap of the held-out and the final text with the training text, and LZMA's rate.
+    """Overlap of the held-out and the final text with the training text and with one another, and LZMA's rate.
 
-    ValueError where more than half of a text has been trained on.
+    Of one another: the larger share, since the shorter may lie in the longer. ValueError where one is above a half.
     """
     held_out = np.concatenate(list(text_blocks(corpus, corpus.valid)))
-    found: dict[str, Any] = {"overlap": overlap(held_out, text_blocks(corpus, corpus.train)), "final_overlap": None}
+    found: dict[str, Any] = {"overlap": overlap(held_out, text_blocks(corpus, corpus.train))}
+    found |= {"final_overlap": None, "final_held_out_overlap": None}
     if final is not None:
         text = np.concatenate(list(text_blocks(corpus, final)))
         found["final_overlap"] = overlap(text, text_blocks(corpus, corpus.train))
-    for key, what in (("overlap", "the held-out text"), ("final_overlap", "race.final_text")):
+        found["final_held_out_overlap"] = max(overlap(text, iter([held_out])), overlap(held_out, iter([text])))
+    for key, what, there, so in (
+        ("overlap", "the held-out text", "the training text", "measure memory"),
+        ("final_overlap", "race.final_text", "the training text", "measure memory"),
+        ("final_held_out_overlap", "race.final_text", "the held-out text, or of that in it", "judge by what it tunes"),
+    ):
         if (found[key] or 0) > REFUSED_OVERLAP:
             raise ValueError(
-                f"{what}: {found[key]:.0%} of its stretches of {STRETCH_BYTES} bytes occur in the training text; "
-                f"above {REFUSED_OVERLAP:.0%} a race would measure memory"
+                f"{what}: {found[key]:.0%} of its stretches of {STRETCH_BYTES} bytes occur in {there}; "
+                f"above {REFUSED_OVERLAP:.0%} a race would {so}"
             )
     compressed = len(lzma.compress(held_out.tobytes(), preset=9))
     return found | {"lzma_bits_per_byte": 8 * compressed / len(held_out)}

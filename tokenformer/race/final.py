@@ -1,4 +1,4 @@
-"""What a headline run reaches on text that nothing was chosen by (docs/fairness.md, rule 26)."""
+"""What a headline run reaches on text that nothing of a run was chosen by (docs/fairness.md, rule 26)."""
 
 import hashlib
 from pathlib import Path
@@ -25,8 +25,23 @@ def evaluate_final(recipe: Recipe, folder: Path, text: str, most_tokens: int) ->
     restore_carried(newest, model)
     windows = final_windows(recipe, text, most_tokens)
     measured = evaluate(model.to(device), windows, recipe.data.batch_size, device, recipe.train.dtype)
-    about = {"text_sha256": hashlib.sha256(Path(text).read_bytes()).hexdigest()}
-    runs.write_json(folder / FINAL, {**about, **measured})
+    runs.write_json(folder / FINAL, {"text_sha256": sha256_of(text), **measured})
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(Path(text).read_bytes()).hexdigest()
+
+
+def require_another_text(recipe: Recipe, text: str) -> None:
+    """ValueError where the text is no file, or the one that learning rates are tuned by, whatever its name."""
+    held_out = recipe.data.valid_source
+    if not Path(text).is_file():
+        raise ValueError(f"race.final_text = {text!r}: must be one text file")
+    if held_out is not None and Path(held_out).is_file() and sha256_of(held_out) == sha256_of(text):
+        raise ValueError(
+            f"race.final_text = {text!r}: is the same text as data.valid_source = {held_out!r}, which learning rates "
+            "are tuned by; it must be another"
+        )
 
 
 def final_windows(recipe: Recipe, text: str, most_tokens: int) -> tuple[Tensor, Tensor]:

@@ -185,20 +185,29 @@ def branch(race: Race, arm: Arm, trunk: Job, share: float) -> Job:
 def require_branches(race: Race, arm: Arm) -> None:
     """ValueError unless each smaller budget's branch begins in the stable phase and has a step to decay in.
 
-    Where a growth waits for a slope, it is taken to come at the latest.
+    A growth that waits for a slope is planned for the latest that it may come; its warm-up or ramp may lie anywhere
+    between the earliest and the end of the latest. That no rewind brings the decay forward is seen to in the recipe.
     """
     planned, decay = race.plan(arm, arm.recipe), arm.recipe.train.decay_fraction
     assert arm.recipe.train.flops is not None
     rising = [arm.recipe.train.warmup_steps]  # steps of warm-up, or of growing in, at the beginning of each phase
     rising += [max(warm_up_after(event), ramp_steps(event)) for event in planned.events]
     for share in race.section.budgets[:-1]:
-        step = planned.step_at(rounded(share * (1 - decay)))
+        begin = rounded(share * (1 - decay))
+        step = planned.step_at(begin)
         index = max(i for i, phase in enumerate(planned.phases) if phase.first_step < max(step, 1))
         phase = planned.phases[index]  # a growth on that boundary comes after the checkpoint
         where = f"race.budgets: {share:g}: its decay would begin at step {step}"
         if step < phase.first_step + rising[index]:
             what = f"the warm-up or ramp of {planned.events[index - 1].name}" if index else "the warm-up"
             raise ValueError(f"{where}, and {what} lasts until {phase.first_step + rising[index]}")
+        for event, steps, grown in zip(planned.events, rising[1:], planned.growth_steps, strict=True):
+            waits, earliest = event.section.at_slope is not None, event.section.at_earliest_fraction
+            if waits and steps and begin > earliest and step < grown + steps:
+                raise ValueError(
+                    f"{where}, at {begin:g} of the FLOPs, and the warm-up or ramp of {event.name} may begin from "
+                    f"{earliest:g} on and last until step {grown + steps}, as the slope has it"
+                )
         if arm.recipe.train.flops * share - planned.flops_at(step, index) < phase.flops_per_step:
             raise ValueError(f"{where} and leave no room for a step; take a larger share, or more train.flops")
 

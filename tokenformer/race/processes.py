@@ -23,6 +23,7 @@ from .final import evaluate_final
 from .jobs import Job
 
 GRACE_SECONDS = 120.0  # for a run that was told to stop: to finish its step and write its checkpoint
+STOPPING_SECONDS = 60.0  # of a piece's minutes, a tenth at most, that are kept for stopping
 STATUS_SECONDS = 20.0  # between two lines on how far a long race is
 DIVERGED = 3  # exit code of a run whose loss is no number any more
 OUT_OF_TIME = 75  # exit code of a race that its --minutes have ended: try again later
@@ -38,11 +39,29 @@ class Child:
     process: subprocess.Popen
     reader: threading.Thread
     last_line: str = "it ended without a word"
+    share_done: float = 0.0  # the furthest that it has told; not every line tells how far it is
+
+    def hear(self, line: str) -> None:
+        self.last_line = line
+        found = re.search(r"(\d+)% of the FLOPs", line)
+        self.share_done = max(self.share_done, int(found[1]) / 100 if found else 0.0)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The time that a part of a race may take: `minutes` from `began`, a reading of time.monotonic()."""
+
+    minutes: float
+    began: float
 
     @property
-    def share_done(self) -> float:
-        found = re.search(r"(\d+)% of the FLOPs", self.last_line)
-        return int(found[1]) / 100 if found else 0.0
+    def ends_at(self) -> float:
+        return self.began + 60 * self.minutes
+
+    @property
+    def stops_at(self) -> float:
+        """When its runs are told to stop, so that they have stopped when it ends."""
+        return self.ends_at - min(STOPPING_SECONDS, 6 * self.minutes)
 
 
 @dataclass
@@ -74,19 +93,21 @@ def run_jobs(
     slots: int,
     tell: Callable[[str], None],
     progress: Progress | None = None,
-    minutes: float | None = None,
+    piece: Piece | None = None,
 ) -> None:
     """Run what `todo` names, `slots` at a time, until it names nothing more; no child is left behind.
 
     `todo` is asked again whenever a run has ended. Without `progress` every line of a run is told; with it a run's end
     alone, and a line on the whole every STATUS_SECONDS. A run that diverges is an end like another where `progress` is
     kept; any other failure stops the rest and is raised as ValueError. Raises `Stopped` after SIGTERM or SIGINT, and
-    after `minutes`.
+    when the piece is over, whose end no run outlives; ValueError when it is over before a run could be started.
     """
     running: dict[str, Child] = {}
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue()  # (run, a line of its output; None when it ended)
     began = told = time.monotonic()
     waiting = todo()
+    if piece and waiting and began > piece.stops_at:
+        raise ValueError(f"--minutes {piece.minutes:g}: used up before a run could be started; give more")
     width = max((len(job.name) for job in waiting), default=0)
     with stop_signals() as stop:
         try:
@@ -96,7 +117,7 @@ def run_jobs(
                     running[job.name] = start_run(job, folder / runs.ARMS / job.name, slots, lines)
                 name, line = next_line(lines)
                 if line:
-                    running[name].last_line = line
+                    running[name].hear(line)
                     if progress is None:
                         tell(f"{name:<{width}} | {line}")
                 elif name:
@@ -113,12 +134,13 @@ def run_jobs(
                 if progress is not None and running and now - told > STATUS_SECONDS:
                     told = now
                     tell(progress.line(running, now - began))
-                if minutes is not None and now - began > 60 * minutes:
-                    raise_out_of_time(minutes, bool(running or waiting))
+                if piece and now > piece.stops_at and (running or waiting):
+                    raise out_of_time(piece.minutes)
                 if stop:
                     break
         finally:
-            stop_runs(list(running.values()))
+            grace = GRACE_SECONDS if piece is None else min(GRACE_SECONDS, piece.ends_at - time.monotonic())
+            stop_runs(list(running.values()), grace)
             while (rest := next_line(lines))[0]:  # where the runs say what they have written
                 if rest[1]:
                     tell(f"{rest[0]:<{width}} | {rest[1]}")
@@ -127,11 +149,11 @@ def run_jobs(
             raise Stopped(f"race stopped by {caught}, its arms with checkpoints; --resume continues", stop[0])
 
 
-def raise_out_of_time(minutes: float, unfinished: bool) -> None:
-    if unfinished:
-        error = Stopped(f"{minutes:g} minutes are over, the runs have checkpoints; --resume continues", signal.SIGTERM)
-        error.exit_code = OUT_OF_TIME
-        raise error
+def out_of_time(minutes: float) -> Stopped:
+    told = f"stopped within {minutes:g} minutes, the runs have checkpoints; --resume continues"
+    error = Stopped(told, signal.SIGTERM)
+    error.exit_code = OUT_OF_TIME
+    return error
 
 
 def next_line(lines: "queue.Queue[tuple[str, str | None]]") -> tuple[str, str | None]:
@@ -194,13 +216,14 @@ def finish_run(child: Child, diverging: bool) -> None:
         raise ValueError(f"arm {child.job.name} failed: {how}")
 
 
-def stop_runs(children: list[Child]) -> None:
-    """Tell the runs to stop, give them the time to write their checkpoints, and kill what is left then."""
+def stop_runs(children: list[Child], grace_seconds: float) -> None:
+    """Tell the runs to stop, give all of them that time to write their checkpoints, and kill what is left then."""
+    ends = time.monotonic() + grace_seconds
     try:
         for child in children:
             child.process.terminate()
         for child in children:
-            child.process.wait(timeout=GRACE_SECONDS)
+            child.process.wait(timeout=max(0.0, ends - time.monotonic()))
     except subprocess.TimeoutExpired:
         pass
     finally:  # also on a second Ctrl-C

@@ -270,7 +270,7 @@ def check_race(recipe: Recipe, where: Where) -> None:
                 f"arm {arm.name}: train.decay_fraction = {decay:g}: must be above 0 and below 1 in a race with [race], "
                 f"whose runs all have a stable phase and a decay (from {where('arm')})"
             )
-        for event in own.growth:
+        for i, event in enumerate(own.growth):
             latest = event.until_fraction or event.at_fraction or event.at_latest_fraction or 0.0
             if event.learning_rate not in ("restart", "rewind") and latest > 1 - decay:
                 raise ValueError(
@@ -281,6 +281,14 @@ def check_race(recipe: Recipe, where: Where) -> None:
                 raise ValueError(
                     f"arm {arm.name}: growth.at_step = {event.at_step}: in a race with [race] growth comes at a share "
                     f"of the FLOPs, the same in shorter runs; use at_fraction (from {where('arm')})"
+                )
+            earliest = event.at_earliest_fraction if event.at_fraction is None else event.at_fraction
+            furthest = min(earliest, round(1 - decay, 9))
+            if event.rewind_to is not None and event.rewind_to > furthest:
+                raise ValueError(
+                    f"arm {arm.name}: growth.{i}.rewind_to = {event.rewind_to:g}: must be at most {furthest:g}; in a "
+                    f"race with [race] a rewind goes neither forward from where the growth may come, {earliest:g}, nor "
+                    f"into the decay, which begins at {1 - decay:g} (from {where('arm')})"
                 )
 
 

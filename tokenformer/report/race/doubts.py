@@ -67,10 +67,14 @@ def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
             notes.setdefault(key, text)
             seen[key] = seen.get(key, 0) + 1
     bad += [text + (f" ({seen[key]} of its runs.)" if seen[key] > 1 else "") for key, text in notes.items()]
-    for check, what in (("overlap", "held-out text"), ("final_overlap", "final text")):
+    for check, what, where in (
+        ("overlap", "held-out text", "training text"),
+        ("final_overlap", "final text", "training text"),
+        ("final_held_out_overlap", "final text", "held-out text"),
+    ):
         share = report["checks"].get(check)
         if share is not None and share > OVERLAP:
-            bad.append(f"{share:.0%} of the {what} also occurs in the training text, which is above {OVERLAP:.0%}.")
+            bad.append(f"{share:.0%} of the {what} also occurs in the {where}, which is above {OVERLAP:.0%}.")
     if len({run["final_sha256"] for _, run in started if run["final_sha256"]}) > 1:
         bad.append("The runs were not tested on the same final text: its sha256 differs.")
     bad += stream_doubts([run for _, run in started]) + order_doubts(report) + rate_doubts(report)
