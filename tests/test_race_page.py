@@ -430,7 +430,7 @@ def test_growing_without_controls_and_maps_learned_on_text_seen_before_are_said(
         said[controls] = ambers(read_report(folder))
     assert any("race.controls = false: **grown** grew without" in text for text in said[False])
     assert not any("race.controls" in text for text in said[True])
-    assert any(text.startswith("**grown** learned the maps of ligo on batches already") for text in said[True])
+    assert any(text.startswith("**grown** learned growth maps on batches already") for text in said[True])
     plain = write_full_race(tmp_path / "plain", budgets=(1.0,))
     assert not any("ligo" in text for text in ambers(read_report(plain)))
 

@@ -131,7 +131,7 @@ def soft_doubts(report: dict[str, Any]) -> list[str]:
     learned = [a for a in growing if any(event.get("operator") == "ligo" for event in a["recipe"].get("growth", ()))]
     if learned:
         names = listed([f"**{arm['name']}**" for arm in learned])
-        warn.append(f"{names} learned the maps of ligo on batches already trained on, so read those again (rule 3).")
+        warn.append(f"{names} learned growth maps on batches already trained on, so read those again (rule 3).")
     return warn
 
 
@@ -180,7 +180,7 @@ def nearest(budget: dict[str, Any], arm: str, names: list[str]) -> list[str]:
     which = "is the first of these pairs that would" if len(apart) > 1 else "would"
     return [
         f"More noise: **{arm}** against **{pair['other']}** {which} no longer be told apart if runs scattered "
-        f"{times:.1f} times as much as they did (s = {gap_text(noise_of(budget, pair)[0])})."
+        f"{times:.2f} times as much as they did (s = {gap_text(noise_of(budget, pair)[0])})."
     ]
 
 
