@@ -19,12 +19,14 @@ from tiny_runs import corpus, tiny
 from tokenformer import runs, verbs
 from tokenformer.data import prepare
 from tokenformer.models import build_config
+from tokenformer.plan import model_config
 from tokenformer.race import arm_entry, checks, jobs, plan_race, processes, race_of, run_race, settle_moved
 from tokenformer.race.arms import Arm, arms_of, keeps_moments, same_run, target_of, ungrown
 from tokenformer.race.final import require_another_text
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
 from tokenformer.recipe import Recipe, arm_recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
 from tokenformer.report.race.controls import control_of
+from tokenformer.start import Start
 from tokenformer.state import save_state
 from tokenformer.step import learning_rate_at
 from tokenformer.step import train_step as step
@@ -127,6 +129,19 @@ def test_every_shipped_race_can_be_branched_and_drops_the_moments_of_the_arm_tha
         jobs.require_branches(race, arm)
     keeping = (arm.name for arm in race.arms if arm.grows and keeps_moments(arm.recipe, 256))
     assert next(keeping, None) == DROPPED[name[:-4]]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_arm_of_a_shipped_race_trains_with_dropout_that_its_library_has_by_default(name: str) -> None:
+    recipe = load_recipe(name)
+    for arm in recipe.arms:
+        config = model_config(arm_recipe(recipe, arm), 256, Start()).to_dict()
+        found = {key: value for key, value in config.items() if "drop" in key and not key.startswith("summary_")}
+        assert not any(found.values()), (arm.name, found)
+
+
+def test_transformers_gpt2_has_dropout_by_default() -> None:  # the control: a recipe has to say that there is none
+    assert build_config("gpt2", None, {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 256}).resid_pdrop == 0.1
 
 
 @pytest.mark.parametrize(
