@@ -304,3 +304,12 @@ def test_the_edges_of_what_is_allowed_are_allowed(fields, tmp_path):
 
 
 ENDINGS = ("_tokens", "_scale", "_heads", "_dim", "_eps", "_projections", "_size")
+
+
+def test_special_tokens_beyond_the_vocabulary_are_none() -> None:
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2}
+    small, whole = build_config("gpt2", fields={**sizes, "vocab_size": 256}), build_config("gpt2", fields=sizes)
+    assert (small.bos_token_id, small.eos_token_id) == (None, None)
+    assert (whole.bos_token_id, whole.eos_token_id) == (50256, 50256)  # the control
+    asked = build_config("gpt2", fields={**sizes, "vocab_size": 256, "eos_token_id": 0})
+    assert asked.eos_token_id == 0

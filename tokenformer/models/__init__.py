@@ -50,6 +50,7 @@ def build_config(
 ) -> PreTrainedConfig:
     """The transformers configuration of `architecture` (a model type: tokenformer, ngpt, llama ...) with `fields` set.
 
+    Special tokens that its default has beyond a smaller `vocab_size` are none.
     Raises ValueError on an unknown architecture, an unknown field (naming the nearest one), values that do
     not fit, or sizes that have no effect beside linear attention projections.
     """
@@ -66,6 +67,10 @@ def build_config(
         usual = getattr(default, key)
         if isinstance(usual, (str, int, float)) and isinstance(value, str) != isinstance(usual, str):
             raise ValueError(f"model.{key}: {value!r} is of the wrong type; {cls.__name__} has {usual!r} there")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        usual = getattr(default, key, None)
+        if isinstance(usual, int) and usual >= fields.get("vocab_size", usual + 1):
+            fields.setdefault(key, None)
     modern = MODERN if preset == "modern" else {}
     if cls is TokenFormerConfig and {**modern, **fields}.get("attention_projections") == "linear":
         for key in ("qkv_tokens", "proj_tokens", "qkv_scale", "proj_scale"):
