@@ -209,6 +209,7 @@ def test_so_many_seeds_would_settle_it_four_times_in_five():
     assert found[n - 2] < 0.8 < found[n] < 0.9
     assert st.seeds_needed(-0.012, 0.01, df=5) == n and st.seeds_needed(0.02, 0.01, df=5) < n
     assert st.seeds_needed(0.0, 0.01, df=5) is None
+    assert st.seeds_needed(0.012, 0.01, df=0.5) > n  # half a degree of freedom a seed, as of a table full of gaps
 
 
 def test_students_points_are_those_of_tables():

@@ -68,15 +68,14 @@ def spread_of(table: Table, starts: dict[str, Hashable] | None = None) -> Spread
     of freedom, and s_same^2 = v. Where v_g comes out below zero, s is that of y = arm + seed + rest.
     """
     starts = starts or {}
-    arms = {arm: i for i, arm in enumerate(table)}
     cells = [(arm, seed, y) for arm, row in table.items() for seed, y in row.items()]
     if not cells:
         return Spread(None, 0, starts=starts)
     y = np.array([y for _, _, y in cells])
     y = y - y.mean()  # no more than rounding may be left of a table without rest
-    by_arm = one_hot([arms[arm] for arm, _, _ in cells])
+    by_arm = one_hot([arm for arm, _, _ in cells])
     by_seed = one_hot([seed for _, seed, _ in cells])
-    by_start = one_hot([(starts.get(arm, arms[arm]), seed) for arm, seed, _ in cells])
+    by_start = one_hot([(starts.get(arm, (arm,)), seed) for arm, seed, _ in cells])
     additive, same = residual_maker(by_arm, by_seed), residual_maker(by_arm, by_start)
     df, df_same = (round(float(np.trace(left))) for left in (additive, same))
     square, square_same = float(y @ additive @ y), float(y @ same @ y)
@@ -184,7 +183,8 @@ def seeds_needed(value: float, s: float, df: float) -> int | None:
     s: of one run. df: degrees of freedom that each seed beyond the first adds.
     """
     for n in range(2, MOST_SEEDS + 1):
-        if nctdtr(df * (n - 1), abs(value) / (s * math.sqrt(2 / n)), student(df * (n - 1))) <= 1 - POWER:
+        all_df = max(1.0, df * (n - 1))  # where cells are missing, a seed may add less than one
+        if nctdtr(all_df, abs(value) / (s * math.sqrt(2 / n)), student(all_df)) <= 1 - POWER:
             return n
     return None
 

@@ -69,7 +69,7 @@ def build_config(
             raise ValueError(f"model.{key}: {value!r} is of the wrong type; {cls.__name__} has {usual!r} there")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         usual = getattr(default, key, None)
-        if isinstance(usual, int) and usual >= fields.get("vocab_size", usual + 1):
+        if isinstance(usual, int) and usual >= (fields.get("vocab_size") or usual + 1):
             fields.setdefault(key, None)
     modern = MODERN if preset == "modern" else {}
     if cls is TokenFormerConfig and {**modern, **fields}.get("attention_projections") == "linear":

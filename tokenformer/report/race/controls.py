@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from ...statistics import Spread, own_interval, verdict
-from .numbers import FROM_SCRATCH, cell_of, reach, values_at
+from .numbers import FROM_SCRATCH, cell_of, reach, sizes_in, values_at
 
 # Of a recipe: what is tuned, drawn or follows from a size, and so tells no two models apart.
 NOT_SETTINGS = ("architecture", "rank", "rank_start", "learning_rate", "seed", "expert_balance", "keep_at")
@@ -25,7 +25,7 @@ def model_of(arm: dict[str, Any], grown: bool) -> Model:
     table = {key: value for key, value in recipe.get("model", {}).items() if value is not None}
     for event in recipe.get("growth", ()) if grown else ():
         table |= event["to"]
-    sizes = {k: value for k, value in table.items() if isinstance(value, int | list) and not isinstance(value, bool)}
+    sizes = sizes_in(table)
     settings = {key: value for key, value in table.items() if key not in sizes} | recipe.get("train", {})
     settings = {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
     counts = arm["parameters_end" if grown else "parameters"]

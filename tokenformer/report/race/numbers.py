@@ -91,16 +91,20 @@ def mean_of(runs: list[dict[str, Any]], key: str) -> float | None:
     return mean_sd([run[key] for run in runs if run[key] is not None])[0]
 
 
+def sizes_in(model: dict[str, Any]) -> dict[str, Any]:
+    """Of a recipe's model its sizes: whole numbers, or lists of one for each layer."""
+    return {k: v for k, v in model.items() if isinstance(v, int | list) and not isinstance(v, bool)}
+
+
 def starts_of(report: dict[str, Any]) -> dict[str, Hashable]:
     """What an arm's weights start as at each seed: one architecture in one set of sizes is drawn alike (rule 20).
 
-    A size is a whole number. A copy has a seed of its own for its weights beside that of its text.
+    A copy has a seed of its own for its weights beside that of its text.
     """
     starts: dict[str, Hashable] = {}
     for arm in report["arms"]:
         model, train, data = (arm["recipe"].get(key) or {} for key in ("model", "train", "data"))
-        sizes = {k: v for k, v in model.items() if isinstance(v, int | list) and not isinstance(v, bool)}
-        about = [arm["architecture"], model.get("checkpoint"), model.get("rank"), sizes]
+        about = [arm["architecture"], model.get("checkpoint"), model.get("rank"), sizes_in(model)]
         own = train.get("seed", 0) - data.get("seed", 0)
         starts[arm["name"]] = json.dumps([*about, own], sort_keys=True) if model else arm["name"]
     return starts

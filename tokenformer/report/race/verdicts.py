@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...statistics import LEVEL, false_alarms
+from ...statistics import false_alarms
 from ..markup import e, name_of, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
 from .controls import pair_of
@@ -142,7 +142,7 @@ def gains_table(report: dict[str, Any]) -> str:
     note = (
         '<p class="small">(arm − its scratch) − (other − its scratch), ± the pooled 95 % interval; beneath it that of '
         f"the four runs of each seed alone; below 0 growing gained the arm more. {len(rows)} pairs compared; chance "
-        f"alone would tell about {false_alarms(len(rows), LEVEL):.1f} apart.</p>"
+        f"alone would tell about {false_alarms(len(rows)):.1f} apart.</p>"
     )
     title = "<h3>Gain of growing over the arm’s own scratch, compared</h3>"
     return f"{title}{note}{table(['arm', 'other', 'verdict'], rows)}"
