@@ -1,8 +1,9 @@
-"""What a stopped race has finished, without weights: python pack.py RACE_FOLDER NAME.tar.xz
+"""What a stopped race has finished, without weights or paths of this machine: python pack.py RACE_FOLDER NAME.tar.xz
 
 A headline run whose branches are not all finished needs its checkpoints: it is left out, with its branches.
 """
 
+import io
 import sys
 import tarfile
 from pathlib import Path
@@ -30,7 +31,10 @@ def main(race: str, out: str) -> None:
         files += [path for path in inside if path.suffix != ".safetensors"]
     with tarfile.open(out, "w:xz") as tar:
         for path in sorted(files):
-            tar.add(path, path.relative_to(folder.parent))
+            content = path.read_bytes().replace(f"{folder.parent.resolve()}/".encode(), b"")
+            entry = tar.gettarinfo(path, str(path.relative_to(folder.parent)))
+            entry.size, entry.uname, entry.gname = len(content), "", ""
+            tar.addfile(entry, io.BytesIO(content))
     print(f"{len(kept)} runs, {Path(out).stat().st_size:,} bytes")
 
 
