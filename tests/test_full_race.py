@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_races import plausible, write_run
+from tiny_races import plausible, script_of_records, write_run
 from tiny_runs import corpus, tiny
 
 from tokenformer import runs, verbs
@@ -476,6 +476,19 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
     for path in results:
         again = tmp_path / "cut" / path.relative_to(tmp_path / "whole")
         assert runs.read_json(again)["bits_per_byte"] == runs.read_json(path)["bits_per_byte"]
+
+    report, compare = tmp_path / "whole" / "report.json", script_of_records("compare").main
+    remake = script_of_records("remake_run").main
+    for name in ("grown", "copy"):  # one run from its record alone
+        remake(str(report), name, "1", str(tmp_path / name))
+        assert compare(str(report), str(tmp_path / name / "report.json")) == 0
+    changed = runs.read_json(report)
+    changed["arms"][0]["recipe"]["train"]["weight_decay"] = 0.2  # the control
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    remake(str(tmp_path / "changed.json"), "grown", "1", str(tmp_path / "other"))
+    assert compare(str(report), str(tmp_path / "other" / "report.json")) == 1
+    with pytest.raises(SystemExit, match="'nope' is no arm of"):
+        remake(str(report), "nope", "1", str(tmp_path / "nope"))
 
 
 def ends_at_once(fails: str) -> Any:

@@ -1,23 +1,17 @@
 """Records can be held against a race that was made again."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-RECORDS = Path(__file__).resolve().parent.parent / "records"
+from tiny_races import RECORDS, script_of_records
 
 
 @pytest.fixture(scope="module")
 def compare() -> Any:
-    specification = importlib.util.spec_from_file_location("compare", RECORDS / "compare.py")
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return script_of_records("compare")
 
 
 def report(path: Path, bits: float, seeds: int = 2) -> str:

@@ -1,5 +1,6 @@
 """Folders of full races, fabricated: the files that a race leaves, from a function that says how each run ended."""
 
+import importlib.util
 import json
 import math
 import random
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+RECORDS = Path(__file__).resolve().parent.parent / "records"
 ENVIRONMENT = {
     "python": "3.11.9",
     "platform": "Linux-6.1-x86_64",
@@ -39,6 +41,15 @@ ARMS: dict[str, dict[str, Any]] = {
 ASIDE = {"grown": 0.0, "grown late": 0.012, "scratch": 0.03, "small": 0.055, "dropped": 0.02, "size 560 k": 0.025}
 
 Loss = Callable[[str, float, int, float], float | None]
+
+
+def script_of_records(name: str) -> Any:
+    """One of the scripts that stand beside the records, as a module."""
+    specification = importlib.util.spec_from_file_location(name, RECORDS / f"{name}.py")
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def wobble(*key: Any) -> float:
