@@ -1,8 +1,8 @@
 """One run of a race's record made again, in minutes: python remake_run.py records/NAME/report.json ARM SEED OUT
 
 In a folder with the record's texts, at a commit that the report names. Trains the arm at the rate that was chosen for
-it, to the whole budget, and tests it on the final text. OUT/report.json is for compare.py, which says whether all digits
-agree.
+it, to the whole budget, and tests it on the final text. OUT/report.json is for compare.py, which says whether all
+digits agree.
 """
 
 import json
