@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenformer import runs
-from tokenformer.race.arms import WEIGHTS_SEED, with_seed
+from tokenformer.race.arms import with_seed
 from tokenformer.race.final import evaluate_final
 from tokenformer.race.jobs import FINAL
 from tokenformer.recipe import recipe_from_dict
@@ -24,8 +24,7 @@ def main(report: str, name: str, seed: str, out: str) -> None:
     if name not in arms:
         sys.exit(f"{name!r} is no arm of {report}: it has {', '.join(arms)}")
     arm, race = arms[name], written["race"]
-    recipe = recipe_from_dict(arm["recipe"], f"{report}: {name}")
-    recipe = with_seed(recipe, int(seed), int(seed) + WEIGHTS_SEED if arm["role"] == "copy" else None)
+    recipe = with_seed(recipe_from_dict(arm["recipe"], f"{report}: {name}"), int(seed), arm["role"])
     folder = Path(out, "run")
     result = train(recipe, folder, resume=True)
     run = {"seed": int(seed), "share": 1.0, "bits_per_byte": result["bits_per_byte"], "flops": result["flops"]}

@@ -201,11 +201,12 @@ def counted(config: Any, rank: int | None) -> dict[str, int]:
     return {"active": count["total"], **count}
 
 
-def with_seed(recipe: Recipe, seed: int, weights_seed: int | None = None) -> Recipe:
-    """A seed decides the weights, the order of the text and the new entries of each growth."""
+def with_seed(recipe: Recipe, seed: int, role: str = "arm") -> Recipe:
+    """A seed decides the weights, those of a copy by a seed of their own, the order of the text and the new entries of
+    each growth."""
     return replace(
         recipe,
         data=replace(recipe.data, seed=seed),
-        train=replace(recipe.train, seed=seed if weights_seed is None else weights_seed),
+        train=replace(recipe.train, seed=seed + WEIGHTS_SEED if role == "copy" else seed),
         growth=[replace(event, seed=seed + 100 * i) for i, event in enumerate(recipe.growth)],
     )

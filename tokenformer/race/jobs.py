@@ -17,7 +17,7 @@ from ..checkpoint import ancestry
 from ..plan import Plan, plan, ramp_steps, warm_up_after
 from ..recipe import RaceSection, Recipe
 from ..start import Start
-from .arms import WEIGHTS_SEED, Arm, with_seed
+from .arms import Arm, with_seed
 
 FINAL = "final.json"  # what a headline run reaches on race.final_text
 
@@ -158,7 +158,7 @@ def headline(race: Race, arm: Arm, seed: int, rate: float) -> Job:
     keep = [rounded(share * (1 - decay)) for share in section.budgets[:-1]]
     train = replace(arm.recipe.train, learning_rate=rate, keep_at=keep)
     recipe = replace(arm.recipe, train=train)
-    recipe = with_seed(recipe, seed, seed + WEIGHTS_SEED if arm.role == "copy" else None)
+    recipe = with_seed(recipe, seed, arm.role)
     name = f"{arm.name}/seed-{seed}"
     flops = race.plan(arm, recipe).flops
     return Job(name, replace(recipe, name=f"{race.recipe.name}/{name}"), flops, race.final_text)
