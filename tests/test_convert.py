@@ -348,7 +348,7 @@ def test_a_name_on_the_hub_is_fetched_and_converted(
 ) -> None:
     asked = []
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((name, allow_patterns))
         return str(small)
 
@@ -432,6 +432,9 @@ def refused(words: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[
         ({"norm": "rmsnorm"}, (), "in/config.yml: norm = 'rmsnorm' is another model; the released one has"),
         ({"pos_emb": "none"}, (), "in/config.yml: pos_emb = 'none' is another model; the released one has 'rotary'"),
         ({}, ("--tokenizer", "in"), "--tokenizer in: cannot be loaded"),
+        ({}, ("--tokenizer", "nosuch.json"), "--tokenizer nosuch.json: no such file or folder\n"),
+        ({}, ("--tokenizer", "in/nosuch"), "--tokenizer in/nosuch: no such file or folder\n"),
+        ({}, ("--tokenizer", "owner/name"), "owner/name: no such file or folder here, and not to be had from the hub ("),
         ({"tokenizer": "large.json"}, (), "in/tokenizer.json: has ids up to 300, the model 300 rows"),
         ({}, ("--tokenizer", "in/large.json"), "--tokenizer in/large.json: has ids up to 300, the model 300 rows"),
         ({}, ("--to", "released"), "in is in the released format already"),

@@ -263,6 +263,16 @@ def test_unusable_sources_are_refused_in_one_line_that_names_the_key(tmp_path, c
         (section(tmp_path / "broken.xz"), "broken.xz cannot be read"),
         (section("hf:json:nowhere.jsonl"), "nowhere.jsonl is not a file"),
         (section(good, tokenizer=str(tmp_path / "empty")), 'cannot be loaded; allowed: "bytes"'),
+        (
+            section(good, tokenizer="nosuch.json"),
+            "'nosuch.json' cannot be loaded; allowed: \"bytes\", the name of a tokenizer on the hub, or a folder that "
+            "holds one (no such folder)",
+        ),
+        (
+            section(good, tokenizer="owner/name"),
+            "'owner/name' cannot be loaded; allowed: \"bytes\", the name of a tokenizer on the hub, or a folder that "
+            "holds one (owner/name: no such file or folder here, and not to be had from the hub (",
+        ),
         (section(good, valid_fraction=1.5), "data.valid_fraction = 1.5: between 0 and 1 is allowed"),
         (section(good, valid_tokens=0), "data.valid_tokens = 0: 1 or more is allowed"),
     ]

@@ -589,7 +589,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_a_small_one_is_not_begun(llama,
 def test_a_name_on_the_hub_is_fetched_without_its_pickles(llama, tmp_path, capsys, monkeypatch):
     asked = []
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, local_files_only):
         asked.append((name, allow_patterns))
         return str(llama)
 
@@ -606,14 +606,15 @@ def test_a_name_on_the_hub_is_fetched_without_its_pickles(llama, tmp_path, capsy
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_and_a_local_folder_is_never_asked_for(tmp_path, capsys, monkeypatch):
-    def snapshot_download(name, allow_patterns):
+    def unreachable(name, timeout):
         raise ConnectionError("no network\nand a long story")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
     assert grow_line("some/llama", "new", "zero", {"hidden_size": 96}) == 2
     error = capsys.readouterr().err
-    assert error.endswith("some/llama: no such folder here, and not to be had from the hub (no network)\n")
+    assert "some/llama: no such file or folder here, and not to be had from the hub (it cannot be reached: no" in error
+    assert error.endswith("no network)\n") and error.count("\n") == 1
     (tmp_path / "runs").mkdir()
     assert grow_line("runs/llama", "new", "zero", {"hidden_size": 96}) == 2
     assert capsys.readouterr().err.endswith("runs/llama: no such checkpoint\n")

@@ -15,7 +15,8 @@ PACKAGE = Path(tokenformer.__file__).parent
 # beside that line. A room is a module of the package or a folder; within a room imports are free.
 ARROW: dict[str, set[str]] = {
     "pattention": set(),
-    "data": set(),
+    "hub": set(),
+    "data": {"hub"},
     "flops": set(),
     "distributed": set(),
     "recipe": set(),
@@ -39,7 +40,7 @@ ARROW: dict[str, set[str]] = {
     "inspect_checkpoint": {
         *("models", "growth", "rows", "sparse", "inspection", "checkpoint", "evaluate", "runs", "curve"),
     },
-    "grow_checkpoint": {"models", "growth", "event", "optim", "checkpoint", "runs", "flops"},
+    "grow_checkpoint": {"hub", "models", "growth", "event", "optim", "checkpoint", "runs", "flops"},
     "start": {"models", "runs", "checkpoint", "data", "recipe"},
     "schedule": {"recipe"},
     "plan": {"models", "growth", "flops", "nested", "recipe", "schedule", "start"},
@@ -55,7 +56,7 @@ ARROW["train"] = {*ARROW} - LOOKED_AT
 ARROW["adapters"] = {"pattention", "models", "growth", "flops", "optim", "checkpoint", "random_states", "runs", "data"}
 ARROW["adapters"] |= {"evaluate", "distributed", "recipe", "start", "grow_checkpoint"}
 ARROW["race"] = {*ARROW}
-ARROW["convert"] = {"pattention", "models", "checkpoint", "runs"}
+ARROW["convert"] = {"hub", "pattention", "models", "checkpoint", "runs"}
 FRONT = {"__init__", "__main__", "cli", "verbs"}  # the ways in may call every room, and no room calls them
 
 

@@ -682,7 +682,7 @@ def test_a_model_on_the_hub_is_inspected_and_its_numbers_lie_here(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(llama))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(llama))
     (tmp_path / "some.txt").write_text("of this and that " * 60)
     assert run("inspect", "org/tiny", "--text", "some.txt", "--rows", "1") == 0
     assert run("inspect", "llama", "--text", "some.txt", "--rows", "1", "--out", "local.json") == 0

@@ -392,7 +392,7 @@ def test_what_is_measured_on_is_not_ranked_on(
 
 def test_a_name_on_the_hub_is_fetched(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(llama))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(llama))
     assert run("shrink", "some/llama", "half", "--keep", "0.5") == 0
     assert load_checkpoint("half")[0].config.intermediate_size == 12
 

@@ -130,7 +130,7 @@ def test_a_model_on_the_hub_is_scored_and_its_numbers_lie_here(
 ) -> None:
     asked = []
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((name, set(allow_patterns)))
         return str(place / "models" / "llama")
 

@@ -12,7 +12,6 @@ with the real name is complete.
 import contextlib
 import errno
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,23 +141,6 @@ def flush_path(path: Path) -> None:
 
 
 # --- loading ---
-
-
-def is_on_hub(checkpoint: str | Path) -> bool:
-    """Whether "org/name" is meant as a name on the Hugging Face hub: nothing on the disk looks like it."""
-    place = Path(checkpoint)
-    return not place.exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint))) and not place.parent.exists()
-
-
-def download(name: str, patterns: tuple[str, ...]) -> Path:
-    """The folder of a copy of those files of a model on the hub, which is kept in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # no network, no such model, no right to it: of many classes
-        reason = str(error).strip().split("\n")[0][:150]
-        raise ValueError(f"{name}: no such folder here, and not to be had from the hub ({reason})") from error
 
 
 def find_checkpoint(place: str | Path) -> Path:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint as files
-from . import runs
+from . import hub, runs
 from .models import TokenFormerConfig
 from .models.portable import AUTO_MAP, write_code
 from .models.tokenformer import PRESETS
@@ -105,8 +105,9 @@ def convert(
         raise ValueError(f"{out} already exists; choose another place for the checkpoint")
     if to not in (None, "transformers", "released"):
         raise ValueError(f"to: {to!r} is not known; allowed: transformers, released")
-    if files.is_on_hub(checkpoint):
-        place = files.download(str(checkpoint), HUB_FILES)
+    text = None if tokenizer is None else find_tokenizer(tokenizer)
+    if hub.is_on_hub(checkpoint):
+        place = hub.download(str(checkpoint), HUB_FILES)
     else:
         place = Path(checkpoint)
         if not place.exists():
@@ -115,7 +116,7 @@ def convert(
         if to == "released":
             raise ValueError(f"{place} is in the released format already")
         options = {"heads": heads, "rotary": rotary, "theta": theta}
-        return from_released(place, out, tokenizer, {k: v for k, v in options.items() if v is not None}, say)
+        return from_released(place, out, text, {k: v for k, v in options.items() if v is not None}, say)
     for name, value in {"heads": heads, "rotary": rotary, "theta": theta, "tokenizer": tokenizer}.items():
         if value is not None:
             raise ValueError(f"{name}: {value} has no effect, since {place} is not in the released format")
@@ -340,7 +341,7 @@ def of_kind(key: str, value: Any, source: str) -> Any:
 
 
 def from_released(
-    place: Path, out: Path, tokenizer: str | Path | None, options: dict[str, Any], say: Callable[[str], None]
+    place: Path, out: Path, tokenizer: Path | None, options: dict[str, Any], say: Callable[[str], None]
 ) -> Path:
     tensors, folder = read_released(place)
     sizes = sizes_of(tensors, place)
@@ -404,19 +405,31 @@ def config_of(sizes: dict[str, int], settings: dict[str, Any], text: Any, dtype:
     )
 
 
-def tokenizer_of(given: str | Path | None, folder: Path, vocab_size: int) -> Any:
+def find_tokenizer(given: str | Path) -> Path:
+    """The file or folder of --tokenizer, which may be a name on the hub."""
+    if hub.is_on_hub(given, without_owner=True):
+        return hub.download(str(given), hub.SMALL_FILES)
+    if not Path(given).exists():
+        raise ValueError(f"--tokenizer {given}: no such file or folder")
+    return Path(given)
+
+
+def tokenizer_of(given: Path | None, folder: Path, vocab_size: int) -> Any:
     """The tokenizer that is given, or that of tokenizer.json beside the weights, or None; its end mark is set."""
     if given is None and not (folder / "tokenizer.json").exists():
         return None
     from transformers import PreTrainedTokenizerFast
 
-    place = Path(given) if given is not None else folder
+    place = folder if given is None else given
     name = f"--tokenizer {given}" if given is not None else str(folder / "tokenizer.json")
     made = PreTrainedTokenizerFast
     try:
         with files.quiet():
-            text = made(tokenizer_file=str(place)) if place.is_file() else made.from_pretrained(str(place))
-    except Exception as error:  # of many kinds: a wrong name, a broken file, no network
+            if place.is_file():
+                text = made(tokenizer_file=str(place))
+            else:
+                text = made.from_pretrained(str(place), local_files_only=True)
+    except Exception as error:  # of many kinds
         raise ValueError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:100]})") from error
     vocabulary = text.get_vocab()
     if max(vocabulary.values(), default=0) >= vocab_size:

@@ -284,11 +284,12 @@ def evaluate(arguments: Any) -> None:
     tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()] if arguments.tasks else []
     scored = bool(arguments.text or arguments.source) or arguments.tasks is None
     require_sense(arguments, tasks, scored)
-    from .checkpoint import download, find_checkpoint, is_on_hub, load_checkpoint, restore_carried
+    from .checkpoint import find_checkpoint, load_checkpoint, restore_carried
     from .data import load_tokenizer
     from .distributed import Ranks, choose_device
     from .evaluate import evaluate_tasks, find_tasks, require_harness
-    from .grow_checkpoint.plan import HUB_FILES, HUB_WEIGHTS
+    from .grow_checkpoint.plan import HUB_WEIGHTS
+    from .hub import SMALL_FILES, download, is_on_hub
     from .runs import write_json
 
     if tasks:
@@ -300,7 +301,7 @@ def evaluate(arguments: Any) -> None:
     require_writable(out)
     device = choose_device(arguments.device, Ranks(), "--device")
     manager = find_tasks(tasks, arguments.include_path) if tasks else None
-    folder = download(checkpoint, HUB_FILES + HUB_WEIGHTS) if on_hub else find_checkpoint(checkpoint)
+    folder = download(checkpoint, SMALL_FILES + HUB_WEIGHTS) if on_hub else find_checkpoint(checkpoint)
     model, _ = load_checkpoint(folder)
     restore_carried(folder, model.to(device))
     add_memories(model, arguments.memory)
@@ -397,7 +398,8 @@ def positions(config: Any) -> int:
 
 def place_beside(checkpoint: str) -> Path:
     """What the numbers of a checkpoint are to lie beside: its folder, or of one on the hub its name, here."""
-    from .checkpoint import find_checkpoint, is_on_hub
+    from .checkpoint import find_checkpoint
+    from .hub import is_on_hub
 
     return Path(Path(checkpoint).name if is_on_hub(checkpoint) else find_checkpoint(checkpoint)).resolve()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import hub
 from .sources import first_line
 
 
@@ -80,8 +80,13 @@ class HFTokenizer:
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer
 
+        place = Path(name).expanduser()
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
+            if hub.is_on_hub(name, without_owner=True):
+                place = hub.download(name, hub.SMALL_FILES)
+            if not place.exists():
+                raise ValueError("no such folder")
+            self.tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # of many kinds: a wrong name, a broken file, no network
             raise ValueError(
                 f'data.tokenizer = {name!r} cannot be loaded; allowed: "bytes", the name of a tokenizer on '

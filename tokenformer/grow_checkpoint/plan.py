@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .. import checkpoint as files
-from .. import runs
+from .. import hub, runs
 from ..growth import freeze_as_grown
 from ..growth.engine import event_of
 from ..growth.operators import require_done_at_once, steps_of, takers
@@ -23,7 +23,6 @@ from .names import how_stored, parts_of
 from .shards import Size, Stored, stored_tensors
 
 DEFAULT_OPERATORS = "zero_keys+zero"  # each for the axes that it has
-HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 HUB_WEIGHTS = ("model*.safetensors",)
 
 
@@ -111,10 +110,10 @@ def prepare(
 
 def find_or_download(checkpoint: str | Path) -> Path:
     """The folder that is meant: one on the disk, or "org/name" on the Hugging Face hub, of which a copy is kept."""
-    if not files.is_on_hub(checkpoint):
+    if not hub.is_on_hub(checkpoint):
         return files.find_checkpoint(checkpoint)
-    require_supported(files.download(str(checkpoint), HUB_FILES))  # before what is large comes
-    return files.download(str(checkpoint), HUB_FILES + HUB_WEIGHTS)
+    require_supported(hub.download(str(checkpoint), hub.SMALL_FILES))  # before what is large comes
+    return hub.download(str(checkpoint), hub.SMALL_FILES + HUB_WEIGHTS)
 
 
 def require_supported(folder: Path) -> None:
