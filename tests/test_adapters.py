@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 import re
 import shlex
 import shutil
@@ -712,6 +713,8 @@ SMALL = ["train.steps=6", "train.warmup_steps=0", "train.threads=1", "data.batch
 def test_adapt_writes_a_memory_that_lowers_the_loss_and_a_merged_model(place: Path, capsys: Any) -> None:
     weights = (place / "base" / "model.safetensors").read_bytes()
     words = ["adapt", "base", "--text", "notes.txt", "--tokens", "8", "--out", "memory", "--merge", "merged"]
+    for left_by_a_killed_one in (".memory.tmp-99999999", f".merged.tmp-{os.getpid()}"):
+        Path(left_by_a_killed_one).mkdir()
     assert cli.main([*words, *SMALL, "train.learning_rate=0.01", "train.steps=20", "train.log_every=10"]) == 0
     told = capsys.readouterr().out
     before, after = (float(re.search(rf"{when}: ([\d.]+) bits per byte", told)[1]) for when in ("before", "after"))

@@ -295,6 +295,18 @@ def test_a_disk_that_is_full_when_the_tokenizer_comes_is_one_line_and_leaves_not
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_goes_with_the_next_writing(tmp_path: Path) -> None:
+    dead, mine, another = 99_999_999, os.getpid(), os.getppid()
+    left = [tmp_path / f".model [1].tmp-{number}" for number in (dead, mine)]
+    kept = [tmp_path / name for name in (f".model [1].tmp-{another}", f".model [1]2.tmp-{dead}", ".model [1].tmp-x")]
+    for folder in left + kept:
+        folder.mkdir()
+        (folder / "half").write_text("")
+    with checkpoint.written_whole(tmp_path / "model [1]") as temporary:
+        assert list(temporary.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"model [1]", *(path.name for path in kept)}
+
+
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):

@@ -11,6 +11,7 @@ with the real name is complete.
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -79,10 +80,12 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
-    """A hidden folder beside `folder` to write into, which at the end is flushed and takes that name, or is removed."""
+    """A hidden folder beside `folder` to write into, which at the end is flushed and takes that name, or is removed. One
+    that a killed process left there is removed too."""
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} already exists; choose another place for the checkpoint")
+    remove_left_over(folder)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     made = runs.missing(folder.parent)
     try:
@@ -97,6 +100,25 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         if isinstance(error, (OSError, SafetensorError)):
             raise ValueError(f"{folder}: the checkpoint cannot be written ({write_reason(error)})") from error
         raise
+
+
+def remove_left_over(folder: Path) -> None:
+    """What a process that was to make `folder` left when it was killed outright: if no such process is there any more,
+    or its number is that of this one."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.tmp-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdecimal() and (int(number) == os.getpid() or not is_alive(int(number))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

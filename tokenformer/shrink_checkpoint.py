@@ -20,7 +20,7 @@ from . import runs
 from .curve import write_curve
 from .data import eval_windows, load_tokenizer, prepare, text_windows
 from .evaluate import evaluate, require_vocabulary
-from .grow_checkpoint.write import copy_others, remove_left_over, require_free
+from .grow_checkpoint.write import copy_others, require_free
 from .optim import AdamW, named_state, parameter_groups
 from .rows import RULES, RULES_OF_TEXT, ranking
 from .shrink import Keep, cut, kept_sizes
@@ -72,7 +72,6 @@ def shrink_checkpoint(
     """
     out, folder = Path(out), files.find_checkpoint(checkpoint)
     require_possible(folder, out, keep, by, text, curve)
-    remove_left_over(out)
     texts = text_of(section, text, say)
     if curve and texts.held_out is None:
         raise ValueError("--curve: there is no text to measure on; name one by --text")

@@ -17,7 +17,7 @@ from .measure import MEASURES, measured
 from .plan import prepare
 from .shards import MAX_SHARD_BYTES
 from .words import gigabytes, measured_lines, plan_lines
-from .write import copy_others, remove_left_over, require_place, write_in_memory, write_streamed
+from .write import copy_others, require_place, write_in_memory, write_streamed
 
 __all__ = ["grow_checkpoint", "plan_lines", "prepare"]
 
@@ -46,7 +46,6 @@ def grow_checkpoint(
     if measure not in MEASURES:
         raise ValueError(f"measure: {measure!r} is not known; allowed: {', '.join(MEASURES)}")
     prepared = prepare(checkpoint, operator, to, moments, seed, options)
-    remove_left_over(out)
     require_place(out, prepared)
     for line in plan_lines(prepared):
         say(line)

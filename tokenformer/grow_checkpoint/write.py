@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +35,8 @@ def require_place(out: Path, prepared: Prepared) -> None:
 
 
 def require_room(out: Path, size: int) -> None:
-    """ValueError if so many bytes find no room where `out` is to lie."""
+    """ValueError if so many bytes find no room where `out` is to lie, without what a killed process left of it."""
+    files.remove_left_over(out)
     free = shutil.disk_usage(next(place for place in out.resolve().parents if place.exists())).free
     if size > free:
         needs = f"{gigabytes(size)} are to be written, {gigabytes(free)} are free"
@@ -51,24 +51,6 @@ def require_free(out: Path, folder: Path) -> None:
         raise ValueError(f"{out} lies inside {folder}, which is not touched; choose a place outside")
     if out.resolve().parent.name == runs.CHECKPOINTS and (out.resolve().parent.parent / runs.RECIPE).exists():
         raise ValueError(f"{out} would be taken for a checkpoint of the run around it; choose a place outside")
-
-
-def remove_left_over(out: Path) -> None:
-    """What a growth to the same place left that was killed outright, if no such process is there any more."""
-    for path in out.parent.glob(f".{out.name}.tmp-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdecimal() and not _alive(int(number)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def write_streamed(
