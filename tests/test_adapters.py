@@ -819,7 +819,7 @@ def test_a_full_disk_is_told_before_the_training(place: Path, capsys: Any, monke
             patch.setattr("shutil.disk_usage", lambda path, free=free: free)
             assert cli.main([*words, *more]) == 2
         told = capsys.readouterr()
-        assert f"{name}: the checkpoint cannot be written (no space left on the disk" in told.err
+        assert f"{name}: cannot be written (no space left on the disk" in told.err
         assert "step" not in told.out
     assert {path.name for path in place.iterdir()} == {"base", "cache", "notes.txt"}
     with monkeypatch.context() as patch:  # the control

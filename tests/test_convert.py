@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -437,6 +438,7 @@ def refused(words: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[
         ({}, ("--tokenizer", "owner/name"), "owner/name: no such file or folder here, and not to be had from the hub ("),
         ({"tokenizer": "large.json"}, (), "in/tokenizer.json: has ids up to 300, the model 300 rows"),
         ({}, ("--tokenizer", "in/large.json"), "--tokenizer in/large.json: has ids up to 300, the model 300 rows"),
+        ({}, ("in/inside",), "in/inside lies inside in, which is not touched; choose a place outside"),
         ({}, ("--to", "released"), "in is in the released format already"),
     ],
 )
@@ -456,7 +458,8 @@ def test_what_does_not_fit_together_is_refused(
     tokenizer = json.loads(large.read_text())
     tokenizer["model"]["vocab"]["beyond"] = VOCABULARY
     large.write_text(json.dumps(tokenizer))
-    refused(("convert", "in", "out", *words), message, capsys, {"in"})
+    place = [] if words and "/" in words[0] else ["out"]
+    refused(("convert", "in", *place, *words), message, capsys, {"in"})
 
 
 @pytest.mark.parametrize(
@@ -524,6 +527,17 @@ def test_a_cut_file_and_a_file_of_the_old_kind_are_told_apart(tmp_path: Path) ->
         convert(folder, tmp_path / "out")
     torch.save(tensors, folder / BIN, _use_new_zipfile_serialization=False)
     convert(folder, tmp_path / "out", say=lambda line: None)
+    for protocol in (0, 4, 5):  # torch reads protocol 2 alone
+        (folder / BIN).write_bytes(pickle.dumps({"x": Code()}, protocol))
+        with pytest.raises(ValueError, match="is not opened: its pickle holds code, or objects other than the tensors"):
+            convert(folder, tmp_path / "other")
+        (folder / BIN).write_bytes(b"\x00" + pickle.dumps({"x": Code()}, protocol))  # the control: no pickle
+        with pytest.raises(ValueError, match="truncated or not a file"):
+            convert(folder, tmp_path / "other")
+    for zipped in (True, False):
+        torch.save({"x": Code()}, folder / BIN, pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match="is not opened: its pickle holds code"):
+            convert(folder, tmp_path / "other")
     for code in (Code(), {"deep": [Code()]}):
         torch.save({"x": code}, folder / BIN, _use_new_zipfile_serialization=False)
         with pytest.raises(ValueError, match=r"refers to posix\.system"):

@@ -84,7 +84,7 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
     that a killed process left there is removed too."""
     folder = Path(folder)
     if folder.exists():
-        raise ValueError(f"{folder} already exists; choose another place for the checkpoint")
+        raise ValueError(f"{folder} already exists; choose another place")
     remove_left_over(folder)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     made = runs.missing(folder.parent)
@@ -98,8 +98,18 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         runs.remove_empty(made)
         if isinstance(error, (OSError, SafetensorError)):
-            raise ValueError(f"{folder}: the checkpoint cannot be written ({write_reason(error)})") from error
+            raise ValueError(f"{folder}: cannot be written ({write_reason(error)})") from error
         raise
+
+
+def require_free(out: Path, source: Path) -> None:
+    """ValueError, before any work, unless what is made of that in `source` may be written to `out`."""
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} already exists; choose another place")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out} lies inside {source}, which is not touched; choose a place outside")
+    if out.resolve().parent.name == runs.CHECKPOINTS and (out.resolve().parent.parent / runs.RECIPE).exists():
+        raise ValueError(f"{out} would be taken for a checkpoint of the run around it; choose a place outside")
 
 
 def remove_left_over(folder: Path) -> None:

@@ -20,6 +20,8 @@ from __future__ import annotations
 import errno
 import functools
 import math
+import pickle
+import pickletools
 import re
 import shutil
 import warnings
@@ -100,18 +102,15 @@ def convert(
     Raises ValueError, naming the file and the tensor or key, on anything missing, unknown, of another shape or value,
     not finite, or on a pickle that holds more than tensors; nothing half written is left.
     """
-    out = Path(out)
-    if out.exists():  # before gigabytes are read
-        raise ValueError(f"{out} already exists; choose another place for the checkpoint")
+    out, place = Path(out), Path(checkpoint)
+    files.require_free(out, place)
     if to not in (None, "transformers", "released"):
         raise ValueError(f"to: {to!r} is not known; allowed: transformers, released")
     text = None if tokenizer is None else find_tokenizer(tokenizer)
     if hub.is_on_hub(checkpoint):
         place = hub.download(str(checkpoint), HUB_FILES)
-    else:
-        place = Path(checkpoint)
-        if not place.exists():
-            raise ValueError(f"{place}: no such file or folder")
+    elif not place.exists():
+        raise ValueError(f"{place}: no such file or folder")
     if is_released(place):
         if to == "released":
             raise ValueError(f"{place} is in the released format already")
@@ -233,6 +232,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # of many classes
         if named := re.search(r"\bGLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{path}: is not opened: its pickle refers to {named[1]}, and could run code") from None
+        if isinstance(error, pickle.UnpicklingError) and (zipfile.is_zipfile(path) or is_pickle(path)):
+            what = "holds code, or objects other than the tensors that torch.save writes"
+            raise ValueError(f"{path}: is not opened: its pickle {what}") from None
         raise ValueError(f"{path}: truncated or not a file of torch.save ({type(error).__name__})") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, and is expected to hold tensors by their names")
@@ -242,6 +244,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         if tensor.layout is not torch.strided or tensor.is_meta:
             raise ValueError(f"{path}: {name} is {tensor.layout} on {tensor.device}; allowed: all its numbers in a row")
     return loaded
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as a pickle, of any protocol, up to its end or to a name of code; nothing of it is run."""
+    with open(path, "rb") as file:
+        try:
+            ends = ("STOP", "GLOBAL", "STACK_GLOBAL", "INST")
+            return any(opcode.name in ends for opcode, _, _ in pickletools.genops(file))
+        except (ValueError, IndexError, OverflowError):
+            return False
 
 
 def sizes_of(tensors: dict[str, Tensor], place: Path) -> dict[str, int]:

@@ -20,7 +20,7 @@ from . import runs
 from .curve import write_curve
 from .data import eval_windows, load_tokenizer, prepare, text_windows
 from .evaluate import evaluate, require_vocabulary
-from .grow_checkpoint.write import copy_others, require_free
+from .grow_checkpoint.write import copy_others
 from .optim import AdamW, named_state, parameter_groups
 from .rows import RULES, RULES_OF_TEXT, ranking
 from .shrink import Keep, cut, kept_sizes
@@ -126,10 +126,10 @@ def require_possible(folder: Path, out: Path, keep: Keep, by: str, text: Sequenc
         raise ValueError(f"--by {by}: looks at what rows do on a text; name one by --text")
     files.require_nothing_carried(folder)
     kept_sizes(files.load_config(folder), keep)
-    require_free(out, folder)
+    files.require_free(out, folder)
     for path in curve_paths(out) if curve else ():
         if path.exists():
-            raise ValueError(f"{path} already exists; choose another place for the checkpoint")
+            raise ValueError(f"{path} already exists; choose another place")
 
 
 def text_of(section: Any, paths: Sequence[str], say: Callable[[str], None]) -> Text:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint as files
-from .. import runs
 from ..growth import freeze_as_grown, grow
 from ..growth.weights import grown_reader
 from ..optim import AdamW, named_state, parameter_groups
@@ -30,7 +29,7 @@ NOT_COPIED = (
 
 
 def require_place(out: Path, prepared: Prepared) -> None:
-    require_free(out, prepared.folder)
+    files.require_free(out, prepared.folder)
     require_room(out, prepared.bytes)
 
 
@@ -40,17 +39,7 @@ def require_room(out: Path, size: int) -> None:
     free = shutil.disk_usage(next(place for place in out.resolve().parents if place.exists())).free
     if size > free:
         needs = f"{gigabytes(size)} are to be written, {gigabytes(free)} are free"
-        raise ValueError(f"{out}: the checkpoint cannot be written (no space left on the disk: {needs})")
-
-
-def require_free(out: Path, folder: Path) -> None:
-    """ValueError unless a checkpoint made of that in `folder` may be written to `out`."""
-    if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} already exists; choose another place for the checkpoint")
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{out} lies inside {folder}, which is not touched; choose a place outside")
-    if out.resolve().parent.name == runs.CHECKPOINTS and (out.resolve().parent.parent / runs.RECIPE).exists():
-        raise ValueError(f"{out} would be taken for a checkpoint of the run around it; choose a place outside")
+        raise ValueError(f"{out}: cannot be written (no space left on the disk: {needs})")
 
 
 def write_streamed(
