@@ -1,6 +1,7 @@
 """An Accelerate loop whose Llama grows at half its steps: `accelerate launch examples/accelerate_loop.py TEXT OUT`.
 
-Run it again with the same OUT and it goes on from its last checkpoint, before or after the growth.
+It needs `pip install 'tokenformer[accelerate]'`. Run it again with the same OUT and it goes on from its last
+checkpoint, before or after the growth.
 """
 
 import json

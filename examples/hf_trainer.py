@@ -1,6 +1,7 @@
 """transformers' Trainer with a callback that grows the model: `python examples/hf_trainer.py TEXT OUT`.
 
-Run it again with the same OUT and it goes on from its last checkpoint, before or after the growth.
+It needs `pip install 'tokenformer[accelerate]'`. Run it again with the same OUT and it goes on from its
+last checkpoint, before or after the growth.
 """
 
 import sys

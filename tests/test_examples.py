@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,16 @@ def test_an_example_is_a_screen_long_and_says_how_it_is_called(name: str, monkey
     monkeypatch.setattr(sys, "argv", [str(path)])
     with pytest.raises(SystemExit, match=f"usage: .*{name}.py TEXT OUT"):
         runpy.run_path(str(path), run_name="__main__")
+
+
+def test_what_an_example_needs_besides_is_said_at_its_head_and_is_an_extra() -> None:
+    extras = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["accelerate"] == ["accelerate"]
+    for name in NAMES:
+        text = (EXAMPLES / f"{name}.py").read_text()
+        needs = "Trainer(" in text or "Accelerator(" in text
+        assert ("`pip install 'tokenformer[accelerate]'`" in text.split('"""')[1]) == needs == (name != "plain_loop")
+    assert "the last two need `pip install 'tokenformer[accelerate]'`" in (EXAMPLES.parent / "README.md").read_text()
 
 
 def test_the_object_itself_becomes_the_grown_model() -> None:
