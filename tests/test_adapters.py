@@ -743,6 +743,80 @@ def test_adapt_writes_a_memory_that_lowers_the_loss_and_a_merged_model(place: Pa
     assert cost["flops"] == 10**9 + training_flops(merged.config, 64, 20 * 2)
 
 
+def files_of(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_a_saved_memory_is_merged_as_adapt_itself_does_and_onto_its_base_alone(place: Path, capsys: Any) -> None:
+    """As after a process that was stopped between the memory and the merged model."""
+    train = ["adapt", "base", "--text", "notes.txt", *SMALL]
+    assert cli.main([*train, "--tokens", "8", "--out", "m", "--merge", "a"]) == 0
+    assert cli.main(["adapt", "base", "--memory", "m", "--merge", "b"]) == 0
+    assert files_of("a") == files_of("b") and ancestry(Path("b"))["tokens"] == 1000 + 6 * 2 * 64
+    assert cli.main([*train, "--tokens", "2", "--kind", "pattention", "--out", "beside"]) == 0
+    about = read_json("m/memory.json")
+    shutil.copytree("m", "unknown")
+    write_json("unknown/memory.json", {key: value for key, value in about.items() if key != "cost"})
+    shutil.copytree("m", "wrong")
+    write_json("wrong/memory.json", about | {"cost": {"flops": 1}})
+    capsys.readouterr()
+    for words, message in (
+        (["a", "--memory", "m", "--merge", "c"], "m/memory.json: the memory was made for another base"),
+        (["base", "--memory", "beside", "--merge", "c"], "--memory beside: a memory of kind 'pattention' cannot be"),
+        (["base", "--memory", "nowhere", "--merge", "c"], "nowhere/memory.json: no such file; a memory is a folder"),
+        (["base", "--memory", "wrong", "--merge", "c"], "wrong/memory.json: cost: tokens must be of type int"),
+        (["base", "--memory", "m", "--merge", "m/c"], "m/c lies inside m, which is not touched"),
+        (["base", "--memory", "m", "--merge", "base/c"], "base/c lies inside base, which is not touched"),
+        (["base", "--memory", "m", "--merge", "a"], "a already exists; choose another place"),
+        (["base", "--memory", "m", "--merge", "c", "--tokens", "8"], "--tokens: has no effect with --memory"),
+        (["base", "--memory", "m", "--merge", "c", "train.steps=5"], "train.steps=5: has no effect with --memory"),
+        (["base", "--out", "c"], "--text: is not given; name a text file or folder to train on"),
+        (["base", "--text", "notes.txt"], "--out: is not given; name the folder to make for the memory"),
+    ):
+        assert cli.main(["adapt", *words]) == 2
+        told = capsys.readouterr()
+        assert message in told.err and told.err.count("\n") == 1 and told.out == ""
+    assert {path.name for path in place.iterdir()} == {"a", "b", "base", "beside", "cache", "m", "notes.txt"} | {
+        "unknown", "wrong",
+    }  # fmt: skip
+    assert cli.main(["adapt", "base", "--memory", "unknown", "--merge", "c"]) == 0  # the control
+    assert "unknown does not say what its training cost" in capsys.readouterr().out
+    assert ancestry(Path("c"))["tokens"] == 1000
+
+
+def test_the_examples_of_the_help_work(place: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["adapt", "--help"])
+    examples = re.findall(r"^ +tokenformer (adapt runs/first .*)$", capsys.readouterr().out, re.M)
+    assert len(examples) == 2
+    shutil.copyfile(DOCS.parent / "README.md", "README.md")
+    Path("runs").mkdir()
+    shutil.move("base", "runs/first")
+    for example in examples:
+        assert cli.main([*shlex.split(example), *(SMALL if "--text" in example else [])]) == 0
+    assert cli.main([*shlex.split(examples[1])]) == 2  # the control: it is there by now
+
+
+def test_of_a_text_of_one_document_paragraphs_are_held_out_and_a_line_says_so(place: Path, capsys: Any) -> None:
+    Path("short.txt").write_text("\n\n".join(f"{i} times {i} is {i * i}. " * 4 for i in range(40)))
+    words = ["adapt", "base", "--tokens", "4", *SMALL]
+    assert cli.main([*words, "--text", "short.txt", "--out", "one"]) == 0
+    told = "text: of so few documents none would be held out, so each paragraph is one (data.document_separator)\n"
+    said = capsys.readouterr().out
+    assert said.count(told) == 1
+    separated = [*words, "--text", "short.txt", "--out", "two", 'data.document_separator="\\n\\n"']
+    assert cli.main(separated) == 0  # as if it had been asked for
+    losses = re.findall(r"loss [\d.]+", said)
+    assert losses == re.findall(r"loss [\d.]+", capsys.readouterr().out) and len(losses) == 3
+    assert cli.main([*words, "--text", "notes.txt", "--out", "long"]) == 0  # the control
+    assert "paragraph" not in capsys.readouterr().out
+    Path("line.txt").write_text("a line and no paragraph\n" * 100)
+    for text in (["line.txt"], ["short.txt", "data.valid_fraction=1e-9"]):
+        assert cli.main([*words, "--out", "none", "--text", *text]) == 2
+        assert "none of its 1 documents falls to the" in capsys.readouterr().err
+    assert not Path("none").exists()
+
+
 def test_adapt_trains_as_a_plain_loop_does(place: Path) -> None:
     rate = ["train.learning_rate=0.01", "train.schedule=constant", "train.epsilon=0.1"]  # a gradient's size counts
     overrides = [*SMALL, *rate, "train.weight_decay=0.1", "data.batch_size=4", "train.accumulation_steps=2"]
@@ -775,8 +849,10 @@ def test_adapt_trains_as_a_plain_loop_does(place: Path) -> None:
         (["--seed", "-1"], "--seed -1: allowed is a whole number"),
         (["--out", "base"], "base already exists"),
         (["--out", "base/memory"], "base/memory lies inside base, which is not touched"),
-        (["--merge", "memory"], "memory is memory, or lies inside it"),
-        (["--merge", "memory/merged"], "memory/merged is memory, or lies inside it"),
+        (["--merge", "memory"], "--merge memory: is the place of --out, or lies inside it; choose another"),
+        (["--merge", "memory/merged"], "--merge memory/merged: is the place of --out, or lies inside it"),
+        (["--memory", "memory"], "--memory memory: is merged and not trained on; name the model by --merge"),
+        (["--memory", "m", "--merge", "o"], "--text: has no effect with --memory, which is merged and not trained on"),
         (["--kind", "pattention", "--merge", "merged"], "a memory of kind 'pattention' cannot be merged; rows can"),
         (["train.flops=1e9"], "train.flops: has no effect on adapt; allowed: data.sequence_length"),
         (["train.steps=0"], "train.steps"),
@@ -842,10 +918,11 @@ def test_the_page_on_added_memory_is_true(place: Path, capsys: Any) -> None:
     pytest.importorskip("peft")
     page = (DOCS / "adapt.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    (tokenformer .*)$", page, re.M)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         words = shlex.split(command)[1:]
-        assert cli.main([*words, *(SMALL if words[0] == "adapt" else [])]) == 0, capsys.readouterr().err
+        training = words[0] == "adapt" and "--text" in words
+        assert cli.main([*words, *(SMALL if training else [])]) == 0, capsys.readouterr().err
     assert cli.main(shlex.split(commands[0])[1:]) == 2  # the control: OUT is there by now
     capsys.readouterr()
     exec("\n".join(re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)), {})

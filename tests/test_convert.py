@@ -435,7 +435,7 @@ def refused(words: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[
         ({}, ("--tokenizer", "in"), "--tokenizer in: cannot be loaded"),
         ({}, ("--tokenizer", "nosuch.json"), "--tokenizer nosuch.json: no such file or folder\n"),
         ({}, ("--tokenizer", "in/nosuch"), "--tokenizer in/nosuch: no such file or folder\n"),
-        ({}, ("--tokenizer", "owner/name"), "owner/name: no such file or folder here, and not to be had from the hub ("),
+        ({}, ("--tokenizer", "owner/name"), "owner/name: no such file or folder here, and not to be had from the hub"),
         ({"tokenizer": "large.json"}, (), "in/tokenizer.json: has ids up to 300, the model 300 rows"),
         ({}, ("--tokenizer", "in/large.json"), "--tokenizer in/large.json: has ids up to 300, the model 300 rows"),
         ({}, ("in/inside",), "in/inside lies inside in, which is not touched; choose a place outside"),

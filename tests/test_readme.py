@@ -19,7 +19,9 @@ SMALL = "train.threads=1 train.evaluate_every=100 data.batch_size=2 data.sequenc
 # What is added to a command so that it takes seconds: a budget of few steps, and for the GPU recipe no network.
 SHRINK = {
     "quickstart": f"train.flops=1e9 train.warmup_steps=2 {SMALL}",
-    "adapt": "train.steps=3 train.warmup_steps=0 train.threads=1 data.batch_size=2 data.valid_tokens=512",
+    "adapt runs/first --text": (
+        "train.steps=3 train.warmup_steps=0 train.threads=1 data.batch_size=2 data.valid_tokens=512"
+    ),
     "race growth_llama_cpu": (
         "train.flops=3e11 train.warmup_steps=2 data.source=embedded data.valid_source=README.md "
         f"race.final_text=notes.txt {SMALL}"

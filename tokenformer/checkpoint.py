@@ -80,8 +80,8 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
-    """A hidden folder beside `folder` to write into, which at the end is flushed and takes that name, or is removed. One
-    that a killed process left there is removed too."""
+    """A hidden folder beside `folder` to write into, which at the end is flushed and takes that name, or is removed.
+    One that a killed process left there is removed too."""
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} already exists; choose another place")

@@ -114,9 +114,11 @@ TEXTS = {
         BASE is a checkpoint, a run folder or a name on the Hugging Face hub: Llama, Mistral, Qwen, GPT-2, Mixtral or
         TokenFormer. It is not touched; OUT gets the memory alone. --kind rows: new rows of the feed-forward, which
         --merge makes part of an ordinary model; pattention: a layer beside it, or beside attention. Prints the loss on
-        held-out text before and after. key=value changes a key of a recipe's [data] or [train].
+        held-out text before and after. key=value changes a key of a recipe's [data] or [train]. With --memory nothing
+        is trained: rows that are saved there are merged into the base that they were made for.
 
-          tokenformer adapt runs/first --text README.md --tokens 64 --out runs/memory train.steps=100 data.repeat=true
+          tokenformer adapt runs/first --text README.md --tokens 64 --out runs/memory train.steps=100
+          tokenformer adapt runs/first --memory runs/memory --merge runs/merged
           tokenformer adapt org/llama --text notes/ --out notes --merge llama-with-notes train.dtype=bfloat16
           tokenformer adapt org/gpt2 --text notes/ --kind pattention --where attention --out notes
         """,
@@ -369,15 +371,16 @@ def parser() -> Parser:
     sub = verb("adapt", verbs.adapt)
     sub.add_argument("base", metavar="BASE", help="a checkpoint, a run folder, or org/name on the hub")
     override_argument(sub)
-    sub.add_argument("--text", metavar="PATH", required=True, help="a text file or folder to train on")
-    sub.add_argument("--out", metavar="OUT", required=True, help="the memory's folder; it must not exist")
-    sub.add_argument("--tokens", type=int, default=256, metavar="N", help="rows in each layer (%(default)s)")
-    sub.add_argument("--kind", default="rows", help="rows or pattention (%(default)s)")
-    sub.add_argument("--where", default="feed_forward", help="feed_forward or attention (%(default)s)")
+    sub.add_argument("--text", metavar="PATH", help="a text file or folder to train on")
+    sub.add_argument("--out", metavar="OUT", help="the memory's folder; it must not exist")
+    sub.add_argument("--tokens", type=int, metavar="N", help="rows in each layer (256)")
+    sub.add_argument("--kind", help="rows or pattention (rows)")
+    sub.add_argument("--where", help="feed_forward or attention (feed_forward)")
     sub.add_argument("--theta", help="of a pattention (gelu)")
-    sub.add_argument("--name", default="default", help="what it is called on the model (%(default)s)")
+    sub.add_argument("--name", help="what it is called on the model (default)")
     sub.add_argument("--merge", metavar="MODEL", help="write the base with the rows in it as well, a plain checkpoint")
-    sub.add_argument("--seed", type=int, default=0, help="of the new rows (%(default)s)")
+    sub.add_argument("--memory", metavar="FOLDER", help="train nothing; --merge the rows that are saved there")
+    sub.add_argument("--seed", type=int, help="of the new rows (0)")
 
     sub = verb("operators", verbs.operators)
     sub.add_argument("name", metavar="NAME", nargs="?", help="one of them, in full")

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what is meant as a name there, and a copy of a model's files, asked for once and not for long."""
+"""The Hugging Face hub: what is meant as a name there, and a copy of a model's files, asked for once, not for long."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def is_on_hub(place: str | Path, without_owner: bool = False) -> bool:
 
 
 def download(name: str, patterns: tuple[str, ...]) -> Path:
-    """The folder of a copy of those files of a model on the hub, which is kept in the hub's cache; what is there already
-    does where the hub has no answer."""
+    """The folder of a copy of those files of a model on the hub, which is kept in the hub's cache; what is there
+    already does where the hub has no answer."""
     from huggingface_hub import model_info, snapshot_download
 
     unanswered = None

@@ -125,15 +125,33 @@ def grow(arguments: Any) -> None:
 
 
 def adapt(arguments: Any) -> None:
-    require_seed(arguments.seed)
+    names = ("tokens", "kind", "where", "theta", "name", "seed")
+    memory = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.memory is not None:
+        return merge_saved(arguments, ("text", "out", *names))
+    for name, what in (("text", "a text file or folder to train on"), ("out", "the folder to make for the memory")):
+        if getattr(arguments, name) is None:
+            raise ValueError(f"--{name}: is not given; name {what}")
+    require_seed(memory.get("seed", 0))
     from .adapters import adapt
 
-    names = ("tokens", "kind", "where", "theta", "name", "seed")
-    memory = {name: getattr(arguments, name) for name in names}
     with terminated_as_interrupted():
         adapt(
             arguments.base, arguments.out, arguments.text, arguments.overrides, arguments.merge, say=say, **memory
         )
+
+
+def merge_saved(arguments: Any, of_training: Sequence[str]) -> None:
+    """`adapt --memory`, which trains nothing."""
+    if arguments.merge is None:
+        raise ValueError(f"--memory {arguments.memory}: is merged and not trained on; name the model by --merge")
+    given = [f"--{name}" for name in of_training if getattr(arguments, name) is not None] + arguments.overrides
+    if given:
+        raise ValueError(f"{given[0]}: has no effect with --memory, which is merged and not trained on")
+    from .adapters import merge_memory
+
+    with terminated_as_interrupted():
+        merge_memory(arguments.base, arguments.memory, arguments.merge, say)
 
 
 def add_memories(model: Any, folders: Sequence[str]) -> None:

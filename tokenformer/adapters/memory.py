@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,10 @@ FIELDS = {"name": str, "kind": str, "where": str, "tokens": int, "theta": str | 
 
 @dataclass(eq=False)
 class Memory:
-    """Parameter tokens that were added to `model` under a name; what an optimizer is given are its `parameters()`."""
+    """Parameter tokens that were added to `model` under a name; what an optimizer is given are its `parameters()`.
+
+    cost: what led to it, its base's training included, as `checkpoint.ancestry` has it; None if nobody has said.
+    """
 
     model: PreTrainedModel = field(repr=False)
     name: str
@@ -37,6 +41,7 @@ class Memory:
     theta: str | None
     seed: int
     layers: dict[str, nn.Module] = field(repr=False)  # the name of a module of the model -> what stands beside it
+    cost: dict[str, Any] | None = field(default=None, repr=False)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {f"{place}.{name}": p for place, layer in self.layers.items() for name, p in layer.named_parameters()}
@@ -74,7 +79,7 @@ class Memory:
     def save(self, folder: str | Path) -> Path:
         """Write it, and nothing of the model, into the new folder: memory.safetensors, and memory.json, which names the
         base by its kind, sizes and the hash of its weights. ValueError in one line, as of `save_checkpoint`."""
-        about = {key: getattr(self, key) for key in FIELDS}
+        about = {key: getattr(self, key) for key in FIELDS} | ({} if self.cost is None else {"cost": self.cost})
         with written_whole(folder) as temporary:
             save_tensors(dict(self.named_parameters()), temporary / WEIGHTS)
             runs.write_json(temporary / ABOUT, {"format": FORMAT, **about, "base": asdict(base_of(self.model))})
@@ -204,6 +209,7 @@ def load_parameter_tokens(model: PreTrainedModel, folder: str | Path, name: str 
     kinds = {"model_type": str, "sizes": dict, "dtype": str, "sha256": str}
     base = runs.require_object(stored["base"], kinds, f"{path}: base")
     require_base(model, Base(**{key: base[key] for key in kinds}), path)
+    cost = runs.require_object(stored["cost"], runs.COST, f"{path}: cost") if "cost" in stored else None
     tensors = read_tensors(weights)
     about = {key: stored[key] for key in FIELDS} | ({} if name is None else {"name": name})
     trained = {p: p.requires_grad for p in model.parameters()}
@@ -220,6 +226,7 @@ def load_parameter_tokens(model: PreTrainedModel, folder: str | Path, name: str 
         raise ValueError(f"{weights}: {wrong}")
     for key, p in parameters.items():
         p.copy_(tensors[key])
+    memory.cost = cost
     return memory
 
 

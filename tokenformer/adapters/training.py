@@ -1,33 +1,35 @@
-"""A memory trained on a text for a checkpoint: the base is frozen, and only the memory is written."""
+"""A memory trained on a text for a checkpoint, whose base is frozen; and one that is saved, merged into its base."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .. import checkpoint as files
-from ..data import Batches, Corpus, eval_windows, load_tokenizer, prepare
+from .. import runs
+from ..data import Batches, Corpus, TooFewDocuments, eval_windows, load_tokenizer, prepare
 from ..distributed import Ranks, choose_device, ranks_here
 from ..evaluate import autocast, evaluate, next_token_loss
 from ..flops import training_flops
 from ..grow_checkpoint.plan import find_or_download
-from ..grow_checkpoint.write import require_free, require_room
+from ..grow_checkpoint.write import copy_others, require_room
 from ..models.axes import size_of
+from ..models.portable import keep_portable
 from ..optim import AdamW, learning_rate, parameter_groups
 from ..random_states import seed_all
 from ..recipe import Recipe, override, parse_override, recipe_from_dict
-from ..runs import Say
 from ..start import stream_of, streams_with
-from .memory import Memory, add_parameter_tokens
+from .memory import Memory, add_parameter_tokens, load_parameter_tokens
 from .merge import merge_parameter_tokens
-from .places import rows_axis
+from .places import rows_axis, rows_plan
 
 TRAIN_KEYS = (
     *("steps", "learning_rate", "min_learning_rate_ratio", "schedule", "warmup_steps", "decay_fraction"),
@@ -41,6 +43,7 @@ DATA_KEYS = (
 TRAIN = {"steps": 200, "learning_rate": 1e-3, "warmup_steps": 10}
 DATA = {"valid_fraction": 0.1, "repeat": True}  # of texts that may be small, and are seen as often as the steps ask for
 SEQUENCE_LENGTH = 256
+PARAGRAPH = "\n\n"
 
 
 @files.quiet()
@@ -50,7 +53,7 @@ def adapt(
     text: str,
     overrides: Iterable[str] = (),
     merge: str | Path | None = None,
-    say: Say = print,
+    say: runs.Say = print,
     **memory: Any,
 ) -> dict[str, dict[str, float]]:
     """Train a memory on `text` for the checkpoint `base`, write it to the new folder `out`, and return the held-out
@@ -66,21 +69,22 @@ def adapt(
     if ranks_here().world > 1:
         raise ValueError("WORLD_SIZE: adapt trains in one process; start it without torchrun")
     folder = find_or_download(base)
-    require_places([Path(place) for place in (out, merge) if place is not None], folder)
+    places = ({} if merge is None else {"--merge": merge}) | {"--out": out}
+    require_places({option: Path(place) for option, place in places.items()}, [folder])
     files.require_nothing_carried(folder)
     recipe = settings(folder, text, overrides)
     device = choose_device(recipe.train.device, Ranks())
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    model, lineage = files.load_checkpoint(folder)
-    corpus, batches, windows = read_text(recipe, model)
+    model, _ = files.load_checkpoint(folder)
+    tell = say or (lambda line: None)
+    corpus, batches, windows = read_text(recipe, model, tell)
     seed_all(recipe.train.seed)
     model.to(device)
     added = add_parameter_tokens(model, **memory)
     require_room(Path(out), bytes_of(added.parameters()))
     if merge is not None:
         require_room(Path(merge), bytes_of(model.parameters()))
-    tell = say or (lambda line: None)
     before = evaluate(model, windows, device=device, dtype=recipe.train.dtype)
     count = sum(p.numel() for p in added.parameters())
     tell(f"{count:,} parameters to train: {added.kind}, {added.tokens} tokens in each of {len(added.layers)} places")
@@ -89,31 +93,66 @@ def adapt(
     seconds = train_memory(model, added, recipe, batches, tell)
     after = evaluate(model, windows, device=device, dtype=recipe.train.dtype)
     tell(f"after: {after['bits_per_byte']:.4f} bits per byte, loss {after['loss']:.4f}")
+    if added.kind == "rows":
+        added.cost = cost(folder, rows_plan(model.config, added.tokens).config, recipe, corpus, seconds)
     added.save(out)
     tell(f"memory: {out}")
     if merge is not None:
-        merged = merge_parameter_tokens(model)
-        _, field = rows_axis(model.config)
-        event = {"operator": "parameter_tokens", "promise": "approximate", "tokens": added.tokens, "memory": str(out)}
-        event |= {side: {field: size_of(each.config, field)} for side, each in (("from", model), ("to", merged))}
-        event["ancestor"] = cost(folder, merged, recipe, corpus, seconds)
-        files.save_checkpoint(merge, merged, corpus.tokenizer, lineage=[*lineage, event])
+        write_merged(added, Path(out), folder, Path(merge))
         tell(f"merged: {merge}")
     return {"before": before, "after": after}
+
+
+@files.quiet()
+def merge_memory(base: str | Path, memory: str | Path, out: str | Path, say: runs.Say = print) -> Path:
+    """Write the ordinary model that the saved memory of rows in the folder `memory` makes of the checkpoint `base`,
+    which has to be the one that it was made for, to the new folder `out`. Raises ValueError in one line, and leaves
+    nothing half written."""
+    folder, memory, out = find_or_download(base), Path(memory), Path(out)
+    require_places({"--merge": out}, [folder, memory])
+    files.require_nothing_carried(folder)
+    model, _ = files.load_checkpoint(folder)
+    added = load_parameter_tokens(model, memory)
+    if added.kind != "rows":
+        raise ValueError(f"--memory {memory}: a memory of kind {added.kind!r} cannot be merged; rows can")
+    require_room(out, bytes_of(model.parameters()))
+    tell = say or (lambda line: None)
+    if added.cost is None:
+        tell(f"{memory} does not say what its training cost; the lineage has the cost of {folder} alone")
+    write_merged(added, memory, folder, out)
+    tell(f"merged: {out}")
+    return out
+
+
+def write_merged(memory: Memory, place: Path, base: Path, out: Path) -> None:
+    """The model that a memory of rows, the only one on its model, makes of the checkpoint `base`. place: where the
+    memory lies, for the lineage."""
+    model = memory.model
+    merged = merge_parameter_tokens(model, [memory.name])
+    _, field = rows_axis(model.config)
+    event = {"operator": "parameter_tokens", "promise": "approximate", "tokens": memory.tokens, "memory": str(place)}
+    event |= {side: {field: size_of(each.config, field)} for side, each in (("from", model), ("to", merged))}
+    event["ancestor"] = memory.cost or files.ancestry(base)
+    with files.written_whole(out) as temporary:
+        merged.save_pretrained(temporary)
+        copy_others(base, temporary)
+        keep_portable(merged.config, temporary)
+        runs.write_json(temporary / files.LINEAGE, [*files.read_lineage(base), event])
 
 
 def bytes_of(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def require_places(places: list[Path], base: Path) -> None:
-    """ValueError, before the work and not after it, if one of the folders to make is there, lies inside the base or
-    another one, or cannot be made."""
-    for i, place in enumerate(places):
-        require_free(place, base)
-        for other in places[:i] + places[i + 1 :]:
-            if place.resolve().is_relative_to(other.resolve()):
-                raise ValueError(f"{place} is {other}, or lies inside it; choose another place")
+def require_places(places: Mapping[str, Path], sources: list[Path]) -> None:
+    """ValueError, before the work and not after it, if one of the folders to make, by their options, is there, lies
+    inside one of the sources or another one, or cannot be made."""
+    for option, place in places.items():
+        for source in sources:
+            files.require_free(place, source)
+        for other in places.keys() - {option}:
+            if place.resolve().is_relative_to(places[other].resolve()):
+                raise ValueError(f"{option} {place}: is the place of {other}, or lies inside it; choose another")
         parent = next(each for each in place.absolute().parents if each.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise ValueError(f"{place}: {parent} cannot be written")
@@ -138,8 +177,13 @@ def settings(folder: Path, text: str, overrides: Iterable[str]) -> Recipe:
     return recipe
 
 
-def read_text(recipe: Recipe, model: Any) -> tuple[Corpus, Batches, tuple[Tensor, Tensor]]:
-    """The text, its batches, its held-out windows; ValueError if there is too little, or the model has no such ids."""
+def read_text(
+    recipe: Recipe, model: Any, tell: Callable[[str], None] = print
+) -> tuple[Corpus, Batches, tuple[Tensor, Tensor]]:
+    """The text, its batches, its held-out windows; ValueError if there is too little, or the model has no such ids.
+
+    Where so few documents leave nothing to hold out, or to train on, each paragraph is one: recipe.data then says so.
+    """
     data, steps = recipe.data, recipe.train.steps
     assert steps is not None
     if data.source != "embedded" and not data.source.startswith("hf:") and not Path(data.source).exists():
@@ -149,7 +193,18 @@ def read_text(recipe: Recipe, model: Any) -> tuple[Corpus, Batches, tuple[Tensor
         raise ValueError(
             f"{data.tokenizer}: its tokenizer has {vocabulary:,} tokens, and the model {model.config.vocab_size:,}"
         )
-    corpus = prepare(data, data.skip_tokens + steps * data.batch_size * data.sequence_length)
+    tokens = data.skip_tokens + steps * data.batch_size * data.sequence_length
+    try:
+        corpus = prepare(data, tokens)
+    except TooFewDocuments as error:
+        if data.document_separator or data.valid_source or not Path(data.source).expanduser().exists():
+            raise
+        data.document_separator = PARAGRAPH
+        try:
+            corpus = prepare(data, tokens)
+        except ValueError:  # there are no paragraphs, or too few of them as well
+            raise error from None
+        tell("text: of so few documents none would be held out, so each paragraph is one (data.document_separator)")
     batches = Batches(
         corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat, skip_tokens=data.skip_tokens
     )
@@ -191,14 +246,14 @@ def train_memory(model: Any, memory: Memory, recipe: Recipe, batches: Batches, t
     return time.perf_counter() - began
 
 
-def cost(folder: Path, merged: Any, recipe: Recipe, corpus: Corpus, seconds: float) -> dict[str, Any]:
-    """What led to the merged model, its base's cost included. FLOPs as if all of it had been trained: no less than they
-    were."""
+def cost(folder: Path, merged: PreTrainedConfig, recipe: Recipe, corpus: Corpus, seconds: float) -> dict[str, Any]:
+    """What led to a memory of rows, its base's cost included. FLOPs as if all of the merged model had been trained: no
+    less than they were."""
     spent, data, steps = files.ancestry(folder), recipe.data, recipe.train.steps
     assert steps is not None
     tokens = steps * data.batch_size * data.sequence_length
     return {
-        "flops": spent["flops"] + training_flops(merged.config, data.sequence_length, steps * data.batch_size),
+        "flops": spent["flops"] + training_flops(merged, data.sequence_length, steps * data.batch_size),
         "tokens": spent["tokens"] + tokens,
         "seconds": round(spent["seconds"] + seconds, 3),
         "streams": streams_with(spent["streams"], stream_of(data, corpus), data.skip_tokens + tokens),

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .cache import FORMAT, Say, build_cache, read_cache, token_dtype
+from .cache import FORMAT, Say, TooFewDocuments, build_cache, read_cache, token_dtype
 from .sources import Source, files_below, read_blocks
 from .tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
@@ -33,6 +33,7 @@ __all__ = [
     "Corpus",
     "HFTokenizer",
     "Tokenizer",
+    "TooFewDocuments",
     "eval_windows",
     "load_tokenizer",
     "prepare",

@@ -37,6 +37,10 @@ STALE_SECONDS = 24 * 60 * 60
 Say = Callable[[str], None]
 
 
+class TooFewDocuments(ValueError):
+    """So few that none is held out, or none is left to train on."""
+
+
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
@@ -111,7 +115,7 @@ def write_tokens(
         raise ValueError(f"data.source = {source.name!r} holds no text ({skipped})")
     for side in ("valid", "train"):
         if not count[f"{side}_documents"]:
-            raise ValueError(
+            raise TooFewDocuments(
                 f"data.source = {source.name!r}: none of its {len(seen):,} documents falls to the {side} "
                 f"side at data.valid_fraction = {section.valid_fraction}; change that, add documents, or cut "
                 "files into more of them with data.document_separator"
