@@ -365,7 +365,7 @@ def test_eval_outside_a_run_scores_what_the_last_training_held_out(
     for nothing in ({}, {"streams": []}, {"streams": None}):
         monkeypatch.setattr(checkpoint, "ancestry", lambda folder, nothing=nothing: nothing)
         assert run("eval", str(grown)) == 2
-        assert "names no text that it was trained on, so say what to score" in capsys.readouterr().err
+        assert "names no text that its run held out, so say what to score" in capsys.readouterr().err
 
 
 def test_generate_prints_no_control_characters_of_the_model(

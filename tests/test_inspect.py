@@ -612,7 +612,7 @@ def test_of_a_mixture_the_load_of_its_experts_is_told(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "llama names no text that it was trained on, so say what to score: --text PATH or --source embedded"),
+        ((), "llama names no text that its run held out, so say what to score: --text PATH or --source embedded"),
         (("--text", "none.txt"), "--text none.txt: no such file or folder"),
         (("--text", "some.txt", "--k", "25"), "k: 25 is more than intermediate_size = 24"),
         (("--text", "some.txt", "--k", "0"), "k: 0 is not allowed"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import checkpoint as files
 from . import runs
 from .curve import write_curve
-from .data import eval_windows, load_tokenizer, prepare, text_windows
+from .data import eval_windows, held_out_name, load_tokenizer, prepare, text_windows
 from .evaluate import evaluate, require_vocabulary
 from .grow_checkpoint.write import copy_others, remove_left_over, require_free
 from .optim import AdamW, named_state, parameter_groups
@@ -148,7 +148,7 @@ def text_of(section: Any, paths: Sequence[str], say: Callable[[str], None]) -> T
     if section.source:
         try:
             held_out = eval_windows(prepare(section, 0, progress=say), length)
-            return Text(None if tokens is None else tokens[:most], held_out, f"held-out share of {section.source}")
+            return Text(None if tokens is None else tokens[:most], held_out, held_out_name(section))
         except ValueError as error:  # a checkpoint outlives the text that it was trained on
             say(f"the held-out text of the checkpoint is not to be had: {error}")
     if tokens is None:

@@ -34,6 +34,7 @@ __all__ = [
     "HFTokenizer",
     "Tokenizer",
     "eval_windows",
+    "held_out_name",
     "load_tokenizer",
     "prepare",
     "text_windows",
@@ -109,6 +110,11 @@ def held_out_source(section: Any) -> Source | None:
         return Source(dataclasses.replace(section, source=name, document_separator=""), 0)
     except ValueError as error:
         raise ValueError(str(error).replace("data.source", "data.valid_source", 1)) from None
+
+
+def held_out_name(section: Any) -> str:
+    """What `prepare` holds out, in words."""
+    return f"held-out text {section.valid_source}" if section.valid_source else f"held-out share of {section.source}"
 
 
 class Batches(torch.utils.data.Dataset[torch.Tensor]):
