@@ -61,6 +61,7 @@ def race(arguments: Any) -> None:
     if arguments.minutes is not None and not 0 < arguments.minutes < float("inf"):
         raise ValueError(f"--minutes {arguments.minutes:g}: must be more than 0")
     if arguments.plan:
+        require_texts_of(recipe)
         from .race import plan_race
 
         for line in plan_race(recipe, race_jobs(arguments)):
@@ -72,10 +73,24 @@ def race(arguments: Any) -> None:
 
 def run_race(recipe: Any, arguments: Any, minutes: float | None = None, began: float | None = None) -> None:
     jobs = race_jobs(arguments)
+    require_texts_of(recipe)
     from .race import run_race
 
     page = run_race(recipe, Path(arguments.out), arguments.resume, say, jobs, minutes, began)
     say(f"report: {page}")
+
+
+def require_texts_of(recipe: Any) -> None:
+    """ValueError where a text of a race is not to be had: at once, for all else that is checked takes a minute."""
+    from .data import require_texts
+    from .recipe import arm_recipe
+
+    sections = [arm_recipe(recipe, arm).data for arm in recipe.arms]
+    for section in {(each.source, each.valid_source): each for each in sections}.values():
+        require_texts(section)
+    final_text = recipe.race and recipe.race.final_text
+    if final_text and not Path(final_text).is_file():
+        raise ValueError(f"race.final_text = {final_text!r}: must be one text file")
 
 
 def race_jobs(arguments: Any) -> int:

@@ -37,6 +37,7 @@ __all__ = [
     "held_out_name",
     "load_tokenizer",
     "prepare",
+    "require_texts",
     "text_windows",
 ]
 
@@ -97,6 +98,12 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
             "room for the token files; TOKENFORMER_CACHE names another"
         ) from error
     return Corpus(train, valid, valid_bytes, tokenizer, info)
+
+
+def require_texts(section: Any) -> None:
+    """ValueError or OSError, at once, where data.source or data.valid_source is not to be had."""
+    Source(section, 0)
+    held_out_source(section)
 
 
 def held_out_source(section: Any) -> Source | None:
