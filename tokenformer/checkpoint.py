@@ -14,7 +14,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,22 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         if isinstance(error, (OSError, SafetensorError)):
             raise ValueError(f"{folder}: the checkpoint cannot be written ({write_reason(error)})") from error
         raise
+
+
+def require_room(out: Path, size: int) -> None:
+    """ValueError if so many bytes find no room where `out` is to lie."""
+    free = shutil.disk_usage(next(place for place in out.resolve().parents if place.exists())).free
+    if size > free:
+        needs = f"{gigabytes(size)} are to be written, {gigabytes(free)} are free"
+        raise ValueError(f"{out}: the checkpoint cannot be written (no space left on the disk: {needs})")
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -86,6 +86,8 @@ def shrink_checkpoint(
 
     ranked = ranking(model, by, texts.batches)
     small = cut(model, kept_sizes(model.config, keep), ranked, optimizer)
+    moments = {} if optimizer is None else named_state(small.optimizer, small.model)
+    files.require_room(out, files.bytes_of([*small.model.parameters(), *moments.values()]))
     tokens = 0 if texts.calibration is None else texts.calibration[:, 1:].numel()
     event = {
         **small.event,
@@ -106,7 +108,7 @@ def shrink_checkpoint(
     with files.written_whole(out) as temporary:
         small.model.save_pretrained(temporary)
         if optimizer is not None:
-            files.save_tensors(named_state(small.optimizer, small.model), temporary / files.OPTIMIZER)
+            files.save_tensors(moments, temporary / files.OPTIMIZER)
         copy_others(folder, temporary)
         runs.write_json(temporary / files.LINEAGE, [*lineage, event])
         if curve:  # last in here, so that there is a checkpoint with its curve, or neither

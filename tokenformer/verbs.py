@@ -271,11 +271,14 @@ def inspect(arguments: Any) -> None:
     config = load_config(folder)
     what_is_asked(config, arguments.layer, k, groups, top)  # before the text is read
     section, parts, source = text_parts(arguments, folder, config, "--text PATH or --source embedded")
-    inspect_checkpoint(
+    numbers = inspect_checkpoint(
         folder, out, parts, load_tokenizer(section.tokenizer), source, layer=arguments.layer, rows=arguments.rows, k=k,
         groups=groups, top=top, device=device, say=say,
     )
-    say(f"numbers: {arguments.out or os.path.relpath(out)}")
+    shown = Path(arguments.out or os.path.relpath(out))
+    say(f"numbers: {shown}")
+    if "sparse" in numbers:  # the load of a mixture's experts has no picture
+        say(f"picture: {shown.with_suffix('.png')}")
 
 
 def amount(option: str, text: str | None) -> int | dict[str, int] | None:

@@ -18,7 +18,7 @@ from ..distributed import Ranks, choose_device, ranks_here
 from ..evaluate import autocast, evaluate, next_token_loss
 from ..flops import training_flops
 from ..grow_checkpoint.plan import find_or_download
-from ..grow_checkpoint.write import require_free, require_room
+from ..grow_checkpoint.write import require_free
 from ..models.axes import size_of
 from ..optim import AdamW, learning_rate, parameter_groups
 from ..random_states import seed_all
@@ -77,9 +77,9 @@ def adapt(
     seed_all(recipe.train.seed)
     model.to(device)
     added = add_parameter_tokens(model, **memory)
-    require_room(Path(out), bytes_of(added.parameters()))
+    files.require_room(Path(out), files.bytes_of(added.parameters()))
     if merge is not None:
-        require_room(Path(merge), bytes_of(model.parameters()))
+        files.require_room(Path(merge), files.bytes_of(model.parameters()))
     tell = say or (lambda line: None)
     before = evaluate(model, windows, device=device, dtype=recipe.train.dtype)
     count = sum(p.numel() for p in added.parameters())
@@ -100,10 +100,6 @@ def adapt(
         files.save_checkpoint(merge, merged, corpus.tokenizer, lineage=[*lineage, event])
         tell(f"merged: {merge}")
     return {"before": before, "after": after}
-
-
-def bytes_of(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def require_places(places: list[Path], base: Path) -> None:
