@@ -342,6 +342,21 @@ def test_eval_scores_the_whole_of_a_text_its_last_short_window_too(
     assert capsys.readouterr().err.startswith(f"tokenformer: --text {tmp_path / 'binary'}: is not UTF-8 text")
 
 
+@pytest.mark.parametrize("verb", [("race", "--plan"), ("race",), ("train", "--out", "r")])
+def test_a_race_without_its_texts_is_refused_before_its_code_is_loaded(
+    verb: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenformer.race", None)  # which importing then fails at
+    name, *options = verb
+    for missing, key in (("train", "data.source"), ("held_out", "data.valid_source"), ("final", "race.final_text")):
+        assert run(name, "growth_llama_cpu", *options) == 2
+        assert capsys.readouterr().err.startswith(f"tokenformer: {key} = '{missing}.txt'")
+        (tmp_path / f"{missing}.txt").write_text("of this and that\n" * 50)
+    with pytest.raises(ImportError):  # the control
+        run(name, "growth_llama_cpu", *options)
+
+
 def test_eval_outside_a_run_scores_what_the_last_training_held_out(
     grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,7 +380,7 @@ def test_eval_outside_a_run_scores_what_the_last_training_held_out(
     for nothing in ({}, {"streams": []}, {"streams": None}):
         monkeypatch.setattr(checkpoint, "ancestry", lambda folder, nothing=nothing: nothing)
         assert run("eval", str(grown)) == 2
-        assert "names no text that it was trained on, so say what to score" in capsys.readouterr().err
+        assert "names no text that its run held out, so say what to score" in capsys.readouterr().err
 
 
 def test_generate_prints_no_control_characters_of_the_model(

@@ -579,14 +579,24 @@ def test_what_the_released_format_has_no_place_for_is_refused_on_the_way_back(
 
 def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for free, message in ((0, "cannot be written (no space left on the disk)"), (10**9, "cannot be written (")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+    for free, message in (
+        ((0,), "the checkpoint cannot be written (no space left on the disk: 1.7 MB are to be written, 0.0 MB are"),
+        ((10**9, 0), "cannot be written (no space left on the disk)"),  # full before the end
+        ((10**9, 10**9), "cannot be written ("),
+    ):
+        told = iter(free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, told=told: SimpleNamespace(free=next(told)))
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # torch fails as where the disk ends: amid the file
         try:
             with pytest.raises(ValueError, match=re.escape(message)):
                 convert(small.parent / "converted", tmp_path / "out")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=0))
+    for place, to in ((small, None), (small.parent / "converted", "transformers")):  # what is not there is foreseen
+        with pytest.raises(ValueError, match="no space left on the disk: .* MB are to be written, 0.0 MB are free"):
+            convert(place, tmp_path / "out", to=to)
     assert list(tmp_path.iterdir()) == []
 
 

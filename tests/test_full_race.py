@@ -654,7 +654,7 @@ def test_the_verb_counts_the_minutes_from_its_own_start(monkeypatch: pytest.Monk
 
     def reading(*arguments: Any) -> Any:
         told["loaded"] = time.monotonic()
-        return type("Recipe", (), {"name": "slow"})
+        return type("Recipe", (), {"name": "slow", "arms": [], "race": None})
 
     monkeypatch.setattr("tokenformer.recipe.load_recipe", reading)
     monkeypatch.setattr("tokenformer.race.run_race", lambda *arguments: told.update(minutes=arguments[-2:]))

@@ -15,19 +15,20 @@ PACKAGE = Path(tokenformer.__file__).parent
 # beside that line. A room is a module of the package or a folder; within a room imports are free.
 ARROW: dict[str, set[str]] = {
     "pattention": set(),
+    "nearest": set(),
     "hub": set(),
     "data": {"hub"},
     "flops": set(),
     "distributed": set(),
-    "recipe": set(),
+    "recipe": {"nearest"},
     "environment": set(),
     "random_states": set(),
     "runs": {"recipe", "environment"},
     "statistics": set(),
     "report": {"runs", "statistics"},
-    "evaluate": {"models", "data", "distributed"},
-    "models": {"pattention"},
-    "growth": {"pattention", "models", "flops"},
+    "evaluate": {"models", "data", "distributed", "nearest"},
+    "models": {"pattention", "nearest"},
+    "growth": {"pattention", "models", "flops", "nearest"},
     "optim": {"pattention", "models", "growth"},
     "checkpoint": {"pattention", "models", "growth", "optim", "runs", "random_states"},
     "event": {"growth"},
@@ -54,7 +55,7 @@ ARROW["state"] = {*ARROW} - LOOKED_AT - {"grow_checkpoint"}
 ARROW["step"] = {*ARROW} - LOOKED_AT
 ARROW["train"] = {*ARROW} - LOOKED_AT
 ARROW["adapters"] = {"pattention", "models", "growth", "flops", "optim", "checkpoint", "random_states", "runs", "data"}
-ARROW["adapters"] |= {"evaluate", "distributed", "recipe", "start", "grow_checkpoint"}
+ARROW["adapters"] |= {"nearest", "evaluate", "distributed", "recipe", "start", "grow_checkpoint"}
 ARROW["race"] = {*ARROW}
 ARROW["convert"] = {"hub", "pattention", "models", "checkpoint", "runs"}
 FRONT = {"__init__", "__main__", "cli", "verbs"}  # the ways in may call every room, and no room calls them

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tokenformer
-from tokenformer import inspect_checkpoint, runs, sparse
+from tokenformer import cli, inspect_checkpoint, runs, sparse
 from tokenformer.checkpoint import load_checkpoint, save_checkpoint
 from tokenformer.curve import write_curve
 from tokenformer.data import ByteTokenizer, eval_windows, load_tokenizer, prepare
@@ -587,7 +588,9 @@ def test_a_llama_from_elsewhere_is_inspected_on_a_text_one_layer_of_it(
     assert run("inspect", str(llama), "--text", str(tmp_path / "some.txt"), "--layer", "1", "--rows", "30") == 0
     said = capsys.readouterr().out
     answer = json.loads((tmp_path / "llama.inspect.json").read_text())
-    assert (tmp_path / "llama.inspect.png").exists() and "numbers: " in said
+    assert (tmp_path / "llama.inspect.png").exists()
+    shown = os.path.relpath(tmp_path / "llama.inspect")
+    assert said.endswith(f"\nnumbers: {shown}.json\npicture: {shown}.png\n")
     assert [entry["layer"] for entry in answer["memories"]] == [1] and len(answer["rows"]) == 24
     assert answer["tokens"] == 60 * 18 + 1 and answer["memories"][0]["origins"] == []
     lines = [line for line in said.splitlines() if str(tmp_path.name) not in line]  # paths are as long as they are
@@ -612,7 +615,7 @@ def test_of_a_mixture_the_load_of_its_experts_is_told(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "llama names no text that it was trained on, so say what to score: --text PATH or --source embedded"),
+        ((), "llama names no text that its run held out, so say what to score: --text PATH or --source embedded"),
         (("--text", "none.txt"), "--text none.txt: no such file or folder"),
         (("--text", "some.txt", "--k", "25"), "k: 25 is more than intermediate_size = 24"),
         (("--text", "some.txt", "--k", "0"), "k: 0 is not allowed"),
@@ -690,18 +693,19 @@ def test_a_model_on_the_hub_is_inspected_and_its_numbers_lie_here(
     assert {**found, "checkpoint": ""} == {**local, "checkpoint": ""} and Path("tiny.inspect.png").exists()
 
 
-@pytest.mark.parametrize("fails", ["the numbers", "the picture"])
-def test_numbers_and_picture_are_written_both_or_neither(
-    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("fails", "suffix"), [("the numbers", "json"), ("the picture", "png")])
+def test_numbers_and_picture_are_written_both_or_neither_and_a_full_disk_names_the_file(
+    fails: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     file, line = tmp_path / "a.json", {"rows": [(1.0, 2.0, "100 %"), (0.5, 2.1, "50 %")]}
     with monkeypatch.context() as patch:
-        patch.setattr({"the numbers": "json.dump", "the picture": "matplotlib.figure.Figure.savefig"}[fails], full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr({"the numbers": "json.dump", "the picture": "pathlib.Path.write_bytes"}[fails], full)
+        with pytest.raises(OSError, match="No space left") as caught:
             write_curve(file, {"a": 1}, line, "share", "title")
+    assert cli.one_line(caught.value) == f"{tmp_path}/a.{suffix}: No space left on device"
     assert not list(tmp_path.iterdir())
     write_curve(file, {"a": 1}, line, "share", "title")  # the control
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]

@@ -327,6 +327,28 @@ def test_answer_names_the_lowest_arm_and_what_noise_allows(tmp_path):
     assert "not told apart from **llama**, not told apart from **large** and 0.057 lower" in large
 
 
+def test_noise_of_another_budget_judges_no_gap(tmp_path):
+    """The arms have 12 TFLOP each; the control is noise that was measured there, to within whole steps."""
+    large = {"standard_deviation_bits_per_byte": 0.01, "source": "three seeds"}
+    here = read_report(write_race(tmp_path / "here", noise={**large, "flops": 12.05e12}))
+    assert "not told apart: the gap is within the noise" in here["answer"][0] and here["noise_threshold_bits_per_byte"]
+    folder = write_race(tmp_path / "elsewhere", noise={**large, "flops": 3.42e12})
+    elsewhere = read_report(folder)
+    assert "; noise not measured at this budget, only at 3.42 TFLOP, so a small gap may be" in elsewhere["answer"][0]
+    assert elsewhere["noise_threshold_bits_per_byte"] is None and "told apart" not in " ".join(elsewhere["answer"])
+    [tile] = [tile for tile in elsewhere["headline"] if tile["label"] == "noise of a gap"]
+    assert (tile["text"], tile["note"]) == ("not measured", "only at 3.42 TFLOP; three seeds")
+    page = page_of(folder)
+    assert "Noise: not measured at this budget, only at 3.42 TFLOP." in page and "The band is what" not in page
+
+
+def test_the_quickstart_s_noise_is_of_its_own_budget():
+    from tokenformer.recipe import load_recipe
+
+    recipe = load_recipe("quickstart")
+    assert recipe.noise.flops == recipe.train.flops
+
+
 def test_few_repeats_widen_the_noise(tmp_path):
     deviation = {"standard_deviation_bits_per_byte": 0.002}
     known = read_report(write_race(tmp_path / "a", noise=deviation))["noise_threshold_bits_per_byte"]

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -370,6 +371,12 @@ def test_a_llama_is_cut_in_its_own_dtype_and_loads_in_transformers_alone(
         assert run("shrink", str(llama), str(tmp_path / "other"), *words) == 2
     assert "other: cannot be written (no space left on the disk)" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+    with pytest.MonkeyPatch.context() as patch:  # one that is too small from the start, which is seen before measuring
+        patch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**4))
+        patch.setattr("tokenformer.shrink_checkpoint.evaluate", lambda *arguments: pytest.fail("measured"))
+        assert run("shrink", str(llama), str(tmp_path / "other"), *words) == 2
+    assert "other: the checkpoint cannot be written (no space left on the disk: 0.0 MB are" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_is_measured_on_is_not_ranked_on(
@@ -420,6 +427,71 @@ def test_text_that_is_gone_is_said_and_the_given_one_taken(
     assert "is not to be had" in said and "last fifth of" in said
     assert run("shrink", str(step), str(tmp_path / "b"), "--keep", "0.5") == 0
     assert "the loss is not measured" in capsys.readouterr().out
+
+
+def test_what_is_cut_or_grown_is_scored_on_the_text_that_its_run_held_out(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of docs/shrink.md's first commands show one number for one model, with either kind of held-out text."""
+    held_out = tmp_path / "held.txt"
+    held_out.write_text(corpus(shared).read_text()[::-1])
+
+    def scored(checkpoint: Path, *words: str) -> dict[str, Any]:
+        assert run("eval", str(checkpoint), "--out", str(tmp_path / "out.json"), *words) == 0
+        return json.loads((tmp_path / "out.json").read_text())
+
+    for name, own in (("share", {}), ("source", {"valid_source": str(held_out)})):
+        trained, half, grown = (tmp_path / f"{name} {kind}" for kind in ("run", "half", "grown"))
+        tokenformer.train(tiny(shared, data={"valid_tokens": 512, **own}), trained, say=None)
+        assert run("shrink", str(trained), str(half), "--keep", "0.5") == 0
+        measured = read_lineage(half)[-1]["measured"]
+        capsys.readouterr()
+        assert scored(half)["bits_per_byte"] == pytest.approx(measured["after"]["bits_per_byte"], rel=1e-6)
+        assert "does not say how much" not in capsys.readouterr().out
+        assert run("grow", str(trained), str(grown), "--to", "ffn=64") == 0
+        numbers = scored(grown)
+        assert numbers["bits_per_byte"] == pytest.approx(scored(trained)["bits_per_byte"], rel=1e-6)
+        assert numbers["bits_per_byte"] == pytest.approx(measured["before"]["bits_per_byte"], rel=1e-6)
+        assert numbers["tokens"] == 512 and numbers.get("valid_source") == own.get("valid_source")
+        assert run("inspect", str(grown), "--rows", "0", "--out", str(tmp_path / "rows.json")) == 0
+        dense = json.loads((tmp_path / "rows.json").read_text())["sparse"]["dense"]
+        assert dense["bits_per_byte"] == pytest.approx(numbers["bits_per_byte"], rel=1e-6)
+
+        # A checkpoint of before these keys were kept: what is taken is said, and where nothing can be, that is.
+        lineage = read_lineage(grown)
+        for stream in lineage[-1]["ancestor"]["streams"]:
+            del stream["valid_source"], stream["valid_tokens"]
+        (grown / "lineage.json").write_text(json.dumps(lineage))
+        capsys.readouterr()
+        if own:
+            assert run("eval", str(grown)) == 2
+            assert "names no text that its run held out, so say what to score" in capsys.readouterr().err
+            assert run("shrink", str(grown), str(tmp_path / "old"), "--keep", "0.5") == 0
+            assert "the loss is not measured" in capsys.readouterr().out
+            assert scored(grown, "--text", str(held_out))["bytes"] == len(held_out.read_text())
+        else:
+            assert 512 < scored(grown)["tokens"] < 100_000
+            said = capsys.readouterr().out
+            assert "does not say how much its run held out: taken is data.valid_tokens = 100000" in said
+        assert scored(grown, "--source", str(corpus(shared)))["tokens"] > 512  # the share of a source that is named
+        assert "does not say how much" not in capsys.readouterr().out
+
+
+def test_a_named_source_is_scored_by_its_own_share_not_by_the_text_of_the_run(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out, other = tmp_path / "held.txt", tmp_path / "other.txt"
+    held_out.write_text("of that\n" * 40)
+    other.write_text("\f".join(f"{i} of {7 * i} " * 20 for i in range(90)))
+    data = {"valid_source": str(held_out)}
+    tokenformer.train(tiny(shared, data=data, train={"steps": 2}, growth=[]), tmp_path / "run", say=None)
+    found = []
+    monkeypatch.chdir(shared)
+    for source in (other, corpus(shared), corpus(shared).relative_to(shared)):
+        words = ("--source", str(source), "--out", str(tmp_path / "out.json"))
+        assert run("eval", str(tmp_path / "run"), *words) == 0
+        found.append(json.loads((tmp_path / "out.json").read_text()).get("valid_source"))
+    assert found == [None, str(held_out), str(held_out)]
 
 
 def test_frozen_layers_stay_frozen(llama: Path, tmp_path: Path) -> None:

@@ -61,6 +61,15 @@ def test_text_past_what_was_seen_and_other_text_are_allowed() -> None:
     require_unseen(DataSection(skip_tokens=512, split="b"), [SEEN], stream(split="b"))
 
 
+def test_a_stream_of_before_the_held_out_text_was_named_is_judged_as_ever() -> None:
+    older = {key: value for key, value in SEEN.items() if key not in ("valid_source", "valid_tokens")}
+    data = DataSection(skip_tokens=512, seed=1, valid_tokens=7)
+    for seen in (SEEN, older):  # how much is evaluated says nothing of what was trained on
+        with pytest.raises(ValueError, match="data.seed = 0, and here it is 1"):
+            require_unseen(data, [seen], stream(seed=1, valid_tokens=7))
+        require_unseen(DataSection(skip_tokens=512), [seen], stream())  # the control
+
+
 def test_held_out_text_is_never_text_that_was_trained_on() -> None:
     data = DataSection(valid_fraction=0.05, repeat=True)
     with pytest.raises(ValueError, match="0.05 would hold out text that it was trained on"):

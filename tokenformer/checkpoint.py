@@ -14,7 +14,7 @@ import errno
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,23 @@ def is_alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def require_room(out: Path, size: int) -> None:
+    """ValueError if so many bytes find no room where `out` is to lie, without what a killed process left of it."""
+    remove_left_over(out)
+    free = shutil.disk_usage(next(place for place in out.resolve().parents if place.exists())).free
+    if size > free:
+        needs = f"{gigabytes(size)} are to be written, {gigabytes(free)} are free"
+        raise ValueError(f"{out}: cannot be written (no space left on the disk: {needs})")
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

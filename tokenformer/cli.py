@@ -28,7 +28,8 @@ TEXTS = {
         Trains a small TokenFormer on the source of the running Python, as bytes; grows it in mid-run with
         its optimizer state carried over; and races it against three controls at the same total training
         FLOPs, ancestors included. It leaves a race folder with report.html in it. key=value changes one key
-        of the recipe.
+        of the recipe. The noise between seeds is known at the recipe's budget alone: at another train.flops
+        the page says so, and gaps are not held against it.
 
           tokenformer quickstart
           tokenformer quickstart --out runs/longer train.flops=1e13

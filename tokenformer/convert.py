@@ -364,6 +364,7 @@ def from_released(
     except Exception as error:  # huggingface_hub's validation errors share no narrower class
         raise ValueError(f"{place}: {' '.join(str(error.__cause__ or error).split())}") from error
     named = {ours: tensors[name] for name, (ours, _) in released_names(sizes["num_layers"]).items()}
+    files.require_room(out, files.bytes_of(tensors.values()))
     with files.written_whole(out) as temporary, files.quiet():
         files.save_tensors(in_memory_of_their_own(named), temporary / files.WEIGHTS)
         config.save_pretrained(temporary)
@@ -509,11 +510,13 @@ def to_released(folder: Path, config: TokenFormerConfig, out: Path, say: Callabl
     }
     import yaml
 
+    size = files.bytes_of(stored.values())
+    files.require_room(out, size)
     with files.written_whole(out) as temporary:
         try:
             torch.save({name: stored[ours] for name, (ours, _) in names.items()}, temporary / BIN)
         except RuntimeError as error:  # what torch raises where it cannot write, in words that do not say why
-            full = shutil.disk_usage(temporary).free < sum(tensor.nbytes for tensor in stored.values())
+            full = shutil.disk_usage(temporary).free < size
             raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
         (temporary / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         if (folder / "tokenizer.json").exists():
@@ -530,6 +533,7 @@ def make_portable(folder: Path, config: TokenFormerConfig, out: Path, say: Calla
     weights = files.weight_files(folder)
     kept = [p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model", ".jinja") and p.is_file()]
     left = (files.TRAINER, files.CARRIED)  # of training, which does not go on from the copy
+    files.require_room(out, sum(path.stat().st_size for path in weights))
     with files.written_whole(out) as temporary:
         for path in (*weights, *(p for p in kept if p.name not in left)):
             shutil.copyfile(path, temporary / path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,10 +37,15 @@ def write_curve(file: Path, numbers: Any, lines: Mapping[str, Line], x_label: st
     axes.grid(color="#dddddd", linewidth=0.6)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
     picture = file.with_suffix(".png")
     temporary = picture.with_name(f".{picture.name}.tmp-{os.getpid()}")
     try:
-        figure.savefig(temporary, format="png")
+        try:
+            temporary.write_bytes(drawn.getvalue())
+        except OSError as error:  # which names the temporary file, or none
+            raise OSError(error.errno, error.strerror, str(picture)) from error
         write_json(file, numbers)
         os.replace(temporary, picture)
     finally:

@@ -142,7 +142,7 @@ def find_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
     """
     from lm_eval.tasks import TaskManager
 
-    from .models.axes import nearest
+    from .nearest import nearest
 
     if include_path is not None:
         if not Path(include_path).is_dir():

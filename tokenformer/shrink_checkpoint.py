@@ -18,7 +18,7 @@ from torch import Tensor
 from . import checkpoint as files
 from . import runs
 from .curve import write_curve
-from .data import eval_windows, load_tokenizer, prepare, text_windows
+from .data import eval_windows, held_out_name, load_tokenizer, prepare, text_windows
 from .evaluate import evaluate, require_vocabulary
 from .grow_checkpoint.write import copy_others
 from .optim import AdamW, named_state, parameter_groups
@@ -85,6 +85,8 @@ def shrink_checkpoint(
 
     ranked = ranking(model, by, texts.batches)
     small = cut(model, kept_sizes(model.config, keep), ranked, optimizer)
+    moments = {} if optimizer is None else named_state(small.optimizer, small.model)
+    files.require_room(out, files.bytes_of([*small.model.parameters(), *moments.values()]))
     tokens = 0 if texts.calibration is None else texts.calibration[:, 1:].numel()
     event = {
         **small.event,
@@ -105,7 +107,7 @@ def shrink_checkpoint(
     with files.written_whole(out) as temporary:
         small.model.save_pretrained(temporary)
         if optimizer is not None:
-            files.save_tensors(named_state(small.optimizer, small.model), temporary / files.OPTIMIZER)
+            files.save_tensors(moments, temporary / files.OPTIMIZER)
         copy_others(folder, temporary)
         runs.write_json(temporary / files.LINEAGE, [*lineage, event])
         if curve:  # last in here, so that there is a checkpoint with its curve, or neither
@@ -147,7 +149,7 @@ def text_of(section: Any, paths: Sequence[str], say: Callable[[str], None]) -> T
     if section.source:
         try:
             held_out = eval_windows(prepare(section, 0, progress=say), length)
-            return Text(None if tokens is None else tokens[:most], held_out, f"held-out share of {section.source}")
+            return Text(None if tokens is None else tokens[:most], held_out, held_out_name(section))
         except ValueError as error:  # a checkpoint outlives the text that it was trained on
             say(f"the held-out text of the checkpoint is not to be had: {error}")
     if tokens is None:

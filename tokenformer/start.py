@@ -114,20 +114,27 @@ def stream_of(data: DataSection, corpus: Corpus, first: int = 0) -> Stream:
 
     With equal sha256, seed, sequence_length and first the windows are the same.
     """
-    local = data.source != "embedded" and not data.source.startswith("hf:")
     return {
-        "source": str(Path(data.source).expanduser().resolve()) if local else data.source,
+        "source": absolute(data.source),
         "split": data.split,
         "text_field": data.text_field,
         "document_separator": data.document_separator,
         "tokenizer": corpus.tokenizer.identity(),
         "valid_fraction": 0.0 if data.valid_source else data.valid_fraction,  # of this source
+        "valid_source": data.valid_source and absolute(data.valid_source),
         "sha256": corpus.info["sha256"],  # of the training tokens
         "seed": data.seed,
         "sequence_length": data.sequence_length,
         "length": len(corpus.train),
         "first": first,
+        "valid_tokens": data.valid_tokens,
     }
+
+
+def absolute(source: str) -> str:
+    """data.source or data.valid_source, so that it can be found from anywhere."""
+    local = source != "embedded" and not source.startswith("hf:")
+    return str(Path(source).expanduser().resolve()) if local else source
 
 
 def same_windows(a: Stream, b: Stream) -> bool:
@@ -167,7 +174,7 @@ def require_unseen(data: DataSection, ancestors: list[Stream], mine: Stream, cor
             if data.repeat or longer and stream["length"] <= mine["first"]:
                 continue
             unused = ("source",) if data.source.startswith("hf:") else ("source", "split", "text_field")
-            key = next(key for key in mine if key not in unused and mine[key] != stream[key])
+            key = next(key for key in mine if key not in unused and mine[key] != stream.get(key, mine[key]))
             what = f"data.{key} = {stream[key]!r}, and here it is {mine[key]!r}"
             way = "what it saw cannot be passed over; data.repeat = true allows that"
             if key == "sha256":

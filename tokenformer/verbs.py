@@ -61,6 +61,7 @@ def race(arguments: Any) -> None:
     if arguments.minutes is not None and not 0 < arguments.minutes < float("inf"):
         raise ValueError(f"--minutes {arguments.minutes:g}: must be more than 0")
     if arguments.plan:
+        require_texts_of(recipe)
         from .race import plan_race
 
         for line in plan_race(recipe, race_jobs(arguments)):
@@ -72,10 +73,24 @@ def race(arguments: Any) -> None:
 
 def run_race(recipe: Any, arguments: Any, minutes: float | None = None, began: float | None = None) -> None:
     jobs = race_jobs(arguments)
+    require_texts_of(recipe)
     from .race import run_race
 
     page = run_race(recipe, Path(arguments.out), arguments.resume, say, jobs, minutes, began)
     say(f"report: {page}")
+
+
+def require_texts_of(recipe: Any) -> None:
+    """ValueError where a text of a race is not to be had: at once, for all else that is checked takes a minute."""
+    from .data import require_texts
+    from .recipe import arm_recipe
+
+    sections = [arm_recipe(recipe, arm).data for arm in recipe.arms]
+    for section in {(each.source, each.valid_source): each for each in sections}.values():
+        require_texts(section)
+    final_text = recipe.race and recipe.race.final_text
+    if final_text and not Path(final_text).is_file():
+        raise ValueError(f"race.final_text = {final_text!r}: must be one text file")
 
 
 def race_jobs(arguments: Any) -> int:
@@ -221,7 +236,7 @@ def shrink(arguments: Any) -> None:
     from .shrink_checkpoint import shrink_checkpoint
 
     folder = find_or_download(arguments.checkpoint)
-    section = text_section(arguments, folder, load_config(folder))
+    section = text_section(arguments, folder, load_config(folder), held_out=True)
     device = choose_device(arguments.device, Ranks(), "--device")
     text, curve = arguments.text or (), arguments.curve
     with terminated_as_interrupted():
@@ -274,11 +289,14 @@ def inspect(arguments: Any) -> None:
     config = load_config(folder)
     what_is_asked(config, arguments.layer, k, groups, top)  # before the text is read
     section, parts, source = text_parts(arguments, folder, config, "--text PATH or --source embedded")
-    inspect_checkpoint(
+    numbers = inspect_checkpoint(
         folder, out, parts, load_tokenizer(section.tokenizer), source, layer=arguments.layer, rows=arguments.rows, k=k,
         groups=groups, top=top, device=device, say=say,
     )
-    say(f"numbers: {arguments.out or os.path.relpath(out)}")
+    shown = Path(arguments.out or os.path.relpath(out))
+    say(f"numbers: {shown}")
+    if "sparse" in numbers:  # the load of a mixture's experts has no picture
+        say(f"picture: {shown.with_suffix('.png')}")
 
 
 def amount(option: str, text: str | None) -> int | dict[str, int] | None:
@@ -376,33 +394,43 @@ def score_text(arguments: Any, folder: Path, model: Any, device: Any) -> dict[st
         f"{measured['tokens']:,} tokens, {measured['bytes']:,} bytes, windows of {section.sequence_length}"
     )
     source = {"text": arguments.text} if arguments.text else {"source": section.source}
+    if section.valid_source and not arguments.text:
+        source["valid_source"] = section.valid_source
     return {**source, "sequence_length": section.sequence_length, **measured}
 
 
 def text_parts(arguments: Any, folder: Path, config: Any, ways: str) -> tuple[Any, list[tuple[Any, Any]], str]:
     """The [data] of `text_section`; windows of --text, of --source, or of what the checkpoint's own run held out; and
     what they are of. ways: the options by which a text can be named, for the error where none is."""
-    from .data import eval_windows, load_tokenizer, prepare, text_windows
+    from .data import eval_windows, held_out_name, load_tokenizer, prepare, text_windows
     from .evaluate import require_vocabulary
 
-    section = text_section(arguments, folder, config)
+    section = text_section(arguments, folder, config, held_out=not arguments.text)
     if arguments.text:
         parts = text_windows(arguments.text, load_tokenizer(section.tokenizer), section.sequence_length)
         source = " ".join(arguments.text)
     elif section.source:
         parts = [eval_windows(prepare(section, 0, progress=say), section.sequence_length)]
-        source = f"the held-out share of {section.source}"
+        source = f"the {held_out_name(section)}"
     else:
-        raise ValueError(f"{folder} names no text that it was trained on, so say what to score: {ways}")
+        raise ValueError(f"{folder} names no text that its run held out, so say what to score: {ways}")
     require_vocabulary((tokens for tokens, _ in parts), config, folder)
     return section, parts, source
 
 
-def text_section(arguments: Any, checkpoint: Path, config: Any) -> Any:
-    """The [data] of the run that a checkpoint lies in or comes from, with what --source and --sequence-length say."""
+def text_section(arguments: Any, checkpoint: Path, config: Any, held_out: bool) -> Any:
+    """The [data] of the run that a checkpoint lies in or comes from, with what --source and --sequence-length say.
+
+    held_out: whether what it holds out is measured on, so that what is not known of that is to be said.
+    """
+    from .start import absolute
+
     asked, longest = arguments.sequence_length, positions(config)
-    section = run_section(checkpoint) or stream_section(checkpoint)
-    section.source = arguments.source or section.source
+    section = run_section(checkpoint) or stream_section(checkpoint, held_out and not arguments.source)
+    source = arguments.source or section.source
+    if absolute(source) != absolute(section.source):
+        section.valid_source = None
+    section.source = source
     if (asked or 1) > longest:
         raise ValueError(f"--sequence-length {asked}: is more than the model's max_position_embeddings = {longest}")
     section.sequence_length = asked or min(section.sequence_length, longest)
@@ -432,15 +460,22 @@ def require_writable(file: Path) -> None:
         raise ValueError(f"--out {file}: {file.parent} cannot be written")
 
 
-def stream_section(checkpoint: Path) -> Any:
-    """A [data] with what the checkpoint itself says of the text that it was last trained on; else no source."""
+def stream_section(checkpoint: Path, held_out: bool) -> Any:
+    """A [data] with what the checkpoint itself says of the text that its run held out; else no source."""
     from .checkpoint import ancestry
     from .recipe import DataSection
 
     streams = ancestry(checkpoint).get("streams") or [{}]
     names = {field.name for field in fields(DataSection)} - {"tokenizer", "seed"}
     known = {key: value for key, value in streams[-1].items() if key in names}
-    return DataSection(**{"source": "", **known, "tokenizer": str(checkpoint)})
+    if known.get("valid_fraction") == 0:  # a text of its own was held out, which older checkpoints do not name
+        del known["valid_fraction"]
+        if "valid_source" not in known:
+            del known["source"]
+    section = DataSection(**{"source": "", **known, "tokenizer": str(checkpoint)})
+    if held_out and section.source and "valid_tokens" not in known:
+        say(f"{checkpoint} does not say how much its run held out: taken is data.valid_tokens = {section.valid_tokens}")
+    return section
 
 
 def run_section(checkpoint: Path) -> Any:

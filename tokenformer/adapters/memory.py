@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from .. import runs
 from ..checkpoint import read_tensors, save_tensors, written_whole
 from ..growth.carried import carried_of
-from ..models.axes import nearest, table_of
+from ..models.axes import table_of
+from ..nearest import nearest
 from ..pattention import THETAS, Pattention
 from .layers import Memories, make_pattentions, make_rows
 from .places import BESIDE, WHERE, base_parameters, sizes_of

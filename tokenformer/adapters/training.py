@@ -20,7 +20,7 @@ from ..distributed import Ranks, choose_device, ranks_here
 from ..evaluate import autocast, evaluate, next_token_loss
 from ..flops import training_flops
 from ..grow_checkpoint.plan import find_or_download
-from ..grow_checkpoint.write import copy_others, require_room
+from ..grow_checkpoint.write import copy_others
 from ..models.axes import size_of
 from ..models.portable import keep_portable
 from ..optim import AdamW, learning_rate, parameter_groups
@@ -82,9 +82,9 @@ def adapt(
     seed_all(recipe.train.seed)
     model.to(device)
     added = add_parameter_tokens(model, **memory)
-    require_room(Path(out), bytes_of(added.parameters()))
+    files.require_room(Path(out), files.bytes_of(added.parameters()))
     if merge is not None:
-        require_room(Path(merge), bytes_of(model.parameters()))
+        files.require_room(Path(merge), files.bytes_of(model.parameters()))
     before = evaluate(model, windows, device=device, dtype=recipe.train.dtype)
     count = sum(p.numel() for p in added.parameters())
     tell(f"{count:,} parameters to train: {added.kind}, {added.tokens} tokens in each of {len(added.layers)} places")
@@ -115,7 +115,7 @@ def merge_memory(base: str | Path, memory: str | Path, out: str | Path, say: run
     added = load_parameter_tokens(model, memory)
     if added.kind != "rows":
         raise ValueError(f"--memory {memory}: a memory of kind {added.kind!r} cannot be merged; rows can")
-    require_room(out, bytes_of(model.parameters()))
+    files.require_room(out, files.bytes_of(model.parameters()))
     tell = say or (lambda line: None)
     if added.cost is None:
         tell(f"{memory} does not say what its training cost; the lineage has the cost of {folder} alone")
@@ -138,10 +138,6 @@ def write_merged(memory: Memory, place: Path, base: Path, out: Path) -> None:
         copy_others(base, temporary)
         keep_portable(merged.config, temporary)
         runs.write_json(temporary / files.LINEAGE, [*files.read_lineage(base), event])
-
-
-def bytes_of(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def require_places(places: Mapping[str, Path], sources: list[Path]) -> None:

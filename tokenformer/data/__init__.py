@@ -35,8 +35,10 @@ __all__ = [
     "Tokenizer",
     "TooFewDocuments",
     "eval_windows",
+    "held_out_name",
     "load_tokenizer",
     "prepare",
+    "require_texts",
     "text_windows",
 ]
 
@@ -99,6 +101,12 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
     return Corpus(train, valid, valid_bytes, tokenizer, info)
 
 
+def require_texts(section: Any) -> None:
+    """ValueError or OSError, at once, where data.source or data.valid_source is not to be had."""
+    Source(section, 0)
+    held_out_source(section)
+
+
 def held_out_source(section: Any) -> Source | None:
     """Of data.valid_source: local text, cut into documents as data.source is."""
     name = section.valid_source
@@ -110,6 +118,11 @@ def held_out_source(section: Any) -> Source | None:
         return Source(dataclasses.replace(section, source=name, document_separator=""), 0)
     except ValueError as error:
         raise ValueError(str(error).replace("data.source", "data.valid_source", 1)) from None
+
+
+def held_out_name(section: Any) -> str:
+    """What `prepare` holds out, in words."""
+    return f"held-out text {section.valid_source}" if section.valid_source else f"held-out share of {section.source}"
 
 
 class Batches(torch.utils.data.Dataset[torch.Tensor]):

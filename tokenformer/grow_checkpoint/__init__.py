@@ -16,7 +16,7 @@ from ..models.portable import keep_portable
 from .measure import MEASURES, measured
 from .plan import prepare
 from .shards import MAX_SHARD_BYTES
-from .words import gigabytes, measured_lines, plan_lines
+from .words import measured_lines, plan_lines
 from .write import copy_others, require_place, write_in_memory, write_streamed
 
 __all__ = ["grow_checkpoint", "plan_lines", "prepare"]
@@ -60,5 +60,5 @@ def grow_checkpoint(
         runs.write_json(temporary / files.LINEAGE, [*prepared.lineage, event])
     for line in measured_lines(event):
         say(line)
-    say(f"written: {out}, {gigabytes(prepared.bytes)} of weights")
+    say(f"written: {out}, {files.gigabytes(prepared.bytes)} of weights")
     return out

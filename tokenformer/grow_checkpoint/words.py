@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..checkpoint import gigabytes
 from ..event import change_text
 from ..flops import forward_flops
 from ..growth.operators import OPERATORS, exact_for
@@ -86,7 +87,3 @@ def measured_lines(event: Mapping[str, Any]) -> list[str]:
         rounding = event["largest_rounding"]
         lines.append(f"measured: old entries rounded by at most {rounding:.1e} of themselves, as the stored dtype can")
     return lines
-
-
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"

@@ -18,7 +18,6 @@ from .measure import NewEntries
 from .names import parts_of, whole_of
 from .plan import Prepared
 from .shards import Size, read_tensor, write_shards
-from .words import gigabytes
 
 SECONDS_OF_SILENCE = 5.0
 # Of a checkpoint's files these are written anew or belong to weights that are; all others are copied.
@@ -30,16 +29,7 @@ NOT_COPIED = (
 
 def require_place(out: Path, prepared: Prepared) -> None:
     files.require_free(out, prepared.folder)
-    require_room(out, prepared.bytes)
-
-
-def require_room(out: Path, size: int) -> None:
-    """ValueError if so many bytes find no room where `out` is to lie, without what a killed process left of it."""
-    files.remove_left_over(out)
-    free = shutil.disk_usage(next(place for place in out.resolve().parents if place.exists())).free
-    if size > free:
-        needs = f"{gigabytes(size)} are to be written, {gigabytes(free)} are free"
-        raise ValueError(f"{out}: cannot be written (no space left on the disk: {needs})")
+    files.require_room(out, prepared.bytes)
 
 
 def write_streamed(
@@ -74,7 +64,8 @@ def write_streamed(
             done += size.bytes
             if time.monotonic() - told > SECONDS_OF_SILENCE:
                 told = time.monotonic()
-                say(f"{i + 1} of {len(prepared.sizes)} tensors, {gigabytes(done)} of {gigabytes(prepared.bytes)}")
+                gone = f"{files.gigabytes(done)} of {files.gigabytes(prepared.bytes)}"
+                say(f"{i + 1} of {len(prepared.sizes)} tensors, {gone}")
 
     sizes = prepared.sizes
     if prepared.split:

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..models.axes import Table, field_of, nearest, size_of, table_of
+from ..models.axes import Table, field_of, size_of, table_of
 from ..models.tables import TABLES
+from ..nearest import nearest
 from . import depth, experts, ligo, lowrank, tokens, width
 from . import masked as masks
 from .exactness import settled, why_not_exact

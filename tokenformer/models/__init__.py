@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .axes import nearest
+from ..nearest import nearest
 from .ngpt import NGPTConfig, NGPTForCausalLM, NGPTModel
 from .tokenformer import MODERN, TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
 

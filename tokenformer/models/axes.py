@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from ..nearest import nearest
 
 MARKS = "><=@+~#"
 Part = tuple[tuple[str, str], ...]  # (axis, mark), slowest first
@@ -125,12 +126,6 @@ def field_of(config: PreTrainedConfig, name: str) -> str:
         near = nearest(name, [*table.names, *known])
         raise ValueError(f"to.{name}: {config.model_type} has no such axis{near}; allowed: {', '.join(known)}")
     return field
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; nearest valid name: hidden_size", or nothing where none is near."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; nearest valid name: {match[0]}" if match else ""
 
 
 def size_of(config: PreTrainedConfig, field: str) -> int:

@@ -4,7 +4,6 @@ Every mistake is a ValueError of one line: the dotted key, the value, what is al
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import operator
@@ -12,6 +11,8 @@ import re
 import types
 from collections.abc import Callable
 from typing import Any, get_args, get_origin, get_type_hints
+
+from ..nearest import nearest
 
 Where = Callable[[str], str]  # dotted key -> the file, or the command line, that it came from
 KINDS = {
@@ -47,9 +48,8 @@ def build(cls: Any, table: Any, path: str, where: Where) -> Any:
             values[rest.name][name] = check_plain(dotted, value, where)
         else:
             valid = [*fields, *(rest.metadata["rest"] if rest else ())]
-            near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-            hint = f"nearest valid key: {near[0]}" if near else f"valid keys: {', '.join(valid)}"
-            raise ValueError(f"{dotted}: unknown key in {where(dotted)}; {hint}")
+            hint = nearest(name, valid, "key") or "; `tokenformer recipe` lists the valid ones"
+            raise ValueError(f"{dotted}: unknown key in {where(dotted)}{hint}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in table:
@@ -97,8 +97,7 @@ def out_of_limits(value: Any, limits: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "be finite"
     if "choices" in limits and value not in limits["choices"]:
-        near = difflib.get_close_matches(value, limits["choices"], n=1)
-        return f"be one of {', '.join(limits['choices'])}" + (f"; nearest: {near[0]}" if near else "")
+        return f"be one of {', '.join(limits['choices'])}{nearest(value, limits['choices'], 'value')}"
     if "pattern" in limits and not re.fullmatch(limits["pattern"], value, re.DOTALL):
         return "not be empty" if limits["pattern"] == ".+" else f"match {limits['pattern']} ({limits['doc']})"
     bounds = {name: limits[name] for name in BOUNDS if name in limits}

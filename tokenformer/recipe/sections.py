@@ -196,6 +196,9 @@ class NoiseSection:
     standard_deviation_bits_per_byte: float = key("of the final figure of one arm between seeds", above=0)
     runs: int = key("seeds that it was measured over", low=2)
     source: str = key("where that is shown", default="")
+    flops: float | None = key(
+        "training FLOPs of an arm that it was measured at; at others no gap is held against it", default=None, above=0
+    )
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from .markup import colour_of, e, name_of, prose
 from .svg import svg
 from .tables import arms_table, data_section, difference, growth_table, provenance, recipes, samples
 from .units import bits_text, gap_text
-from .verdict import by_rank
+from .verdict import by_rank, unmeasured
 
 TOGGLE = '<label class="toggle" hidden><input type="checkbox" id="logx"> log x-axis</label>'
 
@@ -101,8 +101,8 @@ def legend(report: dict[str, Any]) -> str:
 
 def noise_text(report: dict[str, Any]) -> str:
     noise, threshold = report["noise"], report["noise_threshold_bits_per_byte"]
-    if noise is None:
-        return "not measured"
+    if threshold is None:
+        return unmeasured(noise)
     deviation = gap_text(noise["standard_deviation_bits_per_byte"])
     runs = f" of {noise['runs']} runs" if noise.get("runs") else ""
     source = f", {noise['source']}" if noise.get("source") else ""

@@ -18,13 +18,22 @@ IMPLAUSIBLE_BITS_PER_BYTE = 0.5  # text is not that predictable: repeated or lea
 EXACT_LOGIT_CHANGE = 1e-4  # float32 rounding of logits up to 25 or so; tiling reaches 4e-5 on a trained model
 
 
-def noise_threshold(noise: dict[str, Any] | None) -> float | None:
-    """The gap in bits per byte above which two arms are told apart; None where noise was not measured."""
+def noise_threshold(noise: dict[str, Any] | None, arms: list[dict[str, Any]]) -> float | None:
+    """The gap in bits per byte above which two arms are told apart; None where noise was not measured, or at another
+    budget (`noise.flops`) than one of the finished arms had."""
     if noise is None:
+        return None
+    flops = noise.get("flops")
+    if flops and any(abs(a["flops"] / flops - 1) > EQUAL_FLOPS for a in arms if a["status"] == "finished"):
         return None
     runs = noise.get("runs")
     factor = student(max(1, int(runs) - 1)) if runs else 2.0
     return factor * math.sqrt(2) * noise["standard_deviation_bits_per_byte"]
+
+
+def unmeasured(noise: dict[str, Any] | None) -> str:
+    """Why there is no threshold."""
+    return "not measured" if noise is None else f"not measured at this budget, only at {flops_text(noise['flops'])}"
 
 
 def relation(value: float, other: float, threshold: float | None) -> str:
@@ -199,7 +208,7 @@ def race_answer(report: dict[str, Any], threshold: float | None) -> list[str]:
     else:
         first += f", {gap_text(gap)} lower than **{second['name']}**"
         if threshold is None:
-            first += "; noise not measured, so a small gap may be chance."
+            first += f"; noise {unmeasured(report['noise'])}, so a small gap may be chance."
         elif gap > threshold:
             first += f"; the gap is larger than the noise ({gap_text(threshold)})."
         else:
@@ -248,7 +257,10 @@ def headline(report: dict[str, Any], threshold: float | None) -> list[dict[str, 
             tiles.append(("gap to the next", gap_text(gap), ranked[1]["name"]))
             noise = report["noise"]
             value = "not measured" if threshold is None else gap_text(threshold)
-            note = "" if noise is None else f"seeds alone; {noise.get('source') or 'source not named'}"
+            note = ""
+            if noise is not None:
+                scope = "seeds alone" if threshold is not None else f"only at {flops_text(noise['flops'])}"
+                note = f"{scope}; {noise.get('source') or 'source not named'}"
             tiles.append(("noise of a gap", value, note))
             spent = [a["flops"] for a in ranked]
             equal = equal_budget(ranked)
@@ -273,7 +285,7 @@ def headline(report: dict[str, Any], threshold: float | None) -> list[dict[str, 
 
 def judge(report: dict[str, Any]) -> dict[str, Any]:
     """The report with ranks, threshold, statuses, warnings, headline and answer (names between **)."""
-    threshold = noise_threshold(report["noise"])
+    threshold = noise_threshold(report["noise"], report["arms"])
     rank(report["arms"], threshold)
     answer = race_answer(report, threshold) if report["kind"] == "race" else run_answer(report["arms"][0])
     doubts = warnings(report)
