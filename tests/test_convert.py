@@ -580,7 +580,7 @@ def test_what_the_released_format_has_no_place_for_is_refused_on_the_way_back(
 def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for free, message in (
-        ((0,), "the checkpoint cannot be written (no space left on the disk: 1.7 MB are to be written, 0.0 MB are"),
+        ((0,), "out: cannot be written (no space left on the disk: 1.7 MB are to be written, 0.0 MB are"),
         ((10**9, 0), "cannot be written (no space left on the disk)"),  # full before the end
         ((10**9, 10**9), "cannot be written ("),
     ):

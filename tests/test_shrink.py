@@ -375,7 +375,7 @@ def test_a_llama_is_cut_in_its_own_dtype_and_loads_in_transformers_alone(
         patch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**4))
         patch.setattr("tokenformer.shrink_checkpoint.evaluate", lambda *arguments: pytest.fail("measured"))
         assert run("shrink", str(llama), str(tmp_path / "other"), *words) == 2
-    assert "other: the checkpoint cannot be written (no space left on the disk: 0.0 MB are" in capsys.readouterr().err
+    assert "other: cannot be written (no space left on the disk: 0.0 MB are" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 
