@@ -264,21 +264,24 @@ def test_own_controls_are_compared_by_the_pairs_and_flops_by_their_own_scratch(m
 
 
 def test_gains_over_different_scratch_are_compared_seed_by_seed(many):
-    gains = {(g["arm"], g["other"]): g for g in many["gains"]}
-    assert {frozenset(key) for key in gains} == {
-        frozenset((a, b)) for a in ("grown", "grown late", "wide") for b in ("theta", "theta late")
-    }
-    four = (cell(many, name)["values"] for name in ("grown late", "scratch", "theta", "scratch-theta"))
-    apart = [a - b - (c - d) for a, b, c, d in zip(*four, strict=True)]
-    found = gains["grown late", "theta"]
-    interval = stats.ttest_1samp(apart, 0).confidence_interval(0.95)
-    assert (found["value"], found["own_low"], found["own_high"]) == pytest.approx((sum(apart) / 3, *interval))
-    last = many["budgets"][-1]  # of a difference of two arms t s sqrt(2 / 3); of four runs t s sqrt(4 / 3)
-    half = stats.t.ppf(0.975, last["df"]) * last["s"] * math.sqrt(4 / 3)
-    assert (found["low"], found["high"]) == pytest.approx((found["value"] - half, found["value"] + half))
-    assert found["word"] == "better" and ("theta", "theta late") not in gains  # the control: they share their scratch
+    gains = {(g["arm"], g["other"], g["share"]): g for g in many["gains"]}
+    pairs = {frozenset((a, b)) for a in ("grown", "grown late", "wide") for b in ("theta", "theta late")}
+    assert {frozenset(key[:2]) for key in gains} == pairs and len(gains) == 6 * len(BUDGETS)
+    for budget in many["budgets"]:
+        names = ("grown late", "scratch", "theta", "scratch-theta")
+        four = (cell(many, name, budget["share"])["values"] for name in names)
+        apart = [a - b - (c - d) for a, b, c, d in zip(*four, strict=True)]
+        found = gains["grown late", "theta", budget["share"]]
+        interval = stats.ttest_1samp(apart, 0).confidence_interval(0.95)
+        assert (found["value"], found["own_low"], found["own_high"]) == pytest.approx((sum(apart) / 3, *interval))
+        # Of a difference of two arms t s sqrt(2 / 3); of four runs t s sqrt(4 / 3).
+        half = stats.t.ppf(0.975, budget["df"]) * budget["s"] * math.sqrt(4 / 3)
+        assert (found["low"], found["high"]) == pytest.approx((found["value"] - half, found["value"] + half))
+    assert gains["grown late", "theta", 1.0]["word"] == "better"
+    assert not [key for key in gains if set(key[:2]) == {"theta", "theta late"}]  # the control: they share scratch
     rows = cells_of(page_of(json.loads(json.dumps(many))), "Gain of growing over")
     assert len(rows) == 6 and rows[0][0].startswith("grown lateless scratch") and "better" in rows[0][2]
+    assert all(len(row) == 2 + len(BUDGETS) for row in rows)
 
 
 # --- how it reads ---

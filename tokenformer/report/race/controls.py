@@ -6,7 +6,7 @@ A race makes a control once, for the first arm that needs it; every other arm of
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from ...statistics import Spread, own_interval, verdict
@@ -108,16 +108,18 @@ def own_controls(report: dict[str, Any], budget: dict[str, Any]) -> list[dict[st
     return out
 
 
-def gains(report: dict[str, Any], budget: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of two growing arms with different scratch: (arm - its scratch) - (other - its scratch), seed by seed.
+def gains(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of two growing arms with different scratch: (arm - its scratch) - (other - its scratch), seed by seed; at each
+    budget, the largest first, whose order the arms have.
 
     Four runs are in it, so its pooled interval is t s sqrt(4 / n), with the s of arms of different starts (rule 20).
     """
-    values, out = values_at(report, budget["share"]), []
-    spread = Spread(budget["s"], budget["df"])
-    scratch = {arm["name"]: control_of(report, arm, "scratch") for arm in growing(report, budget)}
+    budgets, out = report["budgets"][::-1], []
+    arms = {arm["name"]: arm for budget in budgets for arm in growing(report, budget)}
+    scratch = {name: control_of(report, arm, "scratch") for name, arm in arms.items()}
     own = {name: control["name"] for name, control in scratch.items() if control}
-    for arm, other in combinations(own, 2):
+    for budget, (arm, other) in product(budgets, combinations(own, 2)):
+        values, spread = values_at(report, budget["share"]), Spread(budget["s"], budget["df"])
         four = [values[name] for name in (arm, own[arm], other, own[other])]
         seeds = sorted(set.intersection(*map(set, four)))
         if own[arm] == own[other] or not seeds:

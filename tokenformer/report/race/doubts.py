@@ -260,7 +260,7 @@ def judge_race(report: dict[str, Any]) -> dict[str, Any]:
         "warnings": doubts,
         "changes": changes(report),
         "own_controls": own_controls(report, budget) if budget else [],
-        "gains": gains(report, budget) if budget else [],
+        "gains": gains(report),
         "differing_keys": differing_keys(
             [arm["recipe"] for arm in report["arms"] if arm["recipe"]], ("name", "description", "arms", "race", "noise")
         ),

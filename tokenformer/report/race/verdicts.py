@@ -134,18 +134,22 @@ def own_section(report: dict[str, Any]) -> str:
 def gains_table(report: dict[str, Any]) -> str:
     if not report["gains"]:
         return ""
+    found = {(gain["arm"], gain["other"], gain["share"]): gain for gain in report["gains"]}
+    budgets = [budget for budget in reversed(report["budgets"]) if budget["share"] in {key[2] for key in found}]
     rows = []
-    for gain in report["gains"]:
-        sides = ((gain["arm"], gain["scratch"]), (gain["other"], gain["other_scratch"]))
+    for arm, other in dict.fromkeys(key[:2] for key in found):
+        at = [found.get((arm, other, budget["share"])) for budget in budgets]
+        one = next(gain for gain in at if gain)
+        sides = ((arm, one["scratch"]), (other, one["other_scratch"]))
         cells = [f"{named(report, name)}{about('less ' + e(scratch))}" for name, scratch in sides]
-        rows.append([*cells, pair_cell(gain)])
+        rows.append([*cells, *(pair_cell(gain) if gain else MISSING for gain in at)])
     note = (
         '<p class="small">(arm − its scratch) − (other − its scratch), ± the pooled 95 % interval; beneath it that of '
-        f"the four runs of each seed alone; below 0 growing gained the arm more. {len(rows)} pairs compared; chance "
-        f"alone would tell about {false_alarms(len(rows)):.1f} apart.</p>"
+        f"the four runs of each seed alone; below 0 growing gained the arm more. {len(found)} pairs compared; chance "
+        f"alone would tell about {false_alarms(len(found)):.1f} apart.</p>"
     )
     title = "<h3>Gain of growing over the arm’s own scratch, compared</h3>"
-    return f"{title}{note}{table(['arm', 'other', 'verdict'], rows)}"
+    return f"{title}{note}{scrolling(['arm', 'other', *(budget_name(report, each) for each in budgets)], rows)}"
 
 
 def noise(budget: dict[str, Any]) -> list[tuple[str, float, float]]:
