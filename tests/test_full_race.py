@@ -458,6 +458,7 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
     assert len(results) == 3 * 3 + 5 * 2 * 2  # trials of three arms, two seeds and two budgets of five
     headline_runs = [path for path in results if "seed" in path.parent.name]
     assert all((path.parent / jobs.FINAL).exists() for path in headline_runs)
+    assert not any("sample" in runs.read_json(path) for path in results)  # test_train has the control
 
     def ended(folder: Path, job: jobs.Job) -> bool:
         return bits_of(folder / "arms" / job.name, bool(job.final_text)) is not None
@@ -549,6 +550,15 @@ def test_a_race_goes_on_with_its_own_recipe_alone(
         run_race(racing(shared), tmp_path / "race")
     with pytest.raises(Stopped):  # the control: its own recipe is gone on with
         run_race(racing(shared), tmp_path / "race", resume=True)
+    written = runs.read_json(tmp_path / "race" / runs.RACE)  # as of a version before train.sample
+    for stored, message in ((None, None), (False, "train.sample is False there and True here")):
+        written["recipe"]["train"].pop("sample", None)
+        if stored is not None:
+            written["recipe"]["train"]["sample"] = stored
+        runs.write_json(tmp_path / "race" / runs.RACE, written)
+        with pytest.raises(Stopped if message is None else ValueError, match=message):
+            run_race(racing(shared), tmp_path / "race", resume=True)
+        written = runs.read_json(tmp_path / "race" / runs.RACE)
 
 
 def test_a_held_out_text_that_is_trained_on_is_refused_before_anything_runs(

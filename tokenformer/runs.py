@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .environment import environment
+from .recipe import recipe_from_dict, recipe_to_dict
 
 RECIPE = "recipe.json"
 ENVIRONMENT = "environment.json"
@@ -212,10 +213,17 @@ def record_environment(folder: Path) -> None:
 
 
 def require_same_recipe(folder: Path, stored: dict[str, Any], recipe: dict[str, Any]) -> None:
-    difference = first_difference(stored, json.loads(json.dumps(recipe)))
+    difference = first_difference(in_full(stored), in_full(recipe))
     if difference:
         key, old, new = difference
         raise ValueError(f"{folder} was begun with another recipe: {key} is {old!r} there and {new!r} here")
+
+
+def in_full(recipe: dict[str, Any]) -> dict[str, Any]:
+    """As JSON has it, with the defaults of keys that came after it was written; as it is where it is no recipe now."""
+    with contextlib.suppress(ValueError):
+        recipe = recipe_to_dict(recipe_from_dict(recipe, RECIPE))
+    return json.loads(json.dumps(recipe))
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -396,9 +396,10 @@ def past_batches(run: Run, step: int) -> Iterator[list[Tensor]]:
 
 
 def finish(run: Run, state: State) -> dict[str, Any]:
-    """result.json of a run that took all its steps, with a sample of the model's text."""
-    sample = sample_text(state.model, run.corpus.tokenizer, run.windows)
-    result = result_of(run, state, "finished", sample=sample)
+    """result.json of a run that took all its steps, with a sample of the model's text where one is asked for."""
+    asked = run.recipe.train.sample
+    sample = {"sample": sample_text(state.model, run.corpus.tokenizer, run.windows)} if asked else {}
+    result = result_of(run, state, "finished", **sample)
     write_result(run, result)
     run.tell(f"finished: {result['bits_per_byte']:.4f} bits per byte after {state.step} steps; {run.folder}")
     return result
