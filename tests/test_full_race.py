@@ -69,7 +69,7 @@ def alone(todo: Any, folder: Path, slots: int, tell: Any, progress: Any = None, 
         job = waiting[0]
         place = folder / runs.ARMS / job.name
         with contextlib.suppress(Diverged):
-            train(job.recipe, place, resume=True, say=None)
+            train(job.recipe, place, resume=True, say=None, sample=job.sample)
             if job.final_text:
                 processes.evaluate_final(job.recipe, place, *job.final_text)
 
@@ -550,15 +550,13 @@ def test_a_race_goes_on_with_its_own_recipe_alone(
         run_race(racing(shared), tmp_path / "race")
     with pytest.raises(Stopped):  # the control: its own recipe is gone on with
         run_race(racing(shared), tmp_path / "race", resume=True)
-    written = runs.read_json(tmp_path / "race" / runs.RACE)  # as of a version before train.sample
-    for stored, message in ((None, None), (False, "train.sample is False there and True here")):
-        written["recipe"]["train"].pop("sample", None)
-        if stored is not None:
-            written["recipe"]["train"]["sample"] = stored
-        runs.write_json(tmp_path / "race" / runs.RACE, written)
-        with pytest.raises(Stopped if message is None else ValueError, match=message):
-            run_race(racing(shared), tmp_path / "race", resume=True)
-        written = runs.read_json(tmp_path / "race" / runs.RACE)
+    written = runs.read_json(tmp_path / "race" / runs.RACE)
+    del written["recipe"]["train"]["keep_checkpoints"]  # as of a version that had no such key
+    runs.write_json(tmp_path / "race" / runs.RACE, written)
+    with pytest.raises(Stopped):
+        run_race(racing(shared), tmp_path / "race", resume=True)
+    with pytest.raises(ValueError, match="train.keep_checkpoints is 2 there and 3 here"):
+        run_race(racing(shared, keep_checkpoints=3), tmp_path / "race", resume=True)
 
 
 def test_a_held_out_text_that_is_trained_on_is_refused_before_anything_runs(

@@ -68,6 +68,10 @@ def test_a_stream_of_before_the_held_out_text_was_named_is_judged_as_ever() -> N
         with pytest.raises(ValueError, match="data.seed = 0, and here it is 1"):
             require_unseen(data, [seen], stream(seed=1, valid_tokens=7))
         require_unseen(DataSection(skip_tokens=512), [seen], stream())  # the control
+    before = {**stream(valid_source="one.txt"), "tokens": 512}  # nor does which text of its own
+    data = DataSection(skip_tokens=512, seed=1, valid_source="other.txt")
+    with pytest.raises(ValueError, match="data.seed = 0, and here it is 1"):
+        require_unseen(data, [before], stream(seed=1, valid_source="other.txt"))
 
 
 def test_held_out_text_is_never_text_that_was_trained_on() -> None:

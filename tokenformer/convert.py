@@ -106,7 +106,6 @@ def convert(
     files.require_free(out, place)
     if to not in (None, "transformers", "released"):
         raise ValueError(f"to: {to!r} is not known; allowed: transformers, released")
-    text = None if tokenizer is None else find_tokenizer(tokenizer)
     if hub.is_on_hub(checkpoint):
         place = hub.download(str(checkpoint), HUB_FILES)
     elif not place.exists():
@@ -115,7 +114,7 @@ def convert(
         if to == "released":
             raise ValueError(f"{place} is in the released format already")
         options = {"heads": heads, "rotary": rotary, "theta": theta}
-        return from_released(place, out, text, {k: v for k, v in options.items() if v is not None}, say)
+        return from_released(place, out, tokenizer, {k: v for k, v in options.items() if v is not None}, say)
     for name, value in {"heads": heads, "rotary": rotary, "theta": theta, "tokenizer": tokenizer}.items():
         if value is not None:
             raise ValueError(f"{name}: {value} has no effect, since {place} is not in the released format")
@@ -233,7 +232,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         if named := re.search(r"\bGLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{path}: is not opened: its pickle refers to {named[1]}, and could run code") from None
         if isinstance(error, pickle.UnpicklingError) and (zipfile.is_zipfile(path) or is_pickle(path)):
-            what = "holds code, or objects other than the tensors that torch.save writes"
+            what = "holds code, or is not of the kind that torch.save writes (tensors alone, protocol 2)"
             raise ValueError(f"{path}: is not opened: its pickle {what}") from None
         raise ValueError(f"{path}: truncated or not a file of torch.save ({type(error).__name__})") from None
     if not isinstance(loaded, dict):
@@ -252,7 +251,7 @@ def is_pickle(path: Path) -> bool:
         try:
             ends = ("STOP", "GLOBAL", "STACK_GLOBAL", "INST")
             return any(opcode.name in ends for opcode, _, _ in pickletools.genops(file))
-        except (ValueError, IndexError, OverflowError):
+        except (ValueError, IndexError, OverflowError, MemoryError):
             return False
 
 
@@ -353,12 +352,14 @@ def of_kind(key: str, value: Any, source: str) -> Any:
 
 
 def from_released(
-    place: Path, out: Path, tokenizer: Path | None, options: dict[str, Any], say: Callable[[str], None]
+    place: Path, out: Path, tokenizer: str | Path | None, options: dict[str, Any], say: Callable[[str], None]
 ) -> Path:
+    given = None if tokenizer is None else find_tokenizer(tokenizer)  # before gigabytes are read
     tensors, folder = read_released(place)
     sizes = sizes_of(tensors, place)
     settings, sources = settings_of(folder, sizes, options)
-    text = tokenizer_of(tokenizer, folder, sizes["vocab_size"])
+    name = str(folder / "tokenizer.json") if given is None else f"--tokenizer {tokenizer}"
+    text = tokenizer_of(given, folder, sizes["vocab_size"], name)
     try:
         config = config_of(sizes, settings, text, functools.reduce(torch.promote_types, dtypes_of(tensors)))
     except Exception as error:  # huggingface_hub's validation errors share no narrower class
@@ -427,14 +428,16 @@ def find_tokenizer(given: str | Path) -> Path:
     return Path(given)
 
 
-def tokenizer_of(given: Path | None, folder: Path, vocab_size: int) -> Any:
-    """The tokenizer that is given, or that of tokenizer.json beside the weights, or None; its end mark is set."""
+def tokenizer_of(given: Path | None, folder: Path, vocab_size: int, name: str) -> Any:
+    """The tokenizer that is given, or that of tokenizer.json beside the weights, or None; its end mark is set.
+
+    name: what it is called in errors.
+    """
     if given is None and not (folder / "tokenizer.json").exists():
         return None
     from transformers import PreTrainedTokenizerFast
 
     place = folder if given is None else given
-    name = f"--tokenizer {given}" if given is not None else str(folder / "tokenizer.json")
     made = PreTrainedTokenizerFast
     try:
         with files.quiet():

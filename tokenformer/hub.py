@@ -33,12 +33,16 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=unanswered is not None))
     except Exception as error:
-        why = reason(unanswered or error)
+        why = reason(unanswered) if unanswered else first_line(error)
         raise ValueError(f"{name}: no such file or folder here, and not to be had from the hub ({why})") from error
 
 
 def reason(error: Exception) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+    text = first_line(error)
     return text if isinstance(error, HfHubHTTPError | ValueError) else f"it cannot be reached: {text}"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]

@@ -121,12 +121,13 @@ def stream_of(data: DataSection, corpus: Corpus, first: int = 0) -> Stream:
         "document_separator": data.document_separator,
         "tokenizer": corpus.tokenizer.identity(),
         "valid_fraction": 0.0 if data.valid_source else data.valid_fraction,  # of this source
-        "valid_source": data.valid_source and absolute(data.valid_source),
         "sha256": corpus.info["sha256"],  # of the training tokens
         "seed": data.seed,
         "sequence_length": data.sequence_length,
         "length": len(corpus.train),
         "first": first,
+        # What was held out decides nothing of what was seen.
+        "valid_source": data.valid_source and absolute(data.valid_source),
         "valid_tokens": data.valid_tokens,
     }
 

@@ -69,14 +69,16 @@ class Stopped(Exception):
 
 
 @checkpoint.quiet()
-def train(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say = print) -> dict[str, Any]:
+def train(
+    recipe: Recipe, folder: str | Path, resume: bool = False, say: Say = print, sample: bool = True
+) -> dict[str, Any]:
     """Train what the recipe says into the run folder (see runs.py), and return what its result.json says.
 
     With `resume` the run goes on from its newest complete checkpoint, or from step 0 without one. On a CPU it
     ends with the weights, bit for bit, of a run that was never stopped. `say` gets one line of progress at a
-    time. Under torchrun every rank calls this. Raises ValueError for what cannot be done, `Diverged` when the
-    loss is no longer finite, and `Stopped` after SIGTERM or SIGINT, once the step is finished and the
-    checkpoint written.
+    time; with `sample` the result has a sample of the model's text. Under torchrun every rank calls this.
+    Raises ValueError for what cannot be done, `Diverged` when the loss is no longer finite, and `Stopped` after
+    SIGTERM or SIGINT, once the step is finished and the checkpoint written.
     """
     folder = Path(folder)
     ranks, device = distributed.start(recipe.train.device)
@@ -86,7 +88,7 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say = p
         with contextlib.ExitStack() as stack:
             lock = runs.locked(folder, seconds) if ranks.main else contextlib.nullcontext()
             distributed.together(lambda: stack.enter_context(lock), ranks)
-            return train_locked(recipe, folder, resume, say, ranks, device)
+            return train_locked(recipe, folder, resume, say, sample, ranks, device)
     except BaseException as error:
         if isinstance(error, (Stopped, Diverged)):  # raised on every rank alike, and rank 0 says so
             error.silent = not ranks.main
@@ -97,7 +99,7 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, say: Say = p
 
 
 def train_locked(
-    recipe: Recipe, folder: Path, resume: bool, say: Say, ranks: Ranks, device: torch.device
+    recipe: Recipe, folder: Path, resume: bool, say: Say, sample: bool, ranks: Ranks, device: torch.device
 ) -> dict[str, Any]:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
@@ -113,7 +115,7 @@ def train_locked(
     distributed.on_main(lambda: open_run(run, state, lines), ranks)
     try:
         loop(run, state)
-        return distributed.on_main(lambda: finish(run, state), ranks)
+        return distributed.on_main(lambda: finish(run, state, sample), ranks)
     except Stopped:
         raise
     except Exception as error:
@@ -395,11 +397,10 @@ def past_batches(run: Run, step: int) -> Iterator[list[Tensor]]:
 # --- the end ---
 
 
-def finish(run: Run, state: State) -> dict[str, Any]:
-    """result.json of a run that took all its steps, with a sample of the model's text where one is asked for."""
-    asked = run.recipe.train.sample
-    sample = {"sample": sample_text(state.model, run.corpus.tokenizer, run.windows)} if asked else {}
-    result = result_of(run, state, "finished", **sample)
+def finish(run: Run, state: State, sample: bool) -> dict[str, Any]:
+    """result.json of a run that took all its steps."""
+    text = {"sample": sample_text(state.model, run.corpus.tokenizer, run.windows)} if sample else {}
+    result = result_of(run, state, "finished", **text)
     write_result(run, result)
     run.tell(f"finished: {result['bits_per_byte']:.4f} bits per byte after {state.step} steps; {run.folder}")
     return result

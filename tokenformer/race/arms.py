@@ -203,10 +203,10 @@ def counted(config: Any, rank: int | None) -> dict[str, int]:
 
 def with_seed(recipe: Recipe, seed: int, role: str = "arm") -> Recipe:
     """A seed decides the weights, those of a copy by a seed of their own, the order of the text and the new entries of
-    each growth. No text is sampled: the page of such a race shows none."""
+    each growth."""
     return replace(
         recipe,
         data=replace(recipe.data, seed=seed),
-        train=replace(recipe.train, seed=seed + WEIGHTS_SEED if role == "copy" else seed, sample=False),
+        train=replace(recipe.train, seed=seed + WEIGHTS_SEED if role == "copy" else seed),
         growth=[replace(event, seed=seed + 100 * i) for i, event in enumerate(recipe.growth)],
     )

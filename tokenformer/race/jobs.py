@@ -30,6 +30,7 @@ class Job:
     recipe: Recipe
     flops: int
     final_text: tuple[str, int] | None = None  # a file, and the most tokens of it
+    sample: bool = False  # whether it ends with a sample of text, which the page of a tuned race does not show
 
 
 @dataclass
@@ -77,7 +78,7 @@ def bits_of(place: Path, final: bool = False) -> float | None:
 def todo(race: Race) -> list[Job]:
     """The jobs that can be started now, in the order in which they should be; some may be running already."""
     if race.recipe.race is None:
-        jobs = [Job(arm.name, arm.recipe, race.plan(arm, arm.recipe).flops) for arm in race.arms]
+        jobs = [Job(arm.name, arm.recipe, race.plan(arm, arm.recipe).flops, sample=True) for arm in race.arms]
         return [job for job in jobs if not runs.finished_result(race.place(job.name))]
     rates, waiting = grid(race)
     return waiting or headline_jobs(race, rates)

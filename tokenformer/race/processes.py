@@ -190,7 +190,8 @@ def start_run(job: Job, folder: Path, slots: int, lines: "queue.Queue[tuple[str,
         start_new_session=True,  # Ctrl-C reaches the parent alone, which tells its children
     )
     assert process.stdin is not None
-    request = {"recipe": recipe_to_dict(recipe), "folder": str(folder), "argv": sys.argv, "final_text": job.final_text}
+    how = {"final_text": job.final_text, "sample": job.sample}
+    request = {"recipe": recipe_to_dict(recipe), "folder": str(folder), "argv": sys.argv, **how}
     process.stdin.write(json.dumps(request) + "\n")
     process.stdin.flush()
 
@@ -240,7 +241,7 @@ def run_main() -> int:
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
         recipe = recipe_from_dict(request["recipe"], "the race")
-        train(recipe, request["folder"], resume=True, say=say_at_once)
+        train(recipe, request["folder"], resume=True, say=say_at_once, sample=request["sample"])
         if request["final_text"]:
             evaluate_final(recipe, Path(request["folder"]), *request["final_text"])
     except Stopped as stopped:

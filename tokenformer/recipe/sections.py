@@ -120,7 +120,6 @@ class TrainSection:
     keep_at: list[float] = key(
         "shares of the FLOPs at which a checkpoint is written that stays", factory=list, above=0, below=1
     )
-    sample: bool = key("end with a sample of the model's text; not in a race that is tuned", default=True)
     tensorboard: bool = key("write TensorBoard events as well (tokenformer[tensorboard])", default=False)
     seed: int = key("initial weights", default=0, low=0, high=2**32 - 1)
     device: str = key("auto, cpu, cuda, cuda:N or mps", default="auto", pattern=r"auto|cpu|mps|cuda(:\d+)?")
