@@ -82,15 +82,15 @@ def run_race(recipe: Any, arguments: Any, minutes: float | None = None, began: f
 
 def require_texts_of(recipe: Any) -> None:
     """ValueError where a text of a race is not to be had: at once, for all else that is checked takes a minute."""
-    from .data import require_texts
+    from .data import require_file, require_texts
     from .recipe import arm_recipe
 
     sections = [arm_recipe(recipe, arm).data for arm in recipe.arms]
     for section in {(each.source, each.valid_source): each for each in sections}.values():
         require_texts(section)
     final_text = recipe.race and recipe.race.final_text
-    if final_text and not Path(final_text).is_file():
-        raise ValueError(f"race.final_text = {final_text!r}: must be one text file")
+    if final_text:
+        require_file("race.final_text", final_text)
 
 
 def race_jobs(arguments: Any) -> int:

@@ -38,6 +38,7 @@ __all__ = [
     "held_out_name",
     "load_tokenizer",
     "prepare",
+    "require_file",
     "require_texts",
     "text_windows",
 ]
@@ -99,6 +100,12 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
             "room for the token files; TOKENFORMER_CACHE names another"
         ) from error
     return Corpus(train, valid, valid_bytes, tokenizer, info)
+
+
+def require_file(key: str, text: str) -> None:
+    """ValueError where the text that a key of a recipe names is no file."""
+    if not Path(text).is_file():
+        raise ValueError(f"{key} = {text!r}: must be one text file")
 
 
 def require_texts(section: Any) -> None:

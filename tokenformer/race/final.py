@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import runs
 from ..checkpoint import find_checkpoint, load_checkpoint, restore_carried
-from ..data import load_tokenizer, text_windows
+from ..data import load_tokenizer, require_file, text_windows
 from ..distributed import Ranks, choose_device
 from ..evaluate import evaluate
 from ..recipe import Recipe
@@ -35,8 +35,7 @@ def sha256_of(text: str) -> str:
 def require_another_text(recipe: Recipe, text: str) -> None:
     """ValueError where the text is no file, or the one that learning rates are tuned by, whatever its name."""
     held_out = recipe.data.valid_source
-    if not Path(text).is_file():
-        raise ValueError(f"race.final_text = {text!r}: must be one text file")
+    require_file("race.final_text", text)
     if held_out is not None and Path(held_out).is_file() and sha256_of(held_out) == sha256_of(text):
         raise ValueError(
             f"race.final_text = {text!r}: is the same text as data.valid_source = {held_out!r}, which learning rates "

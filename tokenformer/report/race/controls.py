@@ -115,11 +115,12 @@ def gains(report: dict[str, Any]) -> list[dict[str, Any]]:
     Four runs are in it, so its pooled interval is t s sqrt(4 / n), with the s of arms of different starts (rule 20).
     """
     budgets, out = report["budgets"][::-1], []
+    scores = {each["share"]: (values_at(report, each["share"]), Spread(each["s"], each["df"])) for each in budgets}
     arms = {arm["name"]: arm for budget in budgets for arm in growing(report, budget)}
     scratch = {name: control_of(report, arm, "scratch") for name, arm in arms.items()}
     own = {name: control["name"] for name, control in scratch.items() if control}
     for budget, (arm, other) in product(budgets, combinations(own, 2)):
-        values, spread = values_at(report, budget["share"]), Spread(budget["s"], budget["df"])
+        values, spread = scores[budget["share"]]
         four = [values[name] for name in (arm, own[arm], other, own[other])]
         seeds = sorted(set.intersection(*map(set, four)))
         if own[arm] == own[other] or not seeds:
