@@ -175,6 +175,7 @@ TEXTS = {
         "write report.html, .png and .json of a run or a race; trains nothing",
         """
         FOLDER is a run or a race folder, finished or not. The page is one file and needs no network.
+        The report.json of a race by the rules does as well: its page is drawn anew, beside it.
 
           tokenformer report runs/quickstart
         """,
@@ -430,7 +431,7 @@ def parser() -> Parser:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
 
     sub = verb("report", verbs.report)
-    sub.add_argument("folder", metavar="FOLDER", help="a run or a race folder")
+    sub.add_argument("folder", metavar="FOLDER", help="a run or a race folder, or a race's report.json")
 
     sub = verb("recipe", verbs.recipe)
     sub.add_argument(

@@ -35,17 +35,37 @@ def read_report(folder: Path | str) -> dict[str, Any]:
     return judge(read_folder(folder))
 
 
+def redrawn(path: Path) -> dict[str, Any]:
+    """The report of a full race from its report.json alone: numbers and words anew, its warnings as they were.
+
+    Raises ValueError, one line, for a file that is no such report.
+    """
+    from .race.doubts import put_in_words
+    from .race.numbers import calculate
+    from .read import read_json
+
+    stored = read_json(path)
+    if not isinstance(stored.get("race"), dict):
+        raise ValueError(f"{path}: not the report.json of a race by the rules, which alone can be drawn anew from it")
+    try:
+        return put_in_words(calculate(stored))
+    except (KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{path}: not a whole report.json, or one of another version ({error!r})") from None
+
+
 def write_report(folder: Path | str) -> dict[str, Path]:
     """Writes the page of a run or race into its folder; returns {"html", "png", "json"} -> path.
 
-    Each file appears whole or not at all. Raises ValueError as `read_report` does, or where it cannot write.
+    A report.json of a full race does as well, and the page is written beside it. Each file appears whole or not at
+    all. Raises ValueError as `read_report` does, or where it cannot write.
     """
     from . import page as simple
     from .png import write_png
     from .race import page as full
 
     folder = Path(folder)
-    report = read_report(folder)
+    report = redrawn(folder) if folder.is_file() else read_report(folder)
+    folder = folder.parent if folder.is_file() else folder
     layout = full if report.get("race") else simple
     paths = {kind: folder / f"report.{kind}" for kind in ("html", "png", "json")}
     try:

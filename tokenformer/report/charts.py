@@ -157,7 +157,7 @@ def spread(wanted: list[float], gap: float, low: float, high: float) -> list[flo
     return placed
 
 
-def shortened(name: str, most: int = 20) -> str:
+def shortened(name: str, most: int = 23) -> str:
     return name if len(name) <= most else name[: most - 1].rstrip() + "…"
 
 

@@ -11,6 +11,7 @@ from .charts import LIGHT
 from .units import MISSING
 
 MOST_ENTRIES = 8
+SCREENFUL = 7  # columns of a table, beside its first
 # A byte model may emit any control character; all but tab and newline are shown as pictures of themselves.
 CONTROL = {**{code: 0x2400 + code for code in range(32) if code not in (9, 10)}, 127: 0x2421}
 
@@ -49,6 +50,13 @@ def table(head: list[str], rows: list[list[str]], classes: str = "", numbers: tu
     body = "".join(f"<tr>{''.join(cell('td', i, c) for i, c in enumerate(row))}</tr>" for row in rows)
     rows_html = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="scroll"><table class="{classes}">{rows_html}</table></div>'
+
+
+def scrolling(head: list[str], rows: list[list[str]], classes: str = "matrix", numbers: tuple[int, ...] = ()) -> str:
+    """A wide table, and a hint where its columns do not fit on the screen; a matrix holds its first column."""
+    wide = "" if len(head) > SCREENFUL else " narrow-only"
+    hint = f'<p class="small{wide}">Scrolls sideways: {len(head) - 1} columns.</p>'
+    return hint + table(head, rows, classes, numbers)
 
 
 def pairs(

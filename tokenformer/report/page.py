@@ -76,7 +76,8 @@ def figure(chart: Chart, key: str) -> str:
     notes = json.dumps([s.notes for s in chart.series], ensure_ascii=False, separators=(",", ":"))
     caption = ""
     if not chart.whole and is_cut(chart):
-        caption = '<p class="cut">The start runs out of the top; the log view shows more.</p>'
+        what = f"What lies above {bits_text(y_range(chart, False)[1])}" if chart.points else "The start"
+        caption = f'<p class="cut">{what} runs out of the top; the log view shows more.</p>'
     return (
         f'<figure data-notes="{e(notes)}"><h3>{e(chart.title)}</h3>{"".join(drawings)}'
         f"<figcaption>{caption}</figcaption></figure>"

@@ -61,16 +61,18 @@ def draw_axes(axes: Any, chart: Chart) -> None:
     for s in drawn:
         if s.low:
             axes.fill_between(s.x, s.low, s.high, color=LIGHT[s.colour % 7], alpha=0.12, linewidth=0, zorder=2)
-        if chart.points:
-            axes.plot(s.x, s.y, "o", color=LIGHT[s.colour % 7], markersize=3.5, zorder=3, clip_on=False)
+        marks = [(x, y) for x, y in zip(s.x, s.y, strict=True) if y <= y1]
+        if chart.points and marks:
+            axes.plot(*zip(*marks, strict=True), "o", color=LIGHT[s.colour % 7], markersize=3.5, zorder=3, clip_on=False)
         axes.plot(
             s.x, s.y, color=LIGHT[s.colour % 7], linestyle=styles[s.colour // 7 % 3], linewidth=1.9, zorder=3
         )
-        axes.plot(s.x[-1:], s.y[-1:], "o", color=LIGHT[s.colour % 7], markersize=4.5, zorder=4, clip_on=False)
+        if s.y[-1] <= y1:
+            axes.plot(s.x[-1:], s.y[-1:], "o", color=LIGHT[s.colour % 7], markersize=4.5, zorder=4, clip_on=False)
     heights = spread([(s.y[-1] - y0) / (y1 - y0) for s in drawn], 0.058, 0.0, 1.0)
     for s, at in zip(drawn, heights, strict=True) if len(chart.series) > 1 else ():
         colour = LIGHT[s.colour % 7]
-        end = (s.x[-1] - x0) / (x1 * 1.005 - x0) + 0.012, (s.y[-1] - y0) / (y1 - y0)
+        end = (s.x[-1] - x0) / (x1 * 1.005 - x0) + 0.012, min((s.y[-1] - y0) / (y1 - y0), 1.0)
         look: dict[str, Any]
         if len(drawn) <= ARMS_WITH_LEADERS:
             tie, look = ((end[0], 1.035), (end[1], at)), {"linewidth": 0.7, "alpha": 0.55}

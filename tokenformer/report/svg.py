@@ -146,12 +146,11 @@ def svg(chart: Chart, log: bool, narrow: bool, key: str) -> tuple[str, list[list
             outline = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in edge) + "Z"
             out.append(f'<path class="spread f{s.colour % 7}" d="{outline}" clip-path="url(#{key})"/>')
         out.append(f'<path class="line s{s.colour % 7}"{dash(s)} d="{path}" clip-path="url(#{key})"/>')
-        for x, y, _ in seen[:-1] if chart.points else ():
-            out.append(f'<circle class="end f{s.colour % 7}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
-        out.append(
-            f'<circle class="end f{s.colour % 7}" cx="{seen[-1][0]:.1f}" cy="{seen[-1][1]:.1f}" r="3.5"/></g>'
-        )
-        ends.append((s, seen[-1][0], seen[-1][1]))
+        marks = [(x, y, "3") for x, y, _ in seen[:-1] if chart.points] + [(*seen[-1][:2], "3.5")]
+        circles = (f'cx="{x:.1f}" cy="{y:.1f}" r="{r}"' for x, y, r in marks if y >= top)
+        out += [f'<circle class="end f{s.colour % 7}" {circle}/>' for circle in circles]
+        out.append("</g>")
+        ends.append((s, seen[-1][0], max(seen[-1][1], top)))
         points += [[round(x, 1), round(y, 1), index, i] for x, y, i in seen if top <= y <= bottom]
         lines.append([(x, y) for x, y, _ in seen])
     if named:

@@ -245,23 +245,21 @@ def fewer_alarms(budget: dict[str, Any]) -> list[str]:
 
 def judge_race(report: dict[str, Any]) -> dict[str, Any]:
     """The calculated report with answer, warnings and what would change the answer (names between **)."""
-    doubts, status = warnings(report), status_warnings(report)
-    said, budget = answer(report), answered(report)
-    if any(note["level"] == "bad" for note in doubts + status):
-        said[0] = f"**Read the red notes first.** {said[0]}"
+    keys = differing_keys(
+        [arm["recipe"] for arm in report["arms"] if arm["recipe"]], ("name", "description", "arms", "race", "noise")
+    )
+    found = {"status_warnings": status_warnings(report), "warnings": warnings(report), "differing_keys": keys}
     for arm in report["arms"]:  # said once: environment and data stand at the head of the report and in the run folders
         for run in (*arm["runs"], *arm["trials"], *arm["cosine"]):
             del run["environment"], run["data"]
-    return {
-        **report,
-        "answer": said,
-        "headline": headline(report),
-        "status_warnings": status,
-        "warnings": doubts,
-        "changes": changes(report),
-        "own_controls": own_controls(report, budget) if budget else [],
-        "gains": gains(report),
-        "differing_keys": differing_keys(
-            [arm["recipe"] for arm in report["arms"] if arm["recipe"]], ("name", "description", "arms", "race", "noise")
-        ),
-    }
+    return put_in_words({**report, **found})
+
+
+def put_in_words(report: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the numbers; all of it follows from what report.json keeps."""
+    budget = answered(report)
+    report = {**report, "own_controls": own_controls(report, budget) if budget else [], "gains": gains(report)}
+    said = answer(report)
+    if any(note["level"] == "bad" for note in report["warnings"] + report["status_warnings"]):
+        said[0] = f"**Read the red notes first.** {said[0]}"
+    return {**report, "answer": said, "headline": headline(report), "changes": changes(report)}

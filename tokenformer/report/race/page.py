@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..charts import is_cut
 from ..markup import pairs, prose
 from ..page import TOGGLE, document, figure, growth_key, head, legend, small_print
 from ..tables import data_texts, provenance
@@ -17,6 +18,7 @@ from .verdicts import (
     optimal_section,
     own_section,
     reach_section,
+    standing_section,
     sunk_section,
     verdict_section,
 )
@@ -29,6 +31,7 @@ def png_texts(report: dict[str, Any]) -> tuple[str, str]:
     bare = [re.sub(r" \(the [^)]*\)", "", said).replace("**", "") for said in report["answer"]]
     told = " ".join(bare) if sum(map(len, bare)) < 430 else bare[0]
     text = "Fully decayed results, bits per byte, lower is better: means over seeds, bands of one standard deviation."
+    text += " What is far behind runs out of the top." if any(map(is_cut, top_charts(report))) else ""
     return told, small_print(report, text)
 
 
@@ -38,7 +41,8 @@ def page(report: dict[str, Any]) -> str:
     training = training_chart(report)
     band = "Each mark is a run that decayed fully at that budget, mean over seeds; the band is one standard deviation."
     body = (
-        f'{head(report)}<div class="bar-top"><h2>Results</h2>{TOGGLE}</div>'
+        f"{head(report)}{standing_section(report)}"
+        f'<div class="bar-top"><h2>Results at each budget</h2>{TOGGLE}</div>'
         f'{legend(report)}<div class="charts">{results}</div><p class="small">{band}</p>'
         f"{own_section(report)}{verdict_section(report)}{changes_section(report)}{reach_section(report)}{arms_section(report)}"
         f"{optimal_section(report)}{growth_section(report)}{sunk_section(report)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...statistics import NO_RISE, mean_sd
-from ..markup import e, name_of, pairs, table
+from ..markup import e, name_of, pairs, scrolling, table
 from ..tables import differing_table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text, signed, small_text
 from ..verdict import flatten
@@ -74,7 +74,7 @@ def arms_section(report: dict[str, Any]) -> str:
         f"{'' if sparse else ' All parameters are active.'}</p>"
     )
     numbers = tuple(i for i in range(1, len(head)) if head[i] != "architecture")
-    return f"<h2>Arms</h2>{table(head, rows, 'arms', numbers)}{note}"
+    return f"<h2>Arms</h2>{scrolling(head, rows, 'arms', numbers)}{note}"
 
 
 def rise_html(rises: list[float]) -> str:
@@ -136,7 +136,8 @@ def growth_section(report: dict[str, Any]) -> str:
         f"{NO_RISE:g} bits per byte is none.</p>"
     )
     more = ["rise of held-out loss", "FLOPs until made good"]
-    return f"<h2>Growths, and what they cost on the way</h2>{table(head + more, rows, '', (3, 4, 5, 6, 7, 8))}{note}"
+    growths = scrolling(head + more, rows, "", (3, 4, 5, 6, 7, 8))
+    return f"<h2>Growths, and what they cost on the way</h2>{growths}{note}"
 
 
 def bytes_text(value: float | None) -> str:

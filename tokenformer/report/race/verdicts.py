@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ...statistics import false_alarms
-from ..markup import e, name_of, table
+from ..charts import LIGHT
+from ..markup import colour_of, e, name_of, scrolling, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
 from .controls import pair_of
 from .numbers import cell_of
-from .words import BY_ITS_LOSS, growth_state, ratio_text, share_text, times
+from .words import BY_ITS_LOSS, answered, growth_state, ratio_text, share_text, times
 
 CLASSES = {"better": "better", "faster": "better", "worse": "worse", "slower": "worse"}
 SIGNS = {"better": "▲", "worse": "▼"}  # so that a page printed in grey says the same
-SCREENFUL = 7  # columns of verdicts
+WITHIN = 0.85  # of the arms lie within the axis of differences; the others stand at its end, with their figure
 OWN = {
     "scratch": "its target size from scratch",
     "small": "its small size, trained longer",
@@ -58,12 +60,6 @@ def ratio_cell(ratio: dict[str, Any], state: str = "") -> str:
     return verdict_cell(ratio["word"], ratio_text(ratio), own, BY_ITS_LOSS if ratio["side"] else "", state)
 
 
-def scrolling(head: list[str], rows: list[list[str]]) -> str:
-    """A table of verdicts with its first column held, and a hint where its columns do not fit on the screen."""
-    wide = "" if len(head) > SCREENFUL else " narrow-only"
-    return f'<p class="small{wide}">Scrolls sideways: {len(head) - 1} columns.</p>{table(head, rows, "matrix")}'
-
-
 def tagged(report: dict[str, Any], budget: dict[str, Any], arm: str) -> str:
     """The arm's name, and whether it has not grown yet at the budget."""
     state = growth_state(report, budget, arm)
@@ -97,6 +93,53 @@ def matrix(report: dict[str, Any], budget: dict[str, Any]) -> str:
         f"apart; chance alone would tell about {budget['expected_false_alarms']:.1f} apart.</p>"
     )
     return scrolling(["", *(tagged(report, budget, name) for name in columns)], rows) + note
+
+
+def standing_section(report: dict[str, Any]) -> str:
+    """Every arm's difference to the reference at the largest budget with its pooled interval, on one axis, best first."""
+    budget, reference = answered(report), report["race"]["reference"]
+    if budget is None or cell_of(budget, reference)["mean"] is None:
+        return ""
+    arms = [(arm, pair_of(budget, arm["name"], reference)) for arm in report["arms"]]
+    compared = sorted(((arm, pair) for arm, pair in arms if pair), key=lambda found: found[1]["value"])
+    ends = [(pair["low"], pair["high"]) if pair["low"] is not None else (pair["value"],) * 2 for _, pair in compared]
+    far = sorted(max(map(abs, each)) for each in ends)
+    reach = far[math.ceil(WITHIN * len(far)) - 1] or 1e-3
+    left, right = (min(max(side, 0.05 * reach), reach) for side in (-min(ends)[0], max(high for _, high in ends)))
+
+    def place(value: float) -> float:
+        return 2 + 96 * (min(max(value, -left), right) + left) / (left + right)
+
+    zero, rows = f'<i class="zero" style="left:{place(0):.2f}%"></i>', []
+    entries = [(pair["value"], arm, pair, span) for (arm, pair), span in zip(compared, ends, strict=True)]
+    entries.append((0.0, next(arm for arm, _ in arms if arm["name"] == reference), None, (0.0, 0.0)))
+    for value, arm, pair, (low, high) in sorted(entries, key=lambda entry: entry[0]):
+        look, colour = f"f{colour_of(report, arm) % len(LIGHT)}", colour_of(report, arm)
+        span = f'<i class="bar {look}" style="left:{place(low):.2f}%;width:{place(high) - place(low):.2f}%"></i>'
+        within = -left <= value <= right
+        dot = f'<i class="{"dot" if within else "beyond"} {look}" style="left:{place(value):.2f}%"></i>'
+        rows.append(
+            f'<li data-arm="{colour}"><span class="who">{tagged(report, budget, arm["name"])}</span>'
+            f'<span class="track">{zero}{span}{dot}</span>'
+            f'<span class="bits">{bits_text(cell_of(budget, arm["name"])["mean"])}</span>'
+            f'<span class="gap">{gap_words(pair)}</span></li>'
+        )
+    beyond = " An arrow: further off than the axis reaches." if any("beyond" in row for row in rows) else ""
+    note = (
+        f'<p class="small">Bits per byte less those of <b>{e(reference)}</b>, the line at zero, with the pooled 95 % '
+        f"interval; left is better.{beyond}</p>"
+    )
+    title = f"<h2>Against {e(reference)} at {budget_name(report, budget)}</h2>"
+    return f'{title}<ol class="ranking">{"".join(rows)}</ol>{note}'
+
+
+def gap_words(pair: dict[str, Any] | None) -> str:
+    """ "▲ better −0.036 ±0.026"; the reference itself has no pair."""
+    if pair is None:
+        return "the reference"
+    half = "" if pair["low"] is None else f" ±{gap_text((pair['high'] - pair['low']) / 2)}"
+    sign = f"{SIGNS[pair['word']]} {pair['word']}" if pair["word"] in SIGNS else pair["word"]
+    return f"<b>{signed(pair['value'])}</b>{half} {sign}"
 
 
 def budget_at(report: dict[str, Any], share: float) -> dict[str, Any]:

@@ -125,6 +125,39 @@ def answer(report: dict[str, Any]) -> list[str]:
     return [f"{where} {figure} {stands}.", second_sentence(report, budget, arm)]
 
 
+def scratch_of(report: dict[str, Any], arm: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Of a growing arm: its own scratch (name, pair), and its FLOPs to the loss that it has."""
+    row = next((row for row in report["own_controls"] if row["arm"] == arm), None)
+    return (row["controls"].get("scratch"), row["flops_to_scratch"]) if row else (None, None)
+
+
+def standings(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> str:
+    """How many of the arms are better, worse or not told apart: growing ones from their scratch, else all from the
+    reference. Nothing where the first sentence has said so of its one arm.
+    """
+    if arm["grows"]:
+        own = [scratch_of(report, row["arm"])[0] for row in report["own_controls"]]
+        pairs = [control["pair"] for control in own if control and control["pair"]]
+        names = {pair["other"] for pair in pairs}
+        whom, who = (f"**{names.pop()}**" if len(names) == 1 else "its own scratch"), "growing arms"
+    else:
+        reference = report["race"]["reference"]
+        others = [a["name"] for a in report["arms"] if a["role"] == "arm" and a["name"] not in (reference, arm["name"])]
+        pairs = [pair for name in others if (pair := pair_of(budget, name, reference))]
+        whom, who = f"**{reference}**", "other arms" if arm["name"] == reference else "further arms"
+    if len(pairs) < 2:
+        return ""
+    parts = []
+    for word, link in (("better", f" than {whom}"), ("not told apart", ""), ("worse", "")):
+        found = [f"**{pair['arm']}**" for pair in pairs if pair["word"] == word]
+        named = f" ({listed(found)})" if 0 < len(found) < len(pairs) else ""
+        count = ("all" if len(found) == len(pairs) else len(found)) if found else "none"
+        if found or word == "better":
+            verb = ("is " if len(found) < 2 else "are ") if link else ""
+            parts.append(f"{count} {verb}**{word}**{link}{named}")
+    return f"Of {len(pairs)} {who} {listed(parts)}"
+
+
 def counted(budget: dict[str, Any], arm: dict[str, Any], others: list[str]) -> list[str]:
     """Where an arm met many others: how many it beat, and by name those that it did not."""
     pairs = [pair for name in others if (pair := pair_of(budget, arm["name"], name)) is not None]
@@ -141,17 +174,32 @@ def count_seeds(n: int) -> str:
 
 
 def second_sentence(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> str:
-    """FLOPs to the reference's loss at the same budget."""
+    """How all arms stand, what they gained over scratch compared, and FLOPs to the loss of scratch or the reference."""
+    name, ratio = flops_to_loss(report, budget, arm)
+    parts = [standings(report, budget, arm)]
+    gains = [gain for gain in report["gains"] if gain["share"] == budget["share"]]
+    if gains:
+        apart = sum(gain["word"] != "not told apart" for gain in gains)
+        parts.append(f"of {len(gains)} differences between what they gained {apart or 'none'} can be told from zero")
+    if ratio and ratio["value"] is not None and ratio["side"] != "unbounded":
+        rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
+        parts.append(
+            f"to the loss that **{name}** has there **{arm['name']}** needs {ratio_text(ratio)} times the FLOPs of "
+            f"**{name}**: **{ratio['word']}**{rests}"
+        )
+    said = "; ".join(part for part in parts if part) or f"FLOPs to the loss of **{name}**: not compared"
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def flops_to_loss(
+    report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]
+) -> tuple[str, dict[str, Any] | None]:
+    """Whose loss, and an arm's FLOPs to it at a budget: that of its own scratch where it grows, else the reference's."""
+    scratch, ratio = scratch_of(report, arm["name"])
+    if scratch:
+        return scratch["name"], ratio
     at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
-    ratio = at["ratios"].get(arm["name"]) if at else None
-    if not ratio or ratio["value"] is None or ratio["side"] == "unbounded":
-        return "FLOPs to the reference's loss: not compared."
-    name = report["race"]["reference"]
-    rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
-    return (
-        f"To the loss that **{name}** has there it needs {ratio_text(ratio)} times the FLOPs of **{name}**: "
-        f"**{ratio['word']}**{rests}."
-    )
+    return report["race"]["reference"], at["ratios"].get(arm["name"]) if at else None
 
 
 # --- tiles ---
@@ -170,12 +218,11 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
             tiles.append(("best size from scratch", bits_text(best["loss"]), f"{best['arm']}; {edge}"))
         if budget["s"] is not None:
             tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']:.3g} degrees of freedom"))
-        at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
-        ratio = at["ratios"].get(arm["name"]) if at and arm else None
+        name, ratio = flops_to_loss(report, budget, arm) if arm else ("", None)
         if ratio and ratio["value"] is not None and ratio["side"] != "unbounded":
             rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
-            text = f"{ratio_text(ratio).split(' [')[0]} ×"
-            tiles.append(("FLOPs to the reference's loss", text, ratio["word"] + rests))
+            text = f"{ratio_text(ratio).split(' [')[0]}\N{NO-BREAK SPACE}×"
+            tiles.append((f"FLOPs to the loss of {name}", text, ratio["word"] + rests))
         spent = mean_of([run for a in report["arms"] for run in runs_at(a, budget["share"])], "flops")
         tiles.append(("training FLOPs per run", flops_text(spent), "ancestors included"))
     return [{"label": label, "text": text, "note": note} for label, text, note in tiles]
