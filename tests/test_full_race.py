@@ -321,6 +321,31 @@ def test_a_size_that_makes_no_model_and_a_start_that_has_no_smaller_budget_are_r
         arms_of(racing(shared, {"name": "old", "model": {"checkpoint": "somewhere"}}), 256)
 
 
+def test_an_arm_may_start_from_a_checkpoint_whose_cost_is_known(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    other = tmp_path / "other.txt"  # what it has read in another order than a seed of the race would be refused
+    other.write_text("\f".join(f"document {i} about {i * i} " * 30 for i in range(60)))
+    train(tiny(shared, growth=[], train={"steps": 2}, data={"source": str(other)}), folder, say=None)
+    known = runs.checkpoints(folder)[-1]
+    arms = [GROWN, {"name": "old", "model": {"checkpoint": str(known)}}]
+    monkeypatch.setattr("tokenformer.race.run_jobs", alone)
+    once = {"budgets": [1.0], "most_extensions": 0}
+    run_race(racing(shared, *arms, race=once, flops=2e7), tmp_path / "race", say=None)
+    told = {arm["name"]: arm for arm in runs.read_json(tmp_path / "race" / "report.json")["arms"]}
+    spent = {name: [run["flops"] for run in arm["runs"]] for name, arm in told.items()}
+    assert spent["old"] == pytest.approx([2e7] * 2, rel=0.1) and spent["scratch"] == pytest.approx([2e7] * 2, rel=0.1)
+    own = told["old"]["runs"][0]["curve"]["flops"][0]
+    assert own == runs.read_json(known / "trainer.json")["flops"] > 0  # its ancestor's are in it
+    with pytest.raises(ValueError, match="race.reference: 'old' starts from model.checkpoint"):
+        arms_of(racing(shared, *arms, race={"budgets": [1.0], "reference": "old"}), 256)
+    for extra in ("trainer.json", "moments.safetensors", "rng.safetensors"):
+        (known / extra).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="arm old: model.checkpoint = .*: what it cost to train is not known"):
+        arms_of(racing(shared, *arms, race={"budgets": [1.0]}), 256)
+
+
 # --- what is run, and in what order ---
 
 
@@ -386,6 +411,27 @@ def test_runs_of_one_seed_share_text_and_differ_between_seeds_and_copies(shared:
     tuned = trial(race, arms["grown"], 0.01).recipe
     assert tuned.data.seed == tuned.train.seed == 1000 and tuned.train.flops == pytest.approx(0.3 * 9e7)
     assert tuned.growth[0].at_fraction == 0.2
+
+
+def test_a_trial_does_not_grow_in_its_warm_up(shared: Path, tmp_path: Path) -> None:
+    def first(race: Race) -> tuple[int, int]:
+        arm = race.arms[0]
+        whole, short = headline(race, arm, 0, 0.01).recipe, trial(race, arm, 0.01).recipe
+        return race.plan(arm, whole).growth_steps[0], race.plan(arm, short).growth_steps[0]
+
+    plain, warmed = (race_of(racing(shared, warmup_steps=n), tmp_path / str(n)) for n in (0, 12))
+    assert first(plain)[1] < 12 <= first(plain)[0]  # the control: the warm-up is longer than that share of a trial
+    assert first(warmed) == (first(plain)[0], 12)
+    events = (trial(warmed, warmed.arms[0], rate).recipe.growth for rate in (0.005, 0.02))
+    assert len({event.at_fraction for [event] in events}) == 1  # at one place for all rates
+    restarts = {"name": "grown", "growth": [{**GROWN["growth"][0], "learning_rate": "restart", "rewarm_steps": 2}]}
+    anew = race_of(racing(shared, restarts, warmup_steps=12), tmp_path / "anew")
+    assert trial(anew, anew.arms[0], 0.01).recipe.growth[0].at_fraction == 0.2
+    steps = first(plain)[0]
+    with pytest.raises(ValueError, match=f"arm grown: growth.0: comes at step {steps}, and the warm-up lasts until"):
+        run_race(racing(shared, warmup_steps=steps + 1, race={"tune_fraction": 0.9}), tmp_path / "late")
+    with pytest.raises(ValueError, match="race.tune_fraction: 0.2: a trial's warm-up, 12 steps, lasts until"):
+        run_race(racing(shared, warmup_steps=12, race={"tune_fraction": 0.2}), tmp_path / "short")
 
 
 def test_a_branch_ends_as_the_run_that_was_meant_for_its_budget(shared: Path, tmp_path: Path) -> None:

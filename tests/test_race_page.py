@@ -12,6 +12,7 @@ from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
 from tokenformer.report import read_report, write_report
 from tokenformer.report.markup import name_of
 from tokenformer.report.race.page import page as page_of
+from tokenformer.report.race.page import top_charts
 from tokenformer.report.race.words import ratio_text
 from tokenformer.report.units import flops_text, signed
 from tokenformer.statistics import spread_of
@@ -127,6 +128,67 @@ def test_the_answer_comes_first_in_two_sentences_with_every_control(race, report
     assert page.index('class="answer"') < page.index("<h2>") and "red notes" not in first
 
 
+def test_every_arm_stands_against_the_reference_on_one_axis(race, report):
+    page = (race / "report.html").read_text()
+    order = [page.index(text) for text in ('<dl class="tiles">', "<h2>Against scratch at 12.0 TFLOP", ">Results at")]
+    assert order == sorted(order)
+    rows = page.split("<h2>Against scratch")[1].split("</ol>")[0].split("<li")[1:]
+    assert len(rows) == len(ARMS)
+    ends = {}
+    for row in rows:
+        name = re.search("<b>(.*?)</b>", row).group(1)
+        ends[name] = float(re.search('class="dot [^"]*" style="left:([0-9.]+)%', row).group(1))
+        if name != "scratch":
+            p, text = pair(report, name, "scratch"), html.unescape(re.sub("<[^>]*>", "", row.split('"gap"')[1]))
+            value = p["value"] if p["arm"] == name else -p["value"]
+            assert f"{signed(value)} ±{(p['high'] - p['low']) / 2:.3f}" in text
+            bar = re.search('class="bar [^"]*" style="left:([0-9.]+)%;width:([0-9.]+)%', row)
+            assert float(bar.group(1)) < ends[name] < float(bar.group(1)) + float(bar.group(2))
+    assert list(ends.values()) == sorted(ends.values()) and ends["grown"] < ends["scratch"] < ends["small"]
+    zero = float(re.search('class="zero" style="left:([0-9.]+)%', rows[0]).group(1))
+    assert zero == ends["scratch"] and "beyond" not in page.split("<h2>Against scratch")[1].split("<h2>")[0]
+
+
+def test_an_arm_that_is_far_behind_does_not_press_the_others_into_one_line(tmp_path, report):
+    folder = write_full_race(tmp_path / "race", loss=lambda arm, *at: plausible(arm, *at) + 2 * (arm == "grown late"))
+    told, page = read_report(folder), (write_report(folder)["html"]).read_text()
+    rows = page.split("<h2>Against scratch")[1].split("</ol>")[0].split("<li")[1:]
+    assert ['class="beyond' in row for row in rows] == [False] * 6 + [True] and "An arrow: further off" in page
+    top = top_charts(told)[0].shared_y[1]
+    assert max(cell(told, "scratch", share)["mean"] for share in BUDGETS) < top < 4 and "runs out of the top" in page
+    assert top_charts(report)[0].shared_y[1] == pytest.approx(top, abs=0.2)  # the control: there nothing is far behind
+
+
+def test_a_page_is_drawn_anew_from_its_json_alone(race, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    path = alone / "report.json"
+    path.write_bytes((race / "report.json").read_bytes())
+    write_report(path)
+    for kind in ("html", "json", "png"):
+        assert (alone / f"report.{kind}").read_bytes() == (race / f"report.{kind}").read_bytes()
+    stored = json.loads(path.read_text())
+    for run in next(arm for arm in stored["arms"] if arm["name"] == "grown")["runs"]:
+        run["bits_per_byte"] += 0.5
+    path.write_text(json.dumps(stored))
+    write_report(path)
+    assert "**grown late**" in json.loads(path.read_text())["answer"][0]  # numbers and words are worked out anew
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"kind": "run", "arms": []}, "not the report.json of a race by the rules"),
+        ({"race": {"budgets": [1.0]}, "arms": [{"name": "a"}]}, "not a whole report.json, or one of another version"),
+    ],
+)
+def test_a_page_is_not_drawn_from_another_json(tmp_path, stored, message):
+    write(tmp_path / "report.json", stored)
+    with pytest.raises(ValueError, match=message) as error:
+        write_report(tmp_path / "report.json")
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
 def test_flops_to_a_loss_follow_from_the_arms_own_curves(report):
     # By hand, for one arm at the middle budget: a straight line over log FLOPs between its results.
     logs = []
@@ -141,10 +203,11 @@ def test_flops_to_a_loss_follow_from_the_arms_own_curves(report):
     assert report["reach"][2]["ratios"]["small"]["side"] == "more than"
 
 
-def test_sunk_costs_count_what_came_after_the_growth_alone(report):
+def test_sunk_costs_count_the_growth_and_what_came_after_it_alone(report):
     sunk = {(s["arm"], s["share"]): s for s in report["sunk"]}
-    assert sunk["grown", 1.0]["flops"] == pytest.approx(0.7 * FLOPS)  # grew at 0.3
-    assert sunk["grown", 0.5]["flops"] == pytest.approx(0.2 * FLOPS)  # its trunk grew before it branched off
+    growing = 1e9  # the growth itself is paid for, what came before it is not
+    assert sunk["grown", 1.0]["flops"] == pytest.approx(0.7 * FLOPS + growing, rel=1e-9)  # grew at 0.3
+    assert sunk["grown", 0.5]["flops"] == pytest.approx(0.2 * FLOPS + growing, rel=1e-9)  # its trunk grew before
     assert ("grown", 0.25) not in sunk and ("scratch", 1.0) not in sunk  # not grown by then; never grown
 
 
@@ -279,6 +342,8 @@ def test_gains_over_different_scratch_are_compared_seed_by_seed(many):
         half = stats.t.ppf(0.975, budget["df"]) * budget["s"] * math.sqrt(4 / 3)
         assert (found["low"], found["high"]) == pytest.approx((found["value"] - half, found["value"] + half))
     assert gains["grown late", "theta", 1.0]["word"] == "better"
+    apart = sum(gain["word"] != "not told apart" for gain in many["gains"] if gain["share"] == 1.0)
+    assert f"of 6 differences between what they gained {apart} can be told from zero" in many["answer"][1]
     assert not [key for key in gains if set(key[:2]) == {"theta", "theta late"}]  # the control: they share scratch
     rows = cells_of(page_of(json.loads(json.dumps(many))), "Gain of growing over")
     assert len(rows) == 6 and rows[0][0].startswith("grown lateless scratch") and "better" in rows[0][2]
@@ -321,6 +386,48 @@ def test_arms_of_one_colour_have_swatches_like_their_lines():
     report = {"kind": "race", "arms": [{"name": str(i)} for i in range(21)]}
     looks = [re.search('class="swatch (.*?)"', name_of(report, arm)).group(1) for arm in report["arms"]]
     assert len(set(looks)) == 21 and [looks[i] for i in (0, 7, 14)] == ["f0", "f0 dashed", "f0 dotted"]
+
+
+def test_an_architecture_that_scatters_more_than_the_others_is_said(report, tmp_path):
+    arms = {name: {**arm, "architecture": "gpt2" if "late" in name else "llama"} for name, arm in ARMS.items()}
+    arms |= {f"late {i}": {**arms["grown late"], "role": "arm"} for i in range(2)}
+
+    def loss(s):
+        return lambda arm, *at: plausible(arm, *at, s=s if "late" in arm else 0.004)
+
+    told = read_report(write_full_race(tmp_path / "unequal", arms, loss(0.2)))
+    [said] = [text for text in told["changes"] if text.startswith("Unequal noise")]
+    assert said.startswith("Unequal noise: arms of **gpt2** scatter from seed to seed with s = 0.")
+    equal = read_report(write_full_race(tmp_path / "equal", arms, loss(0.004)))
+    assert not [text for text in equal["changes"] + report["changes"] if text.startswith("Unequal noise")]
+
+
+def test_what_arms_set_apart_of_their_training_is_said(report, tmp_path):
+    folder = write_full_race(tmp_path / "race")
+    for path in (folder / "arms/small").rglob("recipe.json"):
+        recipe = json.loads(path.read_text())
+        write(path, recipe | {"train": recipe["train"] | {"weight_decay": 0.0}})
+    [said] = [text for text in ambers(read_report(folder)) if "weight_decay" in text]
+    assert said.startswith("The arms do not share train.weight_decay: 0.1, but 0.0 for **small**.")
+    assert not any("do not share" in text for text in ambers(report))
+
+
+def test_the_models_defaults_are_among_the_hyperparameters(tmp_path):
+    folder = write_full_race(tmp_path / "race")
+    stored = json.loads((folder / "race.json").read_text())
+    for entry in stored["arms"]:
+        entry["config"] = {"rope_theta": 10_000.0, "norm_eps": 1e-5 if entry["name"] == "small" else 1e-6}
+    write(folder / "race.json", stored)
+    page = page_of(read_report(folder)).split("<h2>Every hyperparameter", 1)[1]
+    differs, shared = page.split("What all arms share", 1)
+    assert "<code>config.norm_eps</code>" in differs and "config.norm_eps" not in shared
+    assert "config.rope_theta" in shared and "config.rope_theta" not in differs
+
+
+def test_arms_that_are_drawn_otherwise_do_not_count_as_one_start(tmp_path):
+    arms = {**ARMS, "wider": {**ARMS["grown late"], "model": {"initializer_range": 0.05}}}
+    told = read_report(write_full_race(tmp_path / "race", arms))
+    assert pair(told, "grown", "small")["same_start"] and not pair(told, "wider", "small")["same_start"]
 
 
 # --- self-tests: a copy, a handicap, and what spoils an answer ---
@@ -555,6 +662,7 @@ def test_a_race_without_growth_names_the_best_arm(tmp_path):
     )
     told = read_report(folder)
     assert "the best arm, **llama**" in told["answer"][0] and "**better** than **gpt2** by" in told["answer"][0]
+    assert told["answer"][1].startswith("Of 2 other arms none is **better** than **llama** and all **worse**")
     assert "Growths" not in page_of(read_report(folder))
 
 

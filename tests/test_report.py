@@ -13,6 +13,7 @@ from tiny_races import ENVIRONMENT
 from tokenformer.report import read_report, write_report
 from tokenformer.report.charts import spread
 from tokenformer.report.units import count_text, flops_text, linear_ticks, log_ticks, seconds_text, tick_texts
+from tokenformer.report.verdict import NO_RULES
 
 DATA = {
     "source": "embedded",
@@ -200,7 +201,8 @@ def page_of(folder):
 
 
 def texts(report):
-    return [item["text"] for item in report["status_warnings"] + report["warnings"]]
+    found = [item["text"] for item in report["status_warnings"] + report["warnings"]]
+    return [text for text in found if text != NO_RULES]
 
 
 def reds(report):
@@ -403,6 +405,11 @@ def test_a_broken_promise_of_exactness_is_flagged(tmp_path):
             metrics.read_text().replace('"max_logit_change": 2.4e-07', f'"max_logit_change": {moved}')
         )
         assert any("promises to be exact" in text for text in reds(read_report(folder))) == flagged
+
+
+def test_a_race_without_the_rules_says_so_and_a_run_does_not(tmp_path):
+    for folder, said in ((write_race(tmp_path / "race"), 1), (write_run(tmp_path / "run"), 0)):
+        assert [note["text"] for note in read_report(folder)["warnings"]].count(NO_RULES) == said
 
 
 def test_arms_that_are_not_comparable_are_said_to_be_so(tmp_path):

@@ -19,6 +19,17 @@ def drawn(rng, means, seeds=3, s=0.01, seed_effect=0.05):
 
 # --- the two-way table ---
 
+
+def test_a_group_that_scatters_more_is_found_and_equal_ones_seldom_are():
+    rng, groups = np.random.default_rng(RNG_SEED), {f"{g}{i}": g for g in "abc" for i in range(4)}
+    found = [st.unequal_scatter(drawn(rng, dict.fromkeys(groups, 2.0)), groups) for _ in range(1000)]
+    assert sum(each is not None for each in found) < 40  # of 1000, of which it is meant to name 10
+    table = drawn(rng, dict.fromkeys(groups, 2.0)) | drawn(rng, {"b0": 2.0, "b1": 2.0, "b2": 2.0, "b3": 2.0}, s=0.1)
+    name, s, rest = st.unequal_scatter(table, groups)
+    assert name == "b" and 0.05 < s < 0.2 and rest < 0.03
+    assert st.unequal_scatter(table, dict.fromkeys(groups, "a")) is None  # one group has none beside it
+
+
 # Worked by hand. Arm means 2, 3, 5; seed means 2, 10/3, 14/3; grand mean 10/3; the rests are then
 # 1/3 0 -1/3 | -2/3 0 2/3 | 1/3 0 -1/3, their squares sum to 12/9, over (3 - 1)(3 - 1) degrees of freedom: 1/3.
 HAND = {"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 1.0, 1: 3.0, 2: 5.0}, "c": {0: 4.0, 1: 5.0, 2: 6.0}}

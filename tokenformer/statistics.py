@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.special import nctdtr, stdtrit
+from scipy.special import fdtrc, nctdtr, stdtrit
 
 LEVEL = 0.95
 LEAST_POINTS = 4  # of FLOPs, for a power law of three parameters
 BOOTSTRAP_DRAWS = 1000
+UNEQUAL = 0.01  # of races of equal scatter are said to be of unequal scatter
 POWER = 0.8  # of a race with as many seeds as are needed
 MOST_SEEDS = 1000  # that `seeds_needed` looks at
 NO_RISE = 1e-4  # bits per byte; what rounding makes of an exact growth stays far below
@@ -92,6 +93,29 @@ def spread_of(table: Table, starts: dict[str, Hashable] | None = None) -> Spread
     parts = [(mean_square / k, df_starts), (v * (1 - 1 / k), df_same)]
     total = sum(part for part, _ in parts)
     return Spread(math.sqrt(total), total**2 / sum(p**2 / d for p, d in parts), s_same, df_same, starts)
+
+
+def unequal_scatter(table: Table, groups: dict[str, str]) -> tuple[str, float, float] | None:
+    """The group of arms that scatters more than the others, its s and theirs; None where chance may have it so.
+
+    Of the rest of y = arm + seed, by an F test at 1 % for all groups together (Bonferroni). groups: arm -> its group.
+    """
+    cells = [(arm, seed, y) for arm, row in table.items() for seed, y in row.items()]
+    names = dict.fromkeys(groups[arm] for arm, _, _ in cells)
+    if len(names) < 2:
+        return None
+    left = residual_maker(one_hot([arm for arm, _, _ in cells]), one_hot([seed for _, seed, _ in cells]))
+    y = np.array([y for _, _, y in cells])
+    squares, freedom = (left @ (y - y.mean())) ** 2, np.diag(left)
+    found = []
+    for name in names:
+        inside = np.array([groups[arm] == name for arm, _, _ in cells])
+        (a, b), (df_a, df_b) = ((part[inside].sum(), part[~inside].sum()) for part in (squares, freedom))
+        if min(df_a, df_b) > 1e-6 and b > 0:
+            chance = fdtrc(df_a, df_b, (a / df_a) / (b / df_b))
+            found.append((chance, name, math.sqrt(a / df_a), math.sqrt(b / df_b)))
+    chance, name, s, rest = min(found, default=(1.0, "", 0.0, 0.0))
+    return (name, s, rest) if chance < UNEQUAL / len(names) else None
 
 
 def one_hot(labels: list[Any]) -> np.ndarray:
@@ -352,4 +376,5 @@ def compute_optimal(sizes: dict[str, tuple[float, float]]) -> dict[str, Any] | N
     smaller = any(p < parameters for p, _ in sizes.values())
     larger = any(p > parameters for p, _ in sizes.values())
     edge = "" if smaller and larger else "smallest" if larger else "largest" if smaller else "only"
-    return {"arm": arm, "parameters": parameters, "loss": sizes[arm][1], "sizes": len(sizes), "edge": edge}
+    distinct = len({p for p, _ in sizes.values()})
+    return {"arm": arm, "parameters": parameters, "loss": sizes[arm][1], "sizes": distinct, "edge": edge}

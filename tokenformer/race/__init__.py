@@ -22,7 +22,7 @@ from ..report import write_report
 from ..report.units import printable
 from ..runs import Say
 from ..train import require_feasible
-from .arms import Arm, arms_of, ends, parameters_of
+from .arms import NOT_SIZES, Arm, arms_of, ends, parameters_of
 from .checks import check_texts, require_causal
 from .final import final_windows, require_another_text
 from .jobs import Race, all_jobs, bits_of, grid, headline, require_branches, todo, trial
@@ -152,13 +152,15 @@ def settle_moved(race: Race) -> None:
 
 def arm_entry(race: Race, arm: Arm) -> dict[str, Any]:
     start, end = parameters_of(arm.recipe, race.vocab_size)
+    config = ends(arm.recipe, race.vocab_size)[0]
     return {
         "name": arm.name,
         "description": arm.description,
         "role": arm.role,
         "of": arm.of,
         "folder": f"{runs.ARMS}/{arm.name}",
-        "architecture": ends(arm.recipe, race.vocab_size)[0].model_type,
+        "architecture": config.model_type,
+        "config": {key: value for key, value in config.to_dict().items() if key not in NOT_SIZES and value is not None},
         "grows": arm.grows,
         "parameters": start,
         "parameters_end": end,

@@ -12,7 +12,7 @@ from ..growth.lowrank import Ranks, factorise, settled_ranks
 from ..models import build_model
 from ..plan import chooses_experts, model_config, phase_configs, plan
 from ..recipe import Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
-from ..start import Start
+from ..start import Start, start_of
 
 WEIGHTS_SEED = 10_000  # added to the seed of a copy's weights
 NOT_SIZES = ("architectures", "dtype", "torch_dtype", "model_type", "transformers_version", "_name_or_path")
@@ -51,6 +51,10 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
         if arm.recipe.model.checkpoint and len(race.budgets) > 1:
             raise ValueError(f"arm {arm.name}: starts from model.checkpoint, whose cost no smaller budget holds; "
                              "set race.budgets = [1.0]")
+        if arm.recipe.model.checkpoint and not start_of(arm.recipe).flops:
+            raise ValueError(f"arm {arm.name}: model.checkpoint = {arm.recipe.model.checkpoint!r}: what it cost to "
+                             "train is not known; a race takes checkpoints of runs, or what tokenformer grow made of "
+                             "them")
     growing = [arm for arm in arms if arm.grows]
     if race.controls:
         for arm in growing:
@@ -72,6 +76,9 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
         raise ValueError("race.sizes: has no effect with race.controls = false")
     scratch = next((arm.name for arm in arms if arm.role == "scratch"), arms[0].name)
     reference = arm_named(arms, race.reference or scratch, "race.reference")
+    if reference.recipe.model.checkpoint:
+        raise ValueError(f"race.reference: {reference.name!r} starts from model.checkpoint, so a copy of it would show "
+                         "no noise; name an arm that starts afresh")
     for name in race.cosine:
         arm_named(arms, name, "race.cosine")
     copy = replace(reference.recipe, name=f"{recipe.name}/copy")
@@ -111,7 +118,8 @@ def same_run(a: Recipe, b: Recipe, vocab_size: int) -> bool:
     def trained(recipe: Recipe) -> list[Any]:
         table = recipe_to_dict(recipe)
         config = ends(recipe, vocab_size)[0].to_dict()
-        return [config, recipe.model.rank, *(table[key] for key in ("data", "train", "growth"))]
+        parts = (table[key] for key in ("data", "train", "growth"))
+        return [config, recipe.model.rank, recipe.model.checkpoint, *parts]
 
     return trained(a) == trained(b)
 
@@ -181,8 +189,9 @@ def target_of(arm: Arm, vocab_size: int) -> Recipe:
 
 def ends(recipe: Recipe, vocab_size: int) -> tuple[Any, Any, dict[str, int]]:
     """The configurations before the first growth and after the last, and the sizes that growth has changed."""
-    _, phases = phase_configs(recipe, vocab_size, Start())
-    return model_config(recipe, vocab_size, Start()), phases[-1][0], phases[-1][1]
+    start = start_of(recipe)
+    _, phases = phase_configs(recipe, vocab_size, start)
+    return model_config(recipe, vocab_size, start), phases[-1][0], phases[-1][1]
 
 
 def parameters_of(recipe: Recipe, vocab_size: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -15,10 +15,11 @@ from pathlib import Path
 from .. import runs
 from ..checkpoint import ancestry
 from ..plan import Plan, plan, ramp_steps, warm_up_after
-from ..recipe import RaceSection, Recipe
+from ..recipe import GrowthSection, RaceSection, Recipe
 from ..start import Start
 from .arms import Arm, with_seed
 
+AFRESH = ("restart", "rewind")  # growths after which the schedule starts anew, and so may come at any time (rule 17)
 FINAL = "final.json"  # what a headline run reaches on race.final_text
 
 
@@ -55,9 +56,9 @@ class Race:
     def place(self, name: str) -> Path:
         return self.folder / runs.ARMS / name
 
-    def plan(self, arm: Arm, recipe: Recipe) -> Plan:
+    def plan(self, arm: Arm, recipe: Recipe, which: str = "") -> Plan:
         """The plan of one of the arm's runs, which all seeds and rates share."""
-        key = f"{arm.name} {recipe.train.flops} {recipe.train.schedule}"
+        key = f"{arm.name} {recipe.train.flops} {recipe.train.schedule} {which}"
         if key not in self.plans:
             self.plans[key] = plan(recipe, self.vocab_size, None if recipe.model.checkpoint else Start())
         return self.plans[key]
@@ -92,8 +93,32 @@ def trial(race: Race, arm: Arm, rate: float) -> Job:
     assert train.flops is not None
     train = replace(train, flops=train.flops * section.tune_fraction, learning_rate=rate)
     recipe = with_seed(replace(arm.recipe, train=train), section.tune_seed)
+    recipe = replace(recipe, growth=after_warm_up(race, arm, recipe))
     name = f"{arm.name}/tune/lr-{rate:g}"
     return Job(name, replace(recipe, name=f"{race.recipe.name}/{name}"), race.plan(arm, recipe).flops)
+
+
+def after_warm_up(race: Race, arm: Arm, recipe: Recipe) -> list[GrowthSection]:
+    """A trial's growths (rule 12): its first, where the shorter run would bring it in the warm-up, right after that.
+
+    The warm-up is as many steps as in the run that is tuned for: it is there for the rate's sake.
+    """
+    if not recipe.growth or recipe.growth[0].at_fraction is None or recipe.growth[0].learning_rate in AFRESH:
+        return recipe.growth
+    first, *later = recipe.growth
+    written, warm_up = race.plan(arm, recipe, "as written"), recipe.train.warmup_steps
+    if written.growth_steps[0] >= warm_up:
+        return recipe.growth
+    share = rounded((warm_up - 0.5) * written.phases[0].flops_per_step / written.flops)
+    ends = [1 - recipe.train.decay_fraction, first.until_fraction]
+    ends += [event.at_earliest_fraction if event.at_fraction is None else event.at_fraction for event in later]
+    end = min(end for end in ends if end)
+    if share >= end:
+        raise ValueError(
+            f"race.tune_fraction: {race.section.tune_fraction:g}: a trial's warm-up, {warm_up} steps, lasts until "
+            f"{share:.3g} of its FLOPs, and its growth must come after it and before {end:g}; take a larger share"
+        )
+    return [replace(first, at_fraction=share), *later]
 
 
 def grid(race: Race) -> tuple[list[float], list[Job]]:
@@ -193,6 +218,12 @@ def require_branches(race: Race, arm: Arm) -> None:
     assert arm.recipe.train.flops is not None
     rising = [arm.recipe.train.warmup_steps]  # steps of warm-up, or of growing in, at the beginning of each phase
     rising += [max(warm_up_after(event), ramp_steps(event)) for event in planned.events]
+    for event, step in zip(planned.events[:1], planned.growth_steps, strict=False):
+        if step < rising[0] and event.section.learning_rate not in AFRESH and event.section.at_slope is None:
+            raise ValueError(
+                f"{event.name}: comes at step {step}, and the warm-up lasts until {rising[0]}: it belongs to the "
+                "stable phase, or restarts the schedule"
+            )
     for share in race.section.budgets[:-1]:
         begin = rounded(share * (1 - decay))
         step = planned.step_at(begin)

@@ -258,7 +258,7 @@ def check_race(recipe: Recipe, where: Where) -> None:
     if recipe.noise:
         raise ValueError(f"noise: a race with [race] measures its own (from {where('noise')})")
     for arm in recipe.arms:
-        settled = ("flops", "steps", "schedule", "seed", "keep_at", "learning_rate")
+        settled = ("flops", "steps", "schedule", "seed", "keep_at", "learning_rate", "min_learning_rate_ratio")
         changed = [f"train.{key}" for key in settled if key in arm.overrides.get("train", {})]
         changed += ["data"] if "data" in arm.overrides else []
         if changed:

@@ -63,7 +63,8 @@ def draw_axes(axes: Any, chart: Chart) -> None:
             axes.fill_between(s.x, s.low, s.high, color=LIGHT[s.colour % 7], alpha=0.12, linewidth=0, zorder=2)
         marks = [(x, y) for x, y in zip(s.x, s.y, strict=True) if y <= y1]
         if chart.points and marks:
-            axes.plot(*zip(*marks, strict=True), "o", color=LIGHT[s.colour % 7], markersize=3.5, zorder=3, clip_on=False)
+            x, y = zip(*marks, strict=True)
+            axes.plot(x, y, "o", color=LIGHT[s.colour % 7], markersize=3.5, zorder=3, clip_on=False)
         axes.plot(
             s.x, s.y, color=LIGHT[s.colour % 7], linestyle=styles[s.colour // 7 % 3], linewidth=1.9, zorder=3
         )

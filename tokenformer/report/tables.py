@@ -123,9 +123,11 @@ def samples(report: dict[str, Any]) -> str:
     return f'<h2>Samples</h2>{note}<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def differing_table(report: dict[str, Any], arms: list[dict[str, Any]], flat: list[dict[str, Any]]) -> str:
+def differing_table(
+    report: dict[str, Any], arms: list[dict[str, Any]], flat: list[dict[str, Any]], keys: list[str]
+) -> str:
     """A row per key that differs, a column per arm; `flat` are the arms' recipes, flattened."""
-    rows = [[f"<code>{e(k)}</code>", *(e(shown(f.get(k))) for f in flat)] for k in report["differing_keys"]]
+    rows = [[f"<code>{e(k)}</code>", *(e(shown(f.get(k))) for f in flat)] for k in keys]
     return table(["key", *(name_of(report, arm) for arm in arms)], rows, "diff")
 
 
@@ -135,7 +137,7 @@ def recipes(report: dict[str, Any]) -> str:
     out = ["<h2>Recipes</h2>"]
     if keys:
         out.append('<p class="small">What differs between the arms; everything else is the same.</p>')
-        out.append(differing_table(report, arms, flat))
+        out.append(differing_table(report, arms, flat, keys))
     for arm, values in zip(arms, flat, strict=True):
         out.append(
             f"<details><summary>Full recipe of {name_of(report, arm)}</summary>"

@@ -16,6 +16,10 @@ from .units import bits_text, count_text, flops_text, gap_text, seconds_text, sm
 EQUAL_FLOPS = 0.01  # budgets within this share of each other count as one: arms stop at whole steps
 IMPLAUSIBLE_BITS_PER_BYTE = 0.5  # text is not that predictable: repeated or leaked text is
 EXACT_LOGIT_CHANGE = 1e-4  # float32 rounding of logits up to 25 or so; tiling reaches 4e-5 on a trained model
+NO_RULES = (
+    "A race without a [race] table is a look, no verdict: rates are not tuned, and controls and checks are those of "
+    "its recipe (docs/fairness.md)."
+)
 
 
 def noise_threshold(noise: dict[str, Any] | None, arms: list[dict[str, Any]]) -> float | None:
@@ -288,7 +292,7 @@ def judge(report: dict[str, Any]) -> dict[str, Any]:
     threshold = noise_threshold(report["noise"], report["arms"])
     rank(report["arms"], threshold)
     answer = race_answer(report, threshold) if report["kind"] == "race" else run_answer(report["arms"][0])
-    doubts = warnings(report)
+    doubts = warnings(report) + (levels([], [NO_RULES]) if report["kind"] == "race" else [])
     if any(doubt["level"] == "bad" for doubt in doubts):
         answer[0] = f"**Read the red notes first.** {answer[0]}"
     return {

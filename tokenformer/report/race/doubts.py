@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...statistics import seeds_needed
+from ...statistics import seeds_needed, unequal_scatter
 from ..units import bits_text, flops_text, gap_text, signed
 from ..verdict import (
     differing_keys,
@@ -16,12 +16,14 @@ from ..verdict import (
     unequal_text,
 )
 from .controls import controls_of, gains, own_controls, pair_of
+from .numbers import values_at
 from .words import answer, answered, best_arm, headline, listed, progress, share_text
 
 OVERLAP = 0.05  # above this share of its stretches in the training text, a text is no longer held out (rule 4)
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
 FEW_SEEDS = 3
 FEW_BUDGETS = 3  # FLOPs to reach a loss are read at three thresholds, between budgets (rule 22)
+TUNED_OR_DRAWN = ("train.learning_rate", "train.seed", "train.keep_at")
 WORTH_SEEDS = 30  # more than so many seeds are not worth naming a number for
 
 
@@ -128,11 +130,28 @@ def soft_doubts(report: dict[str, Any]) -> list[str]:
     if growing and not report["race"].get("controls", True):
         names = listed([f"**{arm['name']}**" for arm in growing])
         warn.append(f"race.controls = false: {names} grew without the controls that rules 7 to 9 add.")
+    warn += [
+        f"The arms do not share {key}: {value!r}, but {listed(others)}. Rule 15: only what an architecture needs."
+        for key, value, others in train_differences(report)
+    ]
     learned = [a for a in growing if any(event.get("operator") == "ligo" for event in a["recipe"].get("growth", ()))]
     if learned:
         names = listed([f"**{arm['name']}**" for arm in learned])
         warn.append(f"{names} learned growth maps on batches already trained on, so read those again (rule 3).")
     return warn
+
+
+def train_differences(report: dict[str, Any]) -> list[tuple[str, Any, list[str]]]:
+    """Each key of training that arms set apart: its most common value, and "0.0 for **ngpt**" of the others."""
+    out = []
+    recipes = {arm["name"]: arm["recipe"]["train"] for arm in report["arms"] if arm["recipe"].get("train")}
+    for key in differing_keys([{"train": train} for train in recipes.values()]):
+        values = {name: train.get(key.partition(".")[2]) for name, train in recipes.items()}
+        if key not in TUNED_OR_DRAWN:
+            usual = max(values.values(), key=list(values.values()).count)
+            others = [f"{value!r} for **{name}**" for name, value in values.items() if value != usual]
+            out.append((key, usual, others))
+    return out
 
 
 # --- what would change it ---
@@ -166,7 +185,24 @@ def changes(report: dict[str, Any]) -> list[str]:
         out.append(
             f"A {word} learning rate may suit **{arm_at_edge['name']}** better: its best lies at the edge of the grid."
         )
-    return out + disagreeing_cosine(report, budget) + fewer_alarms(budget)
+    return out + unequal_noise(report, budget) + disagreeing_cosine(report, budget) + fewer_alarms(budget)
+
+
+def unequal_noise(report: dict[str, Any], budget: dict[str, Any]) -> list[str]:
+    """Whether one architecture, or in a race of one an arm, scatters more than the others that are pooled with it."""
+    architectures = {arm["name"]: arm["architecture"] for arm in report["arms"]}
+    whole = len(set(architectures.values())) > 1
+    found = unequal_scatter(
+        values_at(report, budget["share"]), architectures if whole else {name: name for name in architectures}
+    )
+    if found is None:
+        return []
+    name, s, rest = found
+    return [
+        f"Unequal noise: {'arms of ' if whole else ''}**{name}** scatter from seed to seed with s = {gap_text(s)}, the "
+        f"others with {gap_text(rest)}, and intervals pool them: too wide for pairs of the others, too narrow for "
+        "those. The pairs' own intervals stand beneath."
+    ]
 
 
 def nearest(budget: dict[str, Any], arm: str, names: list[str]) -> list[str]:

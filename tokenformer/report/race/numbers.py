@@ -32,6 +32,16 @@ from ...statistics import (
 
 FROM_SCRATCH = ("scratch", "small", "size")  # roles that the compute-optimal size is chosen among
 THRESHOLDS = 3
+# Of a recipe's model: what its initial weights do not depend on.
+NOT_IN_WEIGHTS = (
+    "theta",
+    "hidden_act",
+    "router_aux_loss_coef",
+    "max_position_embeddings",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+)
 
 
 def calculate(report: dict[str, Any]) -> dict[str, Any]:
@@ -97,14 +107,14 @@ def sizes_in(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def starts_of(report: dict[str, Any]) -> dict[str, Hashable]:
-    """What an arm's weights start as at each seed: one architecture in one set of sizes is drawn alike (rule 20).
+    """What an arm's weights start as at each seed: models of which all is the same that decides on them (rule 20).
 
     A copy has a seed of its own for its weights beside that of its text.
     """
     starts: dict[str, Hashable] = {}
     for arm in report["arms"]:
         model, train, data = (arm["recipe"].get(key) or {} for key in ("model", "train", "data"))
-        about = [arm["architecture"], model.get("checkpoint"), model.get("rank"), sizes_in(model)]
+        about = [arm["architecture"], {k: v for k, v in model.items() if k not in NOT_IN_WEIGHTS and v is not None}]
         own = train.get("seed", 0) - data.get("seed", 0)
         starts[arm["name"]] = json.dumps([*about, own], sort_keys=True) if model else arm["name"]
     return starts
@@ -230,7 +240,7 @@ def growths_of(arm: dict[str, Any], run: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def sunk_costs(report: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, Any]]:
-    """FLOPs after the last growth alone, over what the reference needs from its first step for the same loss."""
+    """FLOPs of the last growth and after it, over what the reference needs from its first step for the same loss."""
     reference, measure, out = reference_of(report), measure_of_all(report), []
     against = curves_of(report, reference)
     for share in report["race"]["budgets"]:
@@ -239,7 +249,7 @@ def sunk_costs(report: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, An
             events, value = growths_of(arm, run), value_of(run, measure)
             if not events or value is None:
                 continue
-            after = run["flops"] - events[-1]["flops"]
+            after = run["flops"] - events[-1]["flops"] + events[-1].get("growth_flops", 0)
             spent.append(after)
             if run["seed"] in against and after > 0:
                 needed, side = flops_to_reach(against[run["seed"]], value)

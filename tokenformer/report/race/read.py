@@ -112,6 +112,7 @@ def read_arm(folder: Path, entry: Any, race: dict[str, Any], where: str) -> dict
         "parameters": entry.get("parameters") or {},
         "parameters_end": entry.get("parameters_end") or entry.get("parameters") or {},
         "recipe": read_json(first / "recipe.json") if first else {},
+        "config": entry.get("config") or {},
         "learning_rate": began[0]["learning_rate"] if began else None,
         "trials": read_trials(place / "tune"),
         "runs": runs,

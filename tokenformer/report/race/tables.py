@@ -8,7 +8,7 @@ from ...statistics import NO_RISE, mean_sd
 from ..markup import e, name_of, pairs, scrolling, table
 from ..tables import differing_table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text, signed, small_text
-from ..verdict import flatten
+from ..verdict import differing_keys, flatten
 from .charts import trunks
 from .words import growth_state, share_text
 
@@ -181,11 +181,14 @@ def trial_html(trial: dict[str, Any] | None, chosen: bool) -> str:
 def hyperparameters(report: dict[str, Any]) -> str:
     """What differs, arm by arm, then what all share, once."""
     arms = [arm for arm in report["arms"] if arm["recipe"]]
-    flat, keys = [flatten(arm["recipe"]) for arm in arms], report["differing_keys"]
+    # The model as transformers has it, with every default; races of before this was kept know the recipe alone.
+    told = [{"recipe": arm["recipe"], "config": {"config": arm.get("config") or {}}} for arm in arms]
+    keys = report["differing_keys"] + differing_keys([each["config"] for each in told])
+    flat = [flatten(each["recipe"] | each["config"]) for each in told]
     out = ["<h2>Every hyperparameter</h2>"]
     if keys:
         out.append('<p class="small">What differs between the arms, in the recipe of each one’s first seed.</p>')
-        out.append(differing_table(report, arms, flat))
+        out.append(differing_table(report, arms, flat, keys))
     shared = {k: v for k, v in flat[0].items() if k not in keys and k.split(".")[0] not in IGNORED} if flat else {}
     if shared:
         out.append(f"<details><summary>What all arms share: {len(shared)} keys</summary>{pairs(shared)}</details>")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ...statistics import false_alarms
@@ -15,7 +14,7 @@ from .words import BY_ITS_LOSS, answered, growth_state, ratio_text, share_text, 
 
 CLASSES = {"better": "better", "faster": "better", "worse": "worse", "slower": "worse"}
 SIGNS = {"better": "▲", "worse": "▼"}  # so that a page printed in grey says the same
-WITHIN = 0.85  # of the arms lie within the axis of differences; the others stand at its end, with their figure
+FAR = 4  # times as far off as the arm in the middle: such stand at the end of the axis, with their figure
 OWN = {
     "scratch": "its target size from scratch",
     "small": "its small size, trained longer",
@@ -96,23 +95,24 @@ def matrix(report: dict[str, Any], budget: dict[str, Any]) -> str:
 
 
 def standing_section(report: dict[str, Any]) -> str:
-    """Every arm's difference to the reference at the largest budget with its pooled interval, on one axis, best first."""
+    """Every arm's difference to the reference at the largest budget and its interval, on one axis, best first."""
     budget, reference = answered(report), report["race"]["reference"]
-    if budget is None or cell_of(budget, reference)["mean"] is None:
-        return ""
-    arms = [(arm, pair_of(budget, arm["name"], reference)) for arm in report["arms"]]
+    arms = [(arm, pair_of(budget, arm["name"], reference) if budget else None) for arm in report["arms"]]
     compared = sorted(((arm, pair) for arm, pair in arms if pair), key=lambda found: found[1]["value"])
+    if budget is None or not compared:
+        return ""
     ends = [(pair["low"], pair["high"]) if pair["low"] is not None else (pair["value"],) * 2 for _, pair in compared]
     far = sorted(max(map(abs, each)) for each in ends)
-    reach = far[math.ceil(WITHIN * len(far)) - 1] or 1e-3
+    reach = max([end for end in far if end <= FAR * far[len(far) // 2]], default=0.0) or 1e-3
     left, right = (min(max(side, 0.05 * reach), reach) for side in (-min(ends)[0], max(high for _, high in ends)))
 
     def place(value: float) -> float:
         return 2 + 96 * (min(max(value, -left), right) + left) / (left + right)
 
     zero, rows = f'<i class="zero" style="left:{place(0):.2f}%"></i>', []
-    entries = [(pair["value"], arm, pair, span) for (arm, pair), span in zip(compared, ends, strict=True)]
-    entries.append((0.0, next(arm for arm, _ in arms if arm["name"] == reference), None, (0.0, 0.0)))
+    itself = next(arm for arm, _ in arms if arm["name"] == reference)
+    entries: list[tuple[Any, ...]] = [(0.0, itself, None, (0.0, 0.0))]
+    entries += [(pair["value"], arm, pair, span) for (arm, pair), span in zip(compared, ends, strict=True)]
     for value, arm, pair, (low, high) in sorted(entries, key=lambda entry: entry[0]):
         look, colour = f"f{colour_of(report, arm) % len(LIGHT)}", colour_of(report, arm)
         span = f'<i class="bar {look}" style="left:{place(low):.2f}%;width:{place(high) - place(low):.2f}%"></i>'

@@ -194,7 +194,7 @@ def second_sentence(report: dict[str, Any], budget: dict[str, Any], arm: dict[st
 def flops_to_loss(
     report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]
 ) -> tuple[str, dict[str, Any] | None]:
-    """Whose loss, and an arm's FLOPs to it at a budget: that of its own scratch where it grows, else the reference's."""
+    """Whose loss, and an arm's FLOPs to it at a budget: its own scratch's where it grows, else the reference's."""
     scratch, ratio = scratch_of(report, arm["name"])
     if scratch:
         return scratch["name"], ratio
