@@ -23,7 +23,8 @@ OVERLAP = 0.05  # above this share of its stretches in the training text, a text
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
 FEW_SEEDS = 3
 FEW_BUDGETS = 3  # FLOPs to reach a loss are read at three thresholds, between budgets (rule 22)
-TUNED_OR_DRAWN = ("train.learning_rate", "train.seed", "train.keep_at")
+# What arms of a race may have apart: what is tuned or drawn, and how a mixture is kept in balance, which is the arm.
+OWN_SETTINGS = ("train.learning_rate", "train.seed", "train.keep_at", "train.expert_balance")
 WORTH_SEEDS = 30  # more than so many seeds are not worth naming a number for
 
 
@@ -147,7 +148,7 @@ def train_differences(report: dict[str, Any]) -> list[tuple[str, Any, list[str]]
     recipes = {arm["name"]: arm["recipe"]["train"] for arm in report["arms"] if arm["recipe"].get("train")}
     for key in differing_keys([{"train": train} for train in recipes.values()]):
         values = {name: train.get(key.partition(".")[2]) for name, train in recipes.items()}
-        if key not in TUNED_OR_DRAWN:
+        if key not in OWN_SETTINGS:
             usual = max(values.values(), key=list(values.values()).count)
             others = [f"{value!r} for **{name}**" for name, value in values.items() if value != usual]
             out.append((key, usual, others))

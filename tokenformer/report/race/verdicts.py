@@ -130,7 +130,7 @@ def standing_section(report: dict[str, Any]) -> str:
         f"interval; left is better.{beyond}</p>"
     )
     title = f"<h2>Against {e(reference)} at {budget_name(report, budget)}</h2>"
-    return f'{title}<ol class="ranking">{"".join(rows)}</ol>{note}'
+    return f'{title}<ol class="ranking standing">{"".join(rows)}</ol>{note}'
 
 
 def gap_words(pair: dict[str, Any] | None) -> str:
