@@ -298,6 +298,7 @@ def test_a_rewind_may_not_bring_the_decay_forward(shared: Path, growth: list[Any
         ({"train": {"flops": 1e9}}, "arm bad: train.flops is the race's"),
         ({"data": {"repeat": True}}, "arm bad: data is the race's"),
         ({"growth": [{"at_step": 3, "to": {"ffn_tokens": 32}}]}, "arm bad: growth.at_step = 3.*use at_fraction"),
+        ({"train": {"min_learning_rate_ratio": 1.0}}, "arm bad: train.min_learning_rate_ratio is the race's"),
     ],
 )
 def test_an_arm_may_not_bend_what_all_share(shared: Path, arm: dict[str, Any], message: str) -> None:
@@ -428,7 +429,7 @@ def test_a_trial_does_not_grow_in_its_warm_up(shared: Path, tmp_path: Path) -> N
     anew = race_of(racing(shared, restarts, warmup_steps=12), tmp_path / "anew")
     assert trial(anew, anew.arms[0], 0.01).recipe.growth[0].at_fraction == 0.2
     steps = first(plain)[0]
-    with pytest.raises(ValueError, match=f"arm grown: growth.0: comes at step {steps}, and the warm-up lasts until"):
+    with pytest.raises(ValueError, match=f"arm grown: growth.0: comes at step {steps}, and the warm-up before it"):
         run_race(racing(shared, warmup_steps=steps + 1, race={"tune_fraction": 0.9}), tmp_path / "late")
     with pytest.raises(ValueError, match="race.tune_fraction: 0.2: a trial's warm-up, 12 steps, lasts until"):
         run_race(racing(shared, warmup_steps=12, race={"tune_fraction": 0.2}), tmp_path / "short")

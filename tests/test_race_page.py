@@ -154,6 +154,10 @@ def test_an_arm_that_is_far_behind_does_not_press_the_others_into_one_line(tmp_p
     told, page = read_report(folder), (write_report(folder)["html"]).read_text()
     rows = page.split("<h2>Against scratch")[1].split("</ol>")[0].split("<li")[1:]
     assert ['class="beyond' in row for row in rows] == [False] * 6 + [True] and "An arrow: further off" in page
+    assert "beyond left" not in rows[-1]
+    ahead = write_full_race(tmp_path / "ahead", loss=lambda arm, *at: plausible(arm, *at) - 1.5 * (arm == "grown late"))
+    best = page_of(read_report(ahead)).split("<h2>Against scratch")[1].split("</ol>")[0].split("<li")[1]
+    assert "<b>grown late</b>" in best and 'class="beyond left' in best  # the arrow points to where it is
     top = top_charts(told)[0].shared_y[1]
     assert max(cell(told, "scratch", share)["mean"] for share in BUDGETS) < top < 4 and "runs out of the top" in page
     assert top_charts(report)[0].shared_y[1] == pytest.approx(top, abs=0.2)  # the control: there nothing is far behind
@@ -180,6 +184,7 @@ def test_a_page_is_drawn_anew_from_its_json_alone(race, tmp_path):
     [
         ({"kind": "run", "arms": []}, "not the report.json of a race by the rules"),
         ({"race": {"budgets": [1.0]}, "arms": [{"name": "a"}]}, "not a whole report.json, or one of another version"),
+        ({"race": {"budgets": [1.0]}, "arms": [], "kind": "race"}, "not a whole report.json.*KeyError.'name'"),
     ],
 )
 def test_a_page_is_not_drawn_from_another_json(tmp_path, stored, message):
@@ -397,7 +402,7 @@ def test_an_architecture_that_scatters_more_than_the_others_is_said(report, tmp_
 
     told = read_report(write_full_race(tmp_path / "unequal", arms, loss(0.2)))
     [said] = [text for text in told["changes"] if text.startswith("Unequal noise")]
-    assert said.startswith("Unequal noise: arms of **gpt2** scatter from seed to seed with s = 0.")
+    assert said.startswith("Unequal noise: from seed to seed arms of **gpt2** scatter with s = 0.")
     equal = read_report(write_full_race(tmp_path / "equal", arms, loss(0.004)))
     assert not [text for text in equal["changes"] + report["changes"] if text.startswith("Unequal noise")]
 

@@ -30,6 +30,20 @@ def test_a_group_that_scatters_more_is_found_and_equal_ones_seldom_are():
     assert st.unequal_scatter(table, dict.fromkeys(groups, "a")) is None  # one group has none beside it
 
 
+def test_arms_of_one_start_do_not_make_another_group_scatter_more():
+    rng = np.random.default_rng(RNG_SEED)
+    groups = {**{f"a{i}": "a" for i in range(8)}, **{f"b{i}": "b" for i in range(4)}}
+    starts = {arm: group if group == "a" else arm for arm, group in groups.items()}
+    named = {True: 0, False: 0}
+    for _ in range(400):
+        start = rng.normal(0, 0.0173, 3)  # of variance v_g = 3 v, which arms of a share, and each of b has its own
+        table = {arm: {j: 2.0 + start[j] + rng.normal(0, 0.01) for j in range(3)} for arm in groups if arm[0] == "a"}
+        table |= {arm: {j: 2.0 + rng.normal(0, 0.02) for j in range(3)} for arm in groups if arm[0] == "b"}
+        for told in named:
+            named[told] += st.unequal_scatter(table, groups, starts if told else None) is not None
+    assert named[True] < 20 < named[False]  # of 400; the control: without the starts it is far too often
+
+
 # Worked by hand. Arm means 2, 3, 5; seed means 2, 10/3, 14/3; grand mean 10/3; the rests are then
 # 1/3 0 -1/3 | -2/3 0 2/3 | 1/3 0 -1/3, their squares sum to 12/9, over (3 - 1)(3 - 1) degrees of freedom: 1/3.
 HAND = {"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 1.0, 1: 3.0, 2: 5.0}, "c": {0: 4.0, 1: 5.0, 2: 6.0}}

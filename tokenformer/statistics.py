@@ -95,12 +95,16 @@ def spread_of(table: Table, starts: dict[str, Hashable] | None = None) -> Spread
     return Spread(math.sqrt(total), total**2 / sum(p**2 / d for p, d in parts), s_same, df_same, starts)
 
 
-def unequal_scatter(table: Table, groups: dict[str, str]) -> tuple[str, float, float] | None:
+def unequal_scatter(
+    table: Table, groups: dict[str, str], starts: dict[str, Hashable] | None = None
+) -> tuple[str, float, float] | None:
     """The group of arms that scatters more than the others, its s and theirs; None where chance may have it so.
 
     Of the rest of y = arm + seed, by an F test at 1 % for all groups together (Bonferroni). groups: arm -> its group.
+    Arms of one start (see `spread_of`) are not independent of one another: the first of them is looked at.
     """
-    cells = [(arm, seed, y) for arm, row in table.items() for seed, y in row.items()]
+    first = {(starts or {}).get(arm, (arm,)): arm for arm in reversed(table) if table[arm]}
+    cells = [(arm, seed, y) for arm, row in table.items() for seed, y in row.items() if arm in first.values()]
     names = dict.fromkeys(groups[arm] for arm, _, _ in cells)
     if len(names) < 2:
         return None

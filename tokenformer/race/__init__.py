@@ -19,6 +19,7 @@ from .. import environment, runs
 from ..data import Corpus, load_tokenizer
 from ..recipe import Recipe, recipe_to_dict
 from ..report import write_report
+from ..report.read import finite
 from ..report.units import printable
 from ..runs import Say
 from ..train import require_feasible
@@ -160,7 +161,7 @@ def arm_entry(race: Race, arm: Arm) -> dict[str, Any]:
         "of": arm.of,
         "folder": f"{runs.ARMS}/{arm.name}",
         "architecture": config.model_type,
-        "config": {key: value for key, value in config.to_dict().items() if key not in NOT_SIZES and value is not None},
+        "config": finite({k: v for k, v in config.to_dict().items() if k not in NOT_SIZES and v is not None}),
         "grows": arm.grows,
         "parameters": start,
         "parameters_end": end,

@@ -51,7 +51,7 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
         if arm.recipe.model.checkpoint and len(race.budgets) > 1:
             raise ValueError(f"arm {arm.name}: starts from model.checkpoint, whose cost no smaller budget holds; "
                              "set race.budgets = [1.0]")
-        if arm.recipe.model.checkpoint and not start_of(arm.recipe).flops:
+        if arm.recipe.model.checkpoint and not known_cost(arm):
             raise ValueError(f"arm {arm.name}: model.checkpoint = {arm.recipe.model.checkpoint!r}: what it cost to "
                              "train is not known; a race takes checkpoints of runs, or what tokenformer grow made of "
                              "them")
@@ -68,7 +68,10 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
         if dropping:
             words = "growth with the optimizer's state thrown away"
             add(arms, "dropped", dropping, dropped(dropping.recipe), words, vocab_size)
-        base = next((arm for arm in arms if arm.role == "small"), arms[0])
+        fresh = [arm for arm in arms if not arm.recipe.model.checkpoint]
+        base = next((arm for arm in arms if arm.role == "small"), (fresh or arms)[0])
+        if race.sizes and base.recipe.model.checkpoint:
+            raise ValueError("race.sizes: has no effect where every arm starts from model.checkpoint")
         for number, fields in enumerate(race.sizes, start=1):
             sized = changed_model(base.recipe, fields, f"race.sizes.{number - 1}", vocab_size)
             add(arms, f"size-{number}", base, sized, "another size from scratch", vocab_size, "size")
@@ -84,6 +87,14 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
     copy = replace(reference.recipe, name=f"{recipe.name}/copy")
     words = f"{reference.name} again with other initial weights: what lies between them is noise"
     return [*arms, Arm(free_name(arms, "copy", reference.name), words, "copy", reference.name, copy)]
+
+
+def known_cost(arm: Arm) -> int:
+    """The FLOPs that led to the checkpoint that the arm starts from; 0 where nothing says."""
+    try:
+        return start_of(arm.recipe).flops
+    except ValueError as error:
+        raise ValueError(f"arm {arm.name}: model.checkpoint: {error}") from None
 
 
 def arm_named(arms: list[Arm], name: str, key: str) -> Arm:

@@ -103,17 +103,17 @@ def after_warm_up(race: Race, arm: Arm, recipe: Recipe) -> list[GrowthSection]:
 
     The warm-up is as many steps as in the run that is tuned for: it is there for the rate's sake.
     """
-    if not recipe.growth or recipe.growth[0].at_fraction is None or recipe.growth[0].learning_rate in AFRESH:
+    if not recipe.growth or recipe.growth[0].learning_rate in AFRESH:
         return recipe.growth
     first, *later = recipe.growth
     written, warm_up = race.plan(arm, recipe, "as written"), recipe.train.warmup_steps
-    if written.growth_steps[0] >= warm_up:
+    if written.growth_steps[0] >= warm_up:  # one that waits for a slope is planned for the latest
         return recipe.growth
     share = rounded((warm_up - 0.5) * written.phases[0].flops_per_step / written.flops)
     ends = [1 - recipe.train.decay_fraction, first.until_fraction]
-    ends += [event.at_earliest_fraction if event.at_fraction is None else event.at_fraction for event in later]
+    ends += [event.at_fraction or event.at_latest_fraction for event in later]
     end = min(end for end in ends if end)
-    if share >= end:
+    if share >= end or first.at_fraction is None:
         raise ValueError(
             f"race.tune_fraction: {race.section.tune_fraction:g}: a trial's warm-up, {warm_up} steps, lasts until "
             f"{share:.3g} of its FLOPs, and its growth must come after it and before {end:g}; take a larger share"
@@ -218,11 +218,12 @@ def require_branches(race: Race, arm: Arm) -> None:
     assert arm.recipe.train.flops is not None
     rising = [arm.recipe.train.warmup_steps]  # steps of warm-up, or of growing in, at the beginning of each phase
     rising += [max(warm_up_after(event), ramp_steps(event)) for event in planned.events]
-    for event, step in zip(planned.events[:1], planned.growth_steps, strict=False):
-        if step < rising[0] and event.section.learning_rate not in AFRESH and event.section.at_slope is None:
+    warm_ups = [arm.recipe.train.warmup_steps, *map(warm_up_after, planned.events)]
+    for event, step, phase, steps in zip(planned.events, planned.growth_steps, planned.phases, warm_ups, strict=False):
+        if step < phase.first_step + steps and event.section.learning_rate not in AFRESH:
             raise ValueError(
-                f"{event.name}: comes at step {step}, and the warm-up lasts until {rising[0]}: it belongs to the "
-                "stable phase, or restarts the schedule"
+                f"{event.name}: comes at step {step}, and the warm-up before it lasts until "
+                f"{phase.first_step + steps}: it belongs to the stable phase, or restarts the schedule"
             )
     for share in race.section.budgets[:-1]:
         begin = rounded(share * (1 - decay))

@@ -1,4 +1,4 @@
-"""Run and race folders -> report.html, report.png and report.json beside them. Reads files; never trains.
+"""Run and race folders, or the report.json of a race -> report.html, report.png and report.json. Never trains.
 
 read.py reads the folders, verdict.py says what the numbers support, charts.py chooses what is drawn,
 svg.py and png.py draw, page.py lays out. race/ does the first two and the last for a full race, whose race.json has a
@@ -48,6 +48,8 @@ def redrawn(path: Path) -> dict[str, Any]:
     if not isinstance(stored.get("race"), dict):
         raise ValueError(f"{path}: not the report.json of a race by the rules, which alone can be drawn anew from it")
     try:
+        for key in ("kind", "name", "description", "command", "environment", "checks", "warnings", "differing_keys"):
+            stored[key]
         return put_in_words(calculate(stored))
     except (KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
         raise ValueError(f"{path}: not a whole report.json, or one of another version ({error!r})") from None

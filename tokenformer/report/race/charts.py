@@ -45,14 +45,15 @@ def decayed_chart(report: dict[str, Any], over: str) -> Chart:
 
 
 def top_charts(report: dict[str, Any]) -> list[Chart]:
-    """Over FLOPs and over seconds, on one y-axis, which ends a little above the reference's worst result: an arm that
-    is far behind would press all others into one line.
+    """Over FLOPs and over seconds, on one y-axis, which ends a little above the worst result of the reference or of the
+    arm in the middle: one that is far behind would press all others into one line.
     """
     charts = [decayed_chart(report, over) for over in ("flops", "seconds")]
     lows, highs = zip(*(y_range(chart, False) for chart in charts), strict=True)
     low, high = min(lows), max(highs)
     reference = next(i for i, arm in enumerate(report["arms"]) if arm["name"] == report["race"]["reference"])
-    worst = max((y for s in charts[0].series if s.colour == reference for y in s.high), default=high)
+    ends = sorted((max(s.high), s.colour == reference) for s in charts[0].series if s.high)
+    worst = max([end for i, (end, named) in enumerate(ends) if named or i <= len(ends) // 2], default=high)
     for chart in charts:
         chart.shared_y = low, min(high, worst + 0.06 * (worst - low))
     return charts

@@ -16,13 +16,14 @@ from ..verdict import (
     unequal_text,
 )
 from .controls import controls_of, gains, own_controls, pair_of
-from .numbers import values_at
+from .numbers import starts_of, values_at
 from .words import answer, answered, best_arm, headline, listed, progress, share_text
 
 OVERLAP = 0.05  # above this share of its stretches in the training text, a text is no longer held out (rule 4)
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
 FEW_SEEDS = 3
 FEW_BUDGETS = 3  # FLOPs to reach a loss are read at three thresholds, between budgets (rule 22)
+MISSING = object()
 # What arms of a race may have apart: what is tuned or drawn, and how a mixture is kept in balance, which is the arm.
 OWN_SETTINGS = ("train.learning_rate", "train.seed", "train.keep_at", "train.expert_balance")
 WORTH_SEEDS = 30  # more than so many seeds are not worth naming a number for
@@ -147,8 +148,8 @@ def train_differences(report: dict[str, Any]) -> list[tuple[str, Any, list[str]]
     out = []
     recipes = {arm["name"]: arm["recipe"]["train"] for arm in report["arms"] if arm["recipe"].get("train")}
     for key in differing_keys([{"train": train} for train in recipes.values()]):
-        values = {name: train.get(key.partition(".")[2]) for name, train in recipes.items()}
-        if key not in OWN_SETTINGS:
+        values = {name: train.get(key.partition(".")[2], MISSING) for name, train in recipes.items()}
+        if key not in OWN_SETTINGS and MISSING not in values.values():  # an older version did not write it at all
             usual = max(values.values(), key=list(values.values()).count)
             others = [f"{value!r} for **{name}**" for name, value in values.items() if value != usual]
             out.append((key, usual, others))
@@ -194,15 +195,17 @@ def unequal_noise(report: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     architectures = {arm["name"]: arm["architecture"] for arm in report["arms"]}
     whole = len(set(architectures.values())) > 1
     found = unequal_scatter(
-        values_at(report, budget["share"]), architectures if whole else {name: name for name in architectures}
+        values_at(report, budget["share"]),
+        architectures if whole else {name: name for name in architectures},
+        starts_of(report),
     )
     if found is None:
         return []
     name, s, rest = found
     return [
-        f"Unequal noise: {'arms of ' if whole else ''}**{name}** scatter from seed to seed with s = {gap_text(s)}, the "
-        f"others with {gap_text(rest)}, and intervals pool them: too wide for pairs of the others, too narrow for "
-        "those. The pairs' own intervals stand beneath."
+        f"Unequal noise: from seed to seed {'arms of ' if whole else ''}**{name}** scatter{'' if whole else 's'} with "
+        f"s = {gap_text(s)}, the others with {gap_text(rest)}, and intervals pool them: too wide for pairs of the "
+        "others, too narrow for its own. In each cell of the verdicts the pair's own interval stands beneath."
     ]
 
 

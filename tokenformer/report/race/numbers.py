@@ -41,6 +41,7 @@ NOT_IN_WEIGHTS = (
     "resid_pdrop",
     "embd_pdrop",
     "attn_pdrop",
+    "attention_dropout",
 )
 
 

@@ -117,7 +117,8 @@ def standing_section(report: dict[str, Any]) -> str:
         look, colour = f"f{colour_of(report, arm) % len(LIGHT)}", colour_of(report, arm)
         span = f'<i class="bar {look}" style="left:{place(low):.2f}%;width:{place(high) - place(low):.2f}%"></i>'
         within = -left <= value <= right
-        dot = f'<i class="{"dot" if within else "beyond"} {look}" style="left:{place(value):.2f}%"></i>'
+        shape = "dot" if within else "beyond" if value > 0 else "beyond left"
+        dot = f'<i class="{shape} {look}" style="left:{place(value):.2f}%"></i>'
         rows.append(
             f'<li data-arm="{colour}"><span class="who">{tagged(report, budget, arm["name"])}</span>'
             f'<span class="track">{zero}{span}{dot}</span>'
@@ -134,7 +135,7 @@ def standing_section(report: dict[str, Any]) -> str:
 
 
 def gap_words(pair: dict[str, Any] | None) -> str:
-    """ "▲ better −0.036 ±0.026"; the reference itself has no pair."""
+    """ "−0.036 ±0.026 ▲ better"; the reference itself has no pair."""
     if pair is None:
         return "the reference"
     half = "" if pair["low"] is None else f" ±{gap_text((pair['high'] - pair['low']) / 2)}"
@@ -247,7 +248,7 @@ def sunk_section(report: dict[str, Any]) -> str:
         ]
         for s in report["sunk"]
     ]
-    head = ["arm", "budget", "FLOPs after the last growth", "of the reference’s to the same loss", "seeds"]
+    head = ["arm", "budget", "FLOPs of the last growth and after it", "of the reference’s to the same loss", "seeds"]
     note = (
         '<p class="small"><b>Not a comparison of equal budgets.</b> For one who already owns the model before its last '
         "growth, all that came before is paid. Verdicts never rest on this view.</p>"

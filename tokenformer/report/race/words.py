@@ -180,7 +180,8 @@ def second_sentence(report: dict[str, Any], budget: dict[str, Any], arm: dict[st
     gains = [gain for gain in report["gains"] if gain["share"] == budget["share"]]
     if gains:
         apart = sum(gain["word"] != "not told apart" for gain in gains)
-        parts.append(f"of {len(gains)} differences between what they gained {apart or 'none'} can be told from zero")
+        which = f"of {len(gains)} differences" if len(gains) > 1 else "of one difference"
+        parts.append(f"{which} between what they gained {apart or 'none'} can be told from zero")
     if ratio and ratio["value"] is not None and ratio["side"] != "unbounded":
         rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
         parts.append(
