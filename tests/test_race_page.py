@@ -535,6 +535,20 @@ def test_trials_and_cosine_runs_are_held_to_the_same_rules(tmp_path, run):
         assert any(text.startswith("**scratch**") and flag in text for text in reds(read_report(folder)))
 
 
+def test_trials_that_grew_in_their_warm_up_are_red_as_in_races_of_an_older_version(tmp_path):
+    folder = write_full_race(tmp_path / "race", budgets=(1.0,))
+    path = folder / "arms/grown/seed-0/recipe.json"
+    recipe = json.loads(path.read_text())
+    found = {}
+    for steps, policy in ((60, "keep"), (80, "keep"), (80, "rewind")):  # trials grow at step 60
+        growth = [{**event, "learning_rate": policy} for event in recipe["growth"]]
+        write(path, {**recipe, "growth": growth, "train": {**recipe["train"], "warmup_steps": steps}})
+        found[steps, policy] = [text for text in reds(read_report(folder)) if "grew at step" in text]
+    assert found[60, "keep"] == found[80, "rewind"] == []
+    assert len(found[80, "keep"]) == 1
+    assert found[80, "keep"][0].startswith("Trials of **grown** grew at step 60, in their warm-up of 80 steps")
+
+
 def test_growing_without_controls_and_maps_learned_on_text_seen_before_are_said(tmp_path):
     arms = {"grown": {**ARMS["grown"], "operator": "ligo"}, "other": {"role": "arm", "parameters": (720_000,) * 2}}
     folder = write_full_race(tmp_path / "race", arms=arms, reference="other", budgets=(1.0,))

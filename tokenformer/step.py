@@ -22,7 +22,7 @@ from .growth.load import routers_of
 from .nested import prefix, share_at
 from .optim import learning_rate
 from .plan import Plan
-from .recipe import Recipe
+from .recipe import AFRESH, Recipe
 from .schedule import add_loss
 from .state import Run, State, last_good, progress, record
 
@@ -146,7 +146,7 @@ def learning_rate_at(recipe: Recipe, planned: Plan, step: int) -> float:
             break
         if policy == "rewarm_all":
             ramps *= min(1.0, (step - grown + 1) / steps)
-        elif policy in ("restart", "rewind"):
+        elif policy in AFRESH:
             begin, share = event.section.rewind_to or 0.0, planned.progress(grown)
             progress = begin + (1 - begin) * (planned.progress(step) - share) / (1 - share)
             section, since, ramps = dataclasses.replace(recipe.train, warmup_steps=steps), grown, 1.0

@@ -15,11 +15,10 @@ from pathlib import Path
 from .. import runs
 from ..checkpoint import ancestry
 from ..plan import Plan, plan, ramp_steps, warm_up_after
-from ..recipe import GrowthSection, RaceSection, Recipe
+from ..recipe import AFRESH, GrowthSection, RaceSection, Recipe
 from ..start import Start
 from .arms import Arm, with_seed
 
-AFRESH = ("restart", "rewind")  # growths after which the schedule starts anew, and so may come at any time (rule 17)
 FINAL = "final.json"  # what a headline run reaches on race.final_text
 
 

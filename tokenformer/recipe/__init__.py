@@ -16,6 +16,7 @@ from typing import Any
 
 from .check import Where, build, check_value, describe
 from .sections import (
+    AFRESH,
     ALTERNATIVES,
     ArmSection,
     DataSection,
@@ -29,6 +30,7 @@ from .sections import (
 from .write import recipe_reference, recipe_to_toml
 
 __all__ = [
+    "AFRESH",
     "ArmSection",
     "DataSection",
     "GrowthSection",
@@ -272,7 +274,7 @@ def check_race(recipe: Recipe, where: Where) -> None:
             )
         for i, event in enumerate(own.growth):
             latest = event.until_fraction or event.at_fraction or event.at_latest_fraction or 0.0
-            if event.learning_rate not in ("restart", "rewind") and latest > 1 - decay:
+            if event.learning_rate not in AFRESH and latest > 1 - decay:
                 raise ValueError(
                     f"arm {arm.name}: growth at {latest:g} of the FLOPs, and the decay begins at {1 - decay:g}: it "
                     f"belongs to the stable phase, or restarts the schedule (from {where('arm')})"
@@ -357,7 +359,7 @@ def check_effects(event: GrowthSection, schedule: str, path: str, where: Where) 
         late, early = getattr(event, name), getattr(event, after)
         if late is not None and late <= early:
             raise ValueError(f"{path}.{name}: {late} is not after {after} = {early} (from {where(path)})")
-    if event.learning_rate in ("restart", "rewind") and schedule == "constant":
+    if event.learning_rate in AFRESH and schedule == "constant":
         raise ValueError(
             f"{path}.learning_rate: {event.learning_rate!r} has no effect with train.schedule = 'constant'; rewarm_all "
             f"has (from {where(path)})"

@@ -24,6 +24,7 @@ ALTERNATIVES: dict[str, tuple[str, ...]] = {
     "at_slope": ("at_step", "at_fraction", "until_fraction"),
 }
 ARM_TABLES = ("model", "data", "train", "growth")
+AFRESH = ("restart", "rewind")  # after such a growth the schedule starts anew
 
 
 @dataclasses.dataclass
@@ -173,7 +174,7 @@ class GrowthSection:
     learning_rate: str = key(
         "keep; warm up again: new rows only, or all; restart the schedule, or rewind it",
         default="keep",
-        choices=("keep", "rewarm_new", "rewarm_all", "restart", "rewind"),
+        choices=("keep", "rewarm_new", "rewarm_all", *AFRESH),
     )
     rewarm_steps: int = key("steps of that warm-up", default=100, low=1)
     rewind_to: float | None = key(

@@ -23,7 +23,7 @@ OVERLAP = 0.05  # above this share of its stretches in the training text, a text
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
 FEW_SEEDS = 3
 FEW_BUDGETS = 3  # FLOPs to reach a loss are read at three thresholds, between budgets (rule 22)
-MISSING = object()
+UNWRITTEN = object()
 # What arms of a race may have apart: what is tuned or drawn, and how a mixture is kept in balance, which is the arm.
 OWN_SETTINGS = ("train.learning_rate", "train.seed", "train.keep_at", "train.expert_balance")
 WORTH_SEEDS = 30  # more than so many seeds are not worth naming a number for
@@ -111,6 +111,14 @@ def rate_doubts(report: dict[str, Any]) -> list[str]:
     for arm in report["arms"]:
         if arm["trials"] and all(trial["status"] == "failed" for trial in arm["trials"]):
             bad.append(f"Every trial of **{arm['name']}** failed: its learning rate is not tuned.")
+        early = min((step for trial in arm["trials"] for step in trial.get("grew_at", ())), default=None)
+        warm_up = arm["recipe"].get("train", {}).get("warmup_steps", 0)
+        policies = [event.get("learning_rate") for event in arm["recipe"].get("growth", ())]
+        if early is not None and early < warm_up and policies[:1] not in (["restart"], ["rewind"]):
+            bad.append(
+                f"Trials of **{arm['name']}** grew at step {early}, in their warm-up of {warm_up} steps: its learning "
+                "rate was tuned on a growth that no run has (rule 12)."
+            )
         due = arm["best_rate"] if arm["trials"] else rates.get(arm["of"])
         if arm["learning_rate"] and due and arm["learning_rate"] != due:
             whose = "the best of its trials" if arm["trials"] else f"the rate of **{arm['of']}**"
@@ -148,8 +156,8 @@ def train_differences(report: dict[str, Any]) -> list[tuple[str, Any, list[str]]
     out = []
     recipes = {arm["name"]: arm["recipe"]["train"] for arm in report["arms"] if arm["recipe"].get("train")}
     for key in differing_keys([{"train": train} for train in recipes.values()]):
-        values = {name: train.get(key.partition(".")[2], MISSING) for name, train in recipes.items()}
-        if key not in OWN_SETTINGS and MISSING not in values.values():  # an older version did not write it at all
+        values = {name: train.get(key.partition(".")[2], UNWRITTEN) for name, train in recipes.items()}
+        if key not in OWN_SETTINGS and UNWRITTEN not in values.values():  # an older version did not write it at all
             usual = max(values.values(), key=list(values.values()).count)
             others = [f"{value!r} for **{name}**" for name, value in values.items() if value != usual]
             out.append((key, usual, others))

@@ -143,7 +143,8 @@ def is_started(folder: Path) -> bool:
 def read_trials(tune: Path) -> list[dict[str, Any]]:
     trials = [read_piece(found) for found in tune.glob("lr-*") if is_started(found)]
     keys = ("status", "error", "learning_rate", "bits_per_byte", "flops", "epochs", "data", "environment")
-    return sorted(({k: t[k] for k in keys} for t in trials), key=lambda trial: trial["learning_rate"])
+    read = [{**{k: t[k] for k in keys}, "grew_at": [event["step"] for event in t["growth"]]} for t in trials]
+    return sorted(read, key=lambda trial: trial["learning_rate"])
 
 
 def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:

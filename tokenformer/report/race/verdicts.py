@@ -44,11 +44,15 @@ def verdict_cell(word: str, detail: str, *small: str) -> str:
     return f'<span class="verdict {look}">{sign}{e(word)}<br><b>{e(detail)}</b>{more}</span>'
 
 
+def half_width(pair: dict[str, Any]) -> str:
+    """ " ±0.026", of the pooled interval; nothing without one."""
+    return "" if pair["low"] is None else f" ±{gap_text((pair['high'] - pair['low']) / 2)}"
+
+
 def pair_cell(pair: dict[str, Any], about: str = "") -> str:
     """A difference with its pooled interval, and in small the pair's own."""
-    half = "" if pair["low"] is None else f" ±{gap_text((pair['high'] - pair['low']) / 2)}"
     own = "" if pair["own_low"] is None else f"own {signed(pair['own_low'])} to {signed(pair['own_high'])}"
-    return verdict_cell(pair["word"], signed(pair["value"]) + half, own, about)
+    return verdict_cell(pair["word"], signed(pair["value"]) + half_width(pair), own, about)
 
 
 def ratio_cell(ratio: dict[str, Any], state: str = "") -> str:
@@ -138,9 +142,8 @@ def gap_words(pair: dict[str, Any] | None) -> str:
     """ "−0.036 ±0.026 ▲ better"; the reference itself has no pair."""
     if pair is None:
         return "the reference"
-    half = "" if pair["low"] is None else f" ±{gap_text((pair['high'] - pair['low']) / 2)}"
     sign = f"{SIGNS[pair['word']]} {pair['word']}" if pair["word"] in SIGNS else pair["word"]
-    return f"<b>{signed(pair['value'])}</b>{half} {sign}"
+    return f"<b>{signed(pair['value'])}</b>{half_width(pair)} {sign}"
 
 
 def budget_at(report: dict[str, Any], share: float) -> dict[str, Any]:

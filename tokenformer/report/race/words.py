@@ -182,7 +182,7 @@ def second_sentence(report: dict[str, Any], budget: dict[str, Any], arm: dict[st
         apart = sum(gain["word"] != "not told apart" for gain in gains)
         which = f"of {len(gains)} differences" if len(gains) > 1 else "of one difference"
         parts.append(f"{which} between what they gained {apart or 'none'} can be told from zero")
-    if ratio and ratio["value"] is not None and ratio["side"] != "unbounded":
+    if ratio:
         rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
         parts.append(
             f"to the loss that **{name}** has there **{arm['name']}** needs {ratio_text(ratio)} times the FLOPs of "
@@ -195,12 +195,16 @@ def second_sentence(report: dict[str, Any], budget: dict[str, Any], arm: dict[st
 def flops_to_loss(
     report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]
 ) -> tuple[str, dict[str, Any] | None]:
-    """Whose loss, and an arm's FLOPs to it at a budget: its own scratch's where it grows, else the reference's."""
+    """Whose loss, and an arm's FLOPs to it at a budget: its own scratch's where it grows, else the reference's.
+
+    No ratio where the budgets do not bound it on any side.
+    """
     scratch, ratio = scratch_of(report, arm["name"])
-    if scratch:
-        return scratch["name"], ratio
-    at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
-    return report["race"]["reference"], at["ratios"].get(arm["name"]) if at else None
+    if not scratch:
+        at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
+        ratio = at["ratios"].get(arm["name"]) if at else None
+    told = ratio is not None and ratio["value"] is not None and ratio["side"] != "unbounded"
+    return scratch["name"] if scratch else report["race"]["reference"], ratio if told else None
 
 
 # --- tiles ---
@@ -220,7 +224,7 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
         if budget["s"] is not None:
             tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']:.3g} degrees of freedom"))
         name, ratio = flops_to_loss(report, budget, arm) if arm else ("", None)
-        if ratio and ratio["value"] is not None and ratio["side"] != "unbounded":
+        if ratio:
             rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
             text = f"{ratio_text(ratio).split(' [')[0]}\N{NO-BREAK SPACE}×"
             tiles.append((f"FLOPs to the loss of {name}", text, ratio["word"] + rests))
