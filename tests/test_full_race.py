@@ -341,6 +341,8 @@ def test_an_arm_may_start_from_a_checkpoint_whose_cost_is_known(
     assert own == runs.read_json(known / "trainer.json")["flops"] > 0  # its ancestor's are in it
     with pytest.raises(ValueError, match="race.reference: 'old' starts from model.checkpoint"):
         arms_of(racing(shared, *arms, race={"budgets": [1.0], "reference": "old"}), 256)
+    with pytest.raises(ValueError, match="has cost .* FLOPs, and a trial of its rate has 0.001 of the budget of 2e"):
+        arms_of(racing(shared, *arms, race={"budgets": [1.0], "tune_fraction": 0.001}, flops=2e7), 256)
     for extra in ("trainer.json", "moments.safetensors", "rng.safetensors"):
         (known / extra).unlink(missing_ok=True)
     with pytest.raises(ValueError, match="arm old: model.checkpoint = .*: what it cost to train is not known"):

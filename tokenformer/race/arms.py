@@ -11,7 +11,7 @@ from ..flops import count_parameters, parameters
 from ..growth.lowrank import Ranks, factorise, settled_ranks
 from ..models import build_model
 from ..plan import chooses_experts, model_config, phase_configs, plan
-from ..recipe import Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
+from ..recipe import RaceSection, Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
 from ..start import Start, start_of
 
 WEIGHTS_SEED = 10_000  # added to the seed of a copy's weights
@@ -51,10 +51,8 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
         if arm.recipe.model.checkpoint and len(race.budgets) > 1:
             raise ValueError(f"arm {arm.name}: starts from model.checkpoint, whose cost no smaller budget holds; "
                              "set race.budgets = [1.0]")
-        if arm.recipe.model.checkpoint and not known_cost(arm):
-            raise ValueError(f"arm {arm.name}: model.checkpoint = {arm.recipe.model.checkpoint!r}: what it cost to "
-                             "train is not known; a race takes checkpoints of runs, or what tokenformer grow made of "
-                             "them")
+        if arm.recipe.model.checkpoint:
+            require_cost(arm, race)
     growing = [arm for arm in arms if arm.grows]
     if race.controls:
         for arm in growing:
@@ -89,12 +87,19 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
     return [*arms, Arm(free_name(arms, "copy", reference.name), words, "copy", reference.name, copy)]
 
 
-def known_cost(arm: Arm) -> int:
-    """The FLOPs that led to the checkpoint that the arm starts from; 0 where nothing says."""
+def require_cost(arm: Arm, race: RaceSection) -> None:
+    """ValueError unless what led to the checkpoint that an arm starts from is known, and less than a trial may cost."""
+    where, budget = f"arm {arm.name}: model.checkpoint = {arm.recipe.model.checkpoint!r}:", arm.recipe.train.flops or 0
     try:
-        return start_of(arm.recipe).flops
+        cost = start_of(arm.recipe).flops
     except ValueError as error:
-        raise ValueError(f"arm {arm.name}: model.checkpoint: {error}") from None
+        raise ValueError(f"{where.partition(' = ')[0]}: {error}") from None
+    if not cost:
+        raise ValueError(f"{where} what it cost to train is not known; a race takes checkpoints of runs, or what "
+                         "tokenformer grow made of them")
+    if cost >= budget * race.tune_fraction:
+        raise ValueError(f"{where} has cost {cost:.3g} FLOPs, and a trial of its rate has {race.tune_fraction:g} of "
+                         f"the budget of {budget:.3g}, that included; take a larger race.tune_fraction or budget")
 
 
 def arm_named(arms: list[Arm], name: str, key: str) -> Arm:
