@@ -226,6 +226,14 @@ def test_a_rise_after_growth_is_shown_with_what_made_it_good(tmp_path):
     rows = {row[0]: row[-2:] for row in cells_of(page_of(told), "Growths, and what they cost")}
     assert rows["grown"] == ["+0.250", f"by the next evaluation, ≤ {flops_text(0.02 * FLOPS)}"]
     assert rows["grown late"] == ["none", "none"]
+    path = tmp_path / "race/arms/grown/seed-1/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    after = next(i for i, line in enumerate(lines) if line["kind"] == "growth") + 1
+    lines[after]["bits_per_byte"] += 0.3
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = read_report(tmp_path / "race")
+    rows = {row[0]: row[-2:] for row in cells_of(page_of(told), "Growths, and what they cost")}
+    assert rows["grown"][0] == "+0.350+0.250 to +0.550"
 
 
 def test_the_compute_optimal_size_is_found_and_an_edge_is_said(report, tmp_path):
@@ -537,7 +545,7 @@ def test_trials_and_cosine_runs_are_held_to_the_same_rules(tmp_path, run):
 
 def test_trials_that_grew_in_their_warm_up_are_red_as_in_races_of_an_older_version(tmp_path):
     folder = write_full_race(tmp_path / "race", budgets=(1.0,))
-    path = folder / "arms/grown/seed-0/recipe.json"
+    path = folder / "arms/grown/tune/lr-0.004/recipe.json"
     recipe = json.loads(path.read_text())
     found = {}
     for steps, policy in ((60, "keep"), (80, "keep"), (80, "rewind")):  # trials grow at step 60

@@ -89,11 +89,12 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
 
 def require_cost(arm: Arm, race: RaceSection) -> None:
     """ValueError unless what led to the checkpoint that an arm starts from is known, and less than a trial may cost."""
-    where, budget = f"arm {arm.name}: model.checkpoint = {arm.recipe.model.checkpoint!r}:", arm.recipe.train.flops or 0
+    key, budget = f"arm {arm.name}: model.checkpoint", arm.recipe.train.flops or 0
+    where = f"{key} = {arm.recipe.model.checkpoint!r}:"
     try:
         cost = start_of(arm.recipe).flops
     except ValueError as error:
-        raise ValueError(f"{where.partition(' = ')[0]}: {error}") from None
+        raise ValueError(f"{key}: {error}") from None
     if not cost:
         raise ValueError(f"{where} what it cost to train is not known; a race takes checkpoints of runs, or what "
                          "tokenformer grow made of them")

@@ -8,6 +8,8 @@ distribution for the runs that s came from (`noise.runs`), or 2 where their numb
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from typing import Any
 
 from ..statistics import student
@@ -150,10 +152,18 @@ def environment_doubts(arms: list[dict[str, Any]], environment: dict[str, Any]) 
     starts = [start for a in arms for start in (a["environment"], *(a["environment"].get("resumed") or []))]
     keys = differing_keys(starts, ignore=("command", "started", "resumed")) if starts else []
     if keys:
-        doubts.append(f"Not all of this ran in the same environment; what differs: {', '.join(keys)}.")
+        apart = [key + spread([flatten(start).get(key) for start in starts]) for key in keys]
+        doubts.append(f"Not all of this ran in the same environment; what differs: {', '.join(apart)}.")
     if environment.get("dirty"):
         doubts.append("The code had uncommitted changes: the commit named below is not all of it.")
     return doubts
+
+
+def spread(values: list[Any]) -> str:
+    """ " (2 in 3, 64 in 1)": how many sessions had each value, commits shortened; nothing of many or long ones."""
+    found = Counter(str(value)[:12] if re.fullmatch("[0-9a-f]{40}", str(value)) else str(value) for value in values)
+    short = len(found) <= 4 and all(len(value) <= 12 for value in found)
+    return f" ({', '.join(f'{value} in {n}' for value, n in found.items())})" if short else ""
 
 
 def levels(bad: list[str], warn: list[str]) -> list[dict[str, str]]:

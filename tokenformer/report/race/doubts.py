@@ -111,12 +111,11 @@ def rate_doubts(report: dict[str, Any]) -> list[str]:
     for arm in report["arms"]:
         if arm["trials"] and all(trial["status"] == "failed" for trial in arm["trials"]):
             bad.append(f"Every trial of **{arm['name']}** failed: its learning rate is not tuned.")
-        early = min((step for trial in arm["trials"] for step in trial.get("grew_at", ())), default=None)
-        warm_up = arm["recipe"].get("train", {}).get("warmup_steps", 0)
-        policies = [event.get("learning_rate") for event in arm["recipe"].get("growth", ())]
-        if early is not None and early < warm_up and policies[:1] not in (["restart"], ["rewind"]):
+        early = [trial["grew_in_warm_up"] for trial in arm["trials"] if trial.get("grew_in_warm_up")]
+        if early:
+            step, warm_up = early[0]
             bad.append(
-                f"Trials of **{arm['name']}** grew at step {early}, in their warm-up of {warm_up} steps: its learning "
+                f"Trials of **{arm['name']}** grew at step {step}, in their warm-up of {warm_up} steps: its learning "
                 "rate was tuned on a growth that no run has (rule 12)."
             )
         due = arm["best_rate"] if arm["trials"] else rates.get(arm["of"])

@@ -141,10 +141,20 @@ def is_started(folder: Path) -> bool:
 
 
 def read_trials(tune: Path) -> list[dict[str, Any]]:
-    trials = [read_piece(found) for found in tune.glob("lr-*") if is_started(found)]
+    trials = [(read_piece(found), read_json(found / "recipe.json")) for found in tune.glob("lr-*") if is_started(found)]
     keys = ("status", "error", "learning_rate", "bits_per_byte", "flops", "epochs", "data", "environment")
-    read = [{**{k: t[k] for k in keys}, "grew_at": [event["step"] for event in t["growth"]]} for t in trials]
+    read = [{**{key: run[key] for key in keys}, "grew_in_warm_up": in_warm_up(run, recipe)} for run, recipe in trials]
     return sorted(read, key=lambda trial: trial["learning_rate"])
+
+
+def in_warm_up(run: dict[str, Any], recipe: dict[str, Any]) -> list[int] | None:
+    """The step of a run's first growth and the steps of its warm-up, where the one lies in the other and the schedule
+    does not start anew at it; of races before rule 12 saw to that.
+    """
+    steps = recipe.get("train", {}).get("warmup_steps", 0)
+    policy = next((event.get("learning_rate") for event in recipe.get("growth", ())), "keep")
+    first = run["growth"][0]["step"] if run["growth"] else steps
+    return [first, steps] if first < steps and policy not in ("restart", "rewind") else None
 
 
 def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:

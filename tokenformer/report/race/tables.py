@@ -80,8 +80,10 @@ def arms_section(report: dict[str, Any]) -> str:
 def rise_html(rises: list[float]) -> str:
     if not rises:
         return MISSING
-    mean = sum(rises) / len(rises)
-    return "none" if abs(mean) < NO_RISE else e(signed(mean))
+    if all(abs(rise) < NO_RISE for rise in rises):
+        return "none"
+    low, mean, high = (e(signed(value)) for value in (min(rises), sum(rises) / len(rises), max(rises)))
+    return mean if low == high else f"{mean}<br>{low} to {high}"
 
 
 def recovery_text(events: list[dict[str, Any]]) -> str:
