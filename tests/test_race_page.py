@@ -557,6 +557,16 @@ def test_trials_that_grew_in_their_warm_up_are_red_as_in_races_of_an_older_versi
     assert found[80, "keep"][0].startswith("Trials of **grown** grew at step 60, in their warm-up of 80 steps")
 
 
+def test_rates_tuned_on_short_runs_are_said(tmp_path):
+    folder = write_full_race(tmp_path / "race", budgets=(1.0,))
+    path, said = folder / "race.json", {}
+    stored = json.loads(path.read_text())
+    for share in (0.2, 0.5):
+        write(path, {**stored, "race": {**stored["race"], "tune_fraction": share}})
+        said[share] = [text for text in ambers(read_report(folder)) if "Learning rates were tuned on" in text]
+    assert said[0.5] == [] and "on runs of 20 % of the length" in said[0.2][0]
+
+
 def test_growing_without_controls_and_maps_learned_on_text_seen_before_are_said(tmp_path):
     arms = {"grown": {**ARMS["grown"], "operator": "ligo"}, "other": {"role": "arm", "parameters": (720_000,) * 2}}
     folder = write_full_race(tmp_path / "race", arms=arms, reference="other", budgets=(1.0,))

@@ -22,6 +22,7 @@ from .words import answer, answered, best_arm, headline, listed, progress, share
 OVERLAP = 0.05  # above this share of its stretches in the training text, a text is no longer held out (rule 4)
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
 FEW_SEEDS = 3
+SHORT_TRIALS = 0.5  # of the length; below it the best rate of trials is known to be too high (LOG.md)
 FEW_BUDGETS = 3  # FLOPs to reach a loss are read at three thresholds, between budgets (rule 22)
 UNWRITTEN = object()
 # What arms of a race may have apart: what is tuned or drawn, and how a mixture is kept in balance, which is the arm.
@@ -132,6 +133,12 @@ def soft_doubts(report: dict[str, Any]) -> list[str]:
         warn.append(f"The best learning rate lies at an edge of the grid for {listed(edges)}: it may not be tuned.")
     if len({len(arm["trials"]) for arm in tuned}) > 1:
         warn.append("The arms do not have equally many trials of the learning rate.")
+    length = report["race"].get("tune_fraction")
+    if tuned and length is not None and length < SHORT_TRIALS:
+        warn.append(
+            f"Learning rates were tuned on runs of {100 * length:g} % of the length. The best rate falls with the "
+            "length: one below the chosen may be better at the whole, and not by as much for every arm (rule 12)."
+        )
     budgets = len(report["race"]["budgets"])
     if budgets < FEW_BUDGETS:
         warn.append(f"Fewer than {FEW_BUDGETS} budgets: {budgets}. FLOPs to reach a loss are hardly bounded.")
