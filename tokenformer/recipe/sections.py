@@ -205,7 +205,7 @@ class NoiseSection:
 @dataclasses.dataclass
 class RaceSection:
     learning_rates: list[float] = key("the grid of every arm: three or more, a constant factor apart", above=0)
-    tune_fraction: float = key("trials run at this share of train.flops", default=0.2, above=0, high=1)
+    tune_fraction: float = key("trials run at this share of train.flops", default=0.5, above=0, high=1)
     tune_seed: int = key("of the trials; no seed of `seeds`", default=1000, low=0, high=2**32 - 1)
     most_extensions: int = key("how often the grid grows where a best rate lies at its edge", default=2, low=0)
     budgets: list[float] = key(
