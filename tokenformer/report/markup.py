@@ -11,7 +11,6 @@ from .charts import LIGHT
 from .units import MISSING
 
 MOST_ENTRIES = 8
-SCREENFUL = 7  # columns of a table, beside its first
 # A byte model may emit any control character; all but tab and newline are shown as pictures of themselves.
 CONTROL = {**{code: 0x2400 + code for code in range(32) if code not in (9, 10)}, 127: 0x2421}
 
@@ -39,7 +38,7 @@ def shown(value: Any) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], classes: str = "", numbers: tuple[int, ...] = ()) -> str:
-    """Cells are HTML already; the columns in `numbers` are set flush right."""
+    """Cells are HTML already; the columns in `numbers` are set flush right. A hint is shown where not all fit."""
 
     def cell(tag: str, column: int, html: str) -> str:
         mark = ' class="n"' if column in numbers else ""
@@ -49,14 +48,8 @@ def table(head: list[str], rows: list[list[str]], classes: str = "", numbers: tu
     top = "".join(cell("th", i, h) for i, h in enumerate(head))
     body = "".join(f"<tr>{''.join(cell('td', i, c) for i, c in enumerate(row))}</tr>" for row in rows)
     rows_html = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table class="{classes}">{rows_html}</table></div>'
-
-
-def scrolling(head: list[str], rows: list[list[str]], classes: str = "matrix", numbers: tuple[int, ...] = ()) -> str:
-    """A wide table, and a hint where its columns do not fit on the screen; a matrix holds its first column."""
-    wide = "" if len(head) > SCREENFUL else " narrow-only"
-    hint = f'<p class="small{wide}">Scrolls sideways: {len(head) - 1} columns.</p>'
-    return hint + table(head, rows, classes, numbers)
+    hint = f'<p class="small hint" hidden>Scrolls sideways: {len(head) - 1} columns.</p>'
+    return f'{hint}<div class="scroll"><table class="{classes}">{rows_html}</table></div>'
 
 
 def pairs(
@@ -82,4 +75,5 @@ def name_of(report: dict[str, Any], arm: dict[str, Any]) -> str:
         return f"<b>{e(arm['name'])}</b>"
     colour = colour_of(report, arm)
     dash = ("", " dashed", " dotted")[colour // len(LIGHT) % 3]  # as the lines of the charts
-    return f'<i class="swatch f{colour % len(LIGHT)}{dash}"></i><b>{e(arm["name"])}</b>'
+    name = e(arm["name"]).replace("_", "_<wbr>")  # where a narrow column may break it
+    return f'<i class="swatch f{colour % len(LIGHT)}{dash}"></i><b>{name}</b>'

@@ -48,6 +48,17 @@ for (const item of document.querySelectorAll("li[data-arm], text.name")) {
   item.addEventListener("pointerleave", pick(false));
 }
 
+// A table that does not fit says that it scrolls.
+const hint = () => {
+  for (const said of document.querySelectorAll(".hint")) {
+    const box = said.nextElementSibling;
+    said.hidden = box.scrollWidth <= box.clientWidth + 1;
+  }
+};
+hint();
+addEventListener("resize", hint);
+document.addEventListener("toggle", hint, true);
+
 const copy = document.querySelector(".command button");
 if (copy && navigator.clipboard) {
   copy.hidden = false;

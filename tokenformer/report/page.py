@@ -77,7 +77,7 @@ def figure(chart: Chart, key: str) -> str:
     caption = ""
     if not chart.whole and is_cut(chart):
         what = f"What lies above {bits_text(y_range(chart, False)[1])}" if chart.points else "The start"
-        caption = f'<p class="cut">{what} runs out of the top; the log view shows more.</p>'
+        caption = f'<p class="cut">{what} runs out of the top; with “log x-axis” all is shown.</p>'
     return (
         f'<figure data-notes="{e(notes)}"><h3>{e(chart.title)}</h3>{"".join(drawings)}'
         f"<figcaption>{caption}</figcaption></figure>"

@@ -266,9 +266,9 @@ def trend(report: dict[str, Any], budget: dict[str, Any], arm: str, other: str) 
         return []
     if before["high"] >= now["low"] and before["low"] <= now["high"]:
         return []  # the two intervals overlap: no trend can be read
-    word = "moves in favour of" if now["value"] < before["value"] else "moves against"
+    word = "gains on" if now["value"] < before["value"] else "loses to"
     return [
-        f"A larger budget: the difference to **{other}** {word} **{arm}**, from {signed(before['value'])} at "
+        f"A larger budget: **{arm}** {word} **{other}** as the budget grows, from {signed(before['value'])} at "
         f"{flops_text(earlier[-1]['flops'])} to {signed(now['value'])} at {flops_text(budget['flops'])}."
     ]
 

@@ -48,7 +48,7 @@ def page(report: dict[str, Any]) -> str:
         f"{optimal_section(report)}{growth_section(report)}{sunk_section(report)}"
         f'<h2>On the way</h2><div class="charts one">{figure(training, "way")}</div>{growth_key(training)}'
         '<p class="small">Runs of the whole budget: mean over seeds, the band from the lowest to the highest seed; '
-        "failed runs are left out. Dashed: growths.</p>"
+        f"failed runs are left out.{' Dashed: growths.' if training.events else ''}</p>"
         f"{noise_section(report)}{law_section(report)}{cosine_section(report)}"
         f"{trials_section(report)}{hyperparameters(report)}{checks_section(report)}"
         f"{data_texts(report)}{provenance(report)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...statistics import NO_RISE, mean_sd
-from ..markup import e, name_of, pairs, scrolling, table
+from ..markup import e, name_of, pairs, table
 from ..tables import differing_table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text, signed, small_text
 from ..verdict import differing_keys, flatten
@@ -40,7 +40,9 @@ def arms_section(report: dict[str, Any]) -> str:
     counts = ["total", *(["active"] if sparse else []), "embedding", "other"]
     head = ["arm", *(f"{share_text(report, b)}<br>{flops_text(b['flops'])}" for b in reversed(budgets))]
     head += ["architecture", "parameters", *counts[1:], "learning rate"]
-    head += ["tokens", "tokens per parameter", "FLOPs of growing", *(["memory"] if memory else []), "time"]
+    grows = any(arm["grows"] for arm in report["arms"])
+    head += ["tokens", "tokens per parameter", *(["FLOPs of growing"] if grows else [])]
+    head += [*(["memory"] if memory else []), "time"]
     last, rows = budgets[-1], []
     for i, arm in enumerate(report["arms"]):
         beside = f", beside {arm['of']}" if arm["of"] else ""
@@ -64,7 +66,7 @@ def arms_section(report: dict[str, Any]) -> str:
         spent = [sum(v.get("growth_flops", 0) for v in run["growth"]) for run in trunks(arm)]
         grown = flops_text(sum(spent) / len(spent)) if spent and any(spent) else ("0" if spent else MISSING)
         per = MISSING if cell["tokens_per_parameter"] is None else f"{cell['tokens_per_parameter']:.1f}"
-        row += [count_text(cell["tokens"]), per, grown]
+        row += [count_text(cell["tokens"]), per, *([grown] if grows else [])]
         row += [bytes_text(cell["peak_memory_bytes"])] if memory else []
         rows.append([*row, seconds_text(cell["seconds"])])
     text = "the final text, on which verdicts rest, and the held-out text" if final else "the held-out text"
@@ -74,7 +76,7 @@ def arms_section(report: dict[str, Any]) -> str:
         f"{'' if sparse else ' All parameters are active.'}</p>"
     )
     numbers = tuple(i for i in range(1, len(head)) if head[i] != "architecture")
-    return f"<h2>Arms</h2>{scrolling(head, rows, 'arms', numbers)}{note}"
+    return f"<h2>Arms</h2>{table(head, rows, 'arms', numbers)}{note}"
 
 
 def rise_html(rises: list[float]) -> str:
@@ -138,7 +140,7 @@ def growth_section(report: dict[str, Any]) -> str:
         f"{NO_RISE:g} bits per byte is none.</p>"
     )
     more = ["rise of held-out loss", "FLOPs until made good"]
-    growths = scrolling(head + more, rows, "", (3, 4, 5, 6, 7, 8))
+    growths = table(head + more, rows, "", (3, 4, 5, 6, 7, 8))
     return f"<h2>Growths, and what they cost on the way</h2>{growths}{note}"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...statistics import false_alarms
 from ..charts import LIGHT
-from ..markup import colour_of, e, name_of, scrolling, table
+from ..markup import colour_of, e, name_of, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
 from .controls import pair_of
 from .numbers import cell_of
@@ -95,7 +95,7 @@ def matrix(report: dict[str, Any], budget: dict[str, Any]) -> str:
         f"it the interval of the pair’s own differences. {spread}{pairs} pairs compared, {budget['told_apart']} told "
         f"apart; chance alone would tell about {budget['expected_false_alarms']:.1f} apart.</p>"
     )
-    return scrolling(["", *(tagged(report, budget, name) for name in columns)], rows) + note
+    return table(["", *(tagged(report, budget, name) for name in columns)], rows, "matrix") + note
 
 
 def standing_section(report: dict[str, Any]) -> str:
@@ -175,7 +175,7 @@ def own_section(report: dict[str, Any]) -> str:
         "better. Arms of the same sizes share their controls; dropped is run for one arm.</p>"
     )
     title = "<h2>Each growing arm against its own controls</h2>"
-    return f"{title}{note}{scrolling(head, rows)}{gains_table(report)}"
+    return f"{title}{note}{table(head, rows, 'matrix')}{gains_table(report)}"
 
 
 def gains_table(report: dict[str, Any]) -> str:
@@ -195,8 +195,9 @@ def gains_table(report: dict[str, Any]) -> str:
         f"the four runs of each seed alone; below 0 growing gained the arm more. {len(found)} pairs compared; chance "
         f"alone would tell about {false_alarms(len(found)):.1f} apart.</p>"
     )
+    columns = [budget_name(report, each) for each in budgets]
     title = "<h3>Gain of growing over the arm’s own scratch, compared</h3>"
-    return f"{title}{note}{scrolling(['arm', 'other', *(budget_name(report, each) for each in budgets)], rows)}"
+    return f"{title}{note}{table(['arm', 'other', *columns], rows, 'matrix')}"
 
 
 def noise(budget: dict[str, Any]) -> list[tuple[str, float, float]]:
@@ -229,13 +230,15 @@ def reach_section(report: dict[str, Any]) -> str:
             state = growth_state(report, budget_at(report, t["share"]), arm["name"])
             row.append(ratio_cell(t["ratios"][arm["name"]], state))
         rows.append(row)
+    grows = any(arm["grows"] for arm in report["arms"])
+    before = " “Before growth” is what the arm is at that budget." if grows else ""
     head = ["arm", *(f"to {bits_text(t['loss'])}<br>({flops_text(t['flops'])} of the reference)" for t in thresholds)]
     note = (
         f'<p class="small">FLOPs of the arm over those of <b>{e(reference)}</b>, ancestors included, to reach the loss '
-        "that it has at each budget, seed by seed. Below 1 is fewer. Nothing is extrapolated beyond the budgets. "
-        "“Before growth” is what the arm is at that budget.</p>"
+        "that it has at each budget, seed by seed. Below 1 is fewer. Nothing is extrapolated beyond the "
+        f"budgets.{before}</p>"
     )
-    return f"<h2>FLOPs to reach a loss</h2>{note}{scrolling(head, rows)}"
+    return f"<h2>FLOPs to reach a loss</h2>{note}{table(head, rows, 'matrix')}"
 
 
 def sunk_section(report: dict[str, Any]) -> str:
