@@ -216,6 +216,24 @@ def test_sunk_costs_count_the_growth_and_what_came_after_it_alone(report):
     assert ("grown", 0.25) not in sunk and ("scratch", 1.0) not in sunk  # not grown by then; never grown
 
 
+def test_sunk_costs_are_over_the_flops_of_the_arms_own_scratch(report, many):
+    sunk = {s["arm"]: s for s in many["sunk"] if s["share"] == 0.5}
+    against = {name: found["against"] for name, found in sunk.items()}
+    assert against == {**dict.fromkeys(sunk, "scratch"), "theta": "scratch-theta", "theta late": "scratch-theta"}
+    assert [name for name, found in sunk.items() if not found["own_scratch"]] == ["next", "unmatched"]
+    logs = []  # by hand, for one arm: its loss lies between the last two results of its scratch
+    for seed, loss in zip(SEEDS, cell(many, "theta", 0.5)["values"], strict=True):
+        high, low = (cell(many, "scratch-theta", share)["values"][seed] for share in (0.5, 1.0))
+        assert high > loss > low
+        logs.append(math.log((0.2 + 1e9 / FLOPS) / 0.5) - math.log(2) * (high - loss) / (high - low))
+    assert sunk["theta"]["ratio"] == pytest.approx(math.exp(sum(logs) / 3))
+    rows = cells_of(page := page_of(json.loads(json.dumps(many))), "Sunk-cost view")
+    assert all(row[3].endswith(f"of {against[row[0]]}") for row in rows)
+    assert "of its scratch’s, else the reference’s, to the same loss" in page
+    assert {s["against"] for s in report["sunk"]} == {"scratch"}
+    assert "of its scratch’s to the same loss" in page_of(json.loads(json.dumps(report)))
+
+
 def test_a_rise_after_growth_is_shown_with_what_made_it_good(tmp_path):
     arms = {**ARMS, "grown": {**ARMS["grown"], "rise": 0.25}}
     told = read_report(write_full_race(tmp_path / "race", arms=arms))

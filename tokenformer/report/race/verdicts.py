@@ -249,12 +249,14 @@ def sunk_section(report: dict[str, Any]) -> str:
             named(report, s["arm"]),
             flops_text(report["race"]["flops"] * s["share"] / report["race"]["budgets"][-1]),
             flops_text(s["flops"]),
-            e(ratio_text(s)),
+            e(ratio_text(s)) + about(f"of {e(s['against'])}"),
             str(s["seeds"]),
         ]
         for s in report["sunk"]
     ]
-    head = ["arm", "budget", "FLOPs of the last growth and after it", "of the reference’s to the same loss", "seeds"]
+    own = {s["own_scratch"] for s in report["sunk"]}
+    whose = "the reference’s" if True not in own else "its scratch’s" + (", else the reference’s," if len(own) > 1 else "")
+    head = ["arm", "budget", "FLOPs of the last growth and after it", f"of {whose} to the same loss", "seeds"]
     note = (
         '<p class="small"><b>Not a comparison of equal budgets.</b> For one who already owns the model before its last '
         "growth, all that came before is paid. Verdicts never rest on this view.</p>"
