@@ -561,6 +561,20 @@ def test_trials_and_cosine_runs_are_held_to_the_same_rules(tmp_path, run):
         assert any(text.startswith("**scratch**") and flag in text for text in reds(read_report(folder)))
 
 
+@pytest.mark.parametrize("run", ["tune/lr-0.004", "seed-0_cosine", "seed-0"])
+def test_a_run_of_another_commit_is_said_and_a_page_drawn_anew_keeps_it(tmp_path, run):
+    folder = write_full_race(tmp_path / "race", budgets=(1.0,), cosine=("scratch",))
+    assert not any("same environment" in text for text in ambers(read_report(folder)))
+    path = folder / f"arms/scratch/{run}/environment.json"
+    write(path, json.loads(path.read_text()) | {"commit": "89ab" * 10})
+    paths = write_report(folder)
+    [said] = [text for text in ambers(read_report(folder)) if "same environment" in text]
+    assert said.endswith("what differs: commit (0123456789ab in 36, 89ab89ab89ab in 1).")
+    first = paths["html"].read_bytes()
+    assert said.encode() in first and "environment" not in json.loads(paths["json"].read_text())["arms"][0]["trials"][0]
+    assert write_report(paths["json"])["html"].read_bytes() == first
+
+
 def test_trials_that_grew_in_their_warm_up_are_red_as_in_races_of_an_older_version(tmp_path):
     folder = write_full_race(tmp_path / "race", budgets=(1.0,))
     path = folder / "arms/grown/tune/lr-0.004/recipe.json"

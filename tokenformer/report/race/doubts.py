@@ -89,7 +89,8 @@ def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
         spent = [cell for cell in budget["arms"] if cell["flops"]]
         if len(spent) > 1 and not equal_budget(spent):
             bad.append(f"At {flops_text(budget['flops'])}: {unequal_text(spent)}")
-    return levels(bad, soft_doubts(report) + environment_doubts([r for _, r in started], report["environment"]))
+    every = [run for _, run in started + others]
+    return levels(bad, soft_doubts(report) + environment_doubts(every, report["environment"]))
 
 
 def order_doubts(report: dict[str, Any]) -> list[str]:
