@@ -24,6 +24,7 @@ from tokenformer.race import arm_entry, checks, jobs, plan_race, processes, race
 from tokenformer.race.arms import Arm, arms_of, keeps_moments, same_run, target_of, ungrown
 from tokenformer.race.final import require_another_text
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
+from tokenformer.race.planned import plan_lines
 from tokenformer.recipe import Recipe, arm_recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
 from tokenformer.report.race.controls import control_of
 from tokenformer.start import Start
@@ -751,6 +752,36 @@ def test_a_plan_says_what_a_race_comes_to_and_trains_nothing(shared: Path, tmp_p
     assert grown[3] < grown[4] and grown[-1].endswith("%")
     assert any("29 runs" in line for line in lines)  # 3 arms x 3 rates + 5 arms x 2 seeds x 2 budgets
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_says_the_flops_of_all_runs_of_each_arm_and_their_sum(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenformer.race.planned.seconds_per_flop", lambda *arguments: 1e-9)
+    recipe = racing(shared, race={"cosine": ["small"], "most_extensions": 0})
+    race, ran = race_of(recipe, tmp_path), {}
+
+    def noting() -> list[jobs.Job]:
+        ran.update({job.name: job.flops for job in todo(race)})
+        return todo(race)
+
+    ends_at_once("nobody")(noting, tmp_path)
+    assert len(ran) == 3 * 3 + 5 * 2 * 2 + 1
+    lines = plan_race(recipe, 1)
+    planned = {arm.name: float(lines[1 + i].split("e+")[0].split()[-1] + "e8") for i, arm in enumerate(race.arms)}
+    for name, flops in planned.items():
+        own = {job: cost for job, cost in ran.items() if job.startswith(f"{name}/")}
+        assert flops == pytest.approx(sum(own.values()), rel=0.01)
+        without = {job: cost for job, cost in own.items() if "tune" not in job}  # the control
+        assert (flops == pytest.approx(sum(without.values()), rel=0.01)) is (name in ("dropped", "copy"))
+    assert float(lines[-1].split(" runs, ")[1].split(" FLOPs")[0]) == pytest.approx(sum(planned.values()), rel=0.01)
+
+
+def test_the_widest_plan_of_a_shipped_race_fits_into_120_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenformer.race.planned.seconds_per_flop", lambda *arguments: 1e-9)
+    lines = plan_lines(race_of(load_recipe("growth_tokens_gpu"), Path()), 2)
+    rows = lines[: lines.index("")]
+    assert len(rows) > 10 and 100 < max(map(len, rows)) <= 120
 
 
 # --- checks ---
