@@ -272,6 +272,24 @@ def test_the_compute_optimal_size_is_found_and_an_edge_is_said(report, tmp_path)
     assert "not bracketed: the largest of 2" in page_of(read_report(folder))
 
 
+def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many, tmp_path):
+    assert "**size 560 k** (the best of 3 sizes from scratch)" in report["answer"][0]
+    for told, label in ((report, "the best of 3 sizes from scratch"), (many, "the best of 4 sizes from scratch")):
+        page = page_of(json.loads(json.dumps(told)))
+        assert label in page.split("Each growing arm against its own controls")[1].split("<tbody>")[0]
+        assert [t["label"] for t in told["headline"]][1] == label.removeprefix("the ")
+        assert "compute-optimal" not in page.replace("Compute-optimal size, found among", "")
+        assert all(row[5].startswith("bracketed, of") for row in cells_of(page, "Compute-optimal size"))
+    kinds = {"grown late": "llama", "small": "llama"}  # of one architecture three sizes, of the other one
+    arms = {name: {**arm, "architecture": kinds.get(name, "tokenformer")} for name, arm in ARMS.items()}
+    page = page_of(read_report(write_full_race(tmp_path / "two", arms, budgets=(1.0,))))
+    head = page.split("Each growing arm against its own controls")[1].split("<tbody>")[0]
+    assert "the best of the sizes from scratch" in head
+    assert {row[1]: row[5] for row in cells_of(page, "Compute-optimal size")} == {
+        "tokenformer": "not bracketed: the smallest of 2", "llama": "not bracketed: the only of 1"
+    }
+
+
 def test_a_power_law_is_fitted_where_there_are_four_budgets(report, tmp_path):
     assert "at least 4" in report["power_laws"]["grown"]["reason"]
     folder = write_full_race(

@@ -78,11 +78,26 @@ def controls_of(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, A
     """scratch, small, dropped, optimal -> the name of that control of a growing arm, of those that it has."""
     if not arm["grows"]:
         return {}
-    found = {role: control_of(report, arm, role) for role in ("scratch", "small", "dropped")}
-    names = {role: control["name"] for role, control in found.items() if control}
-    kinds = {arm["architecture"], *(control["architecture"] for control in found.values() if control)}
-    sizes = [best for best in budget["compute_optimal"] if best["architecture"] in kinds]
+    names = {role: control["name"] for role, control in made_controls(report, arm).items()}
+    sizes = sizes_beside(report, budget, arm)
     return names | ({"optimal": min(sizes, key=lambda best: best["loss"])["arm"]} if sizes else {})
+
+
+def made_controls(report: dict[str, Any], arm: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found = {role: control_of(report, arm, role) for role in ("scratch", "small", "dropped")}
+    return {role: control for role, control in found.items() if control}
+
+
+def sizes_beside(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """The best size from scratch of each architecture that a growing arm or a control of its own is of."""
+    kinds = {arm["architecture"], *(control["architecture"] for control in made_controls(report, arm).values())}
+    return [best for best in budget["compute_optimal"] if best["architecture"] in kinds]
+
+
+def best_of_sizes(sizes: list[dict[str, Any]]) -> str:
+    """ "the best of 4 sizes from scratch": what the control of rule 10 is, of as many as were tried."""
+    count = sum(best["sizes"] for best in sizes)
+    return f"the best of {count} sizes from scratch" if count > 1 else "the only size from scratch"
 
 
 def pair_of(budget: dict[str, Any], arm: str, other: str) -> dict[str, Any] | None:

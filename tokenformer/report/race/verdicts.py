@@ -8,7 +8,7 @@ from ...statistics import false_alarms
 from ..charts import LIGHT
 from ..markup import colour_of, e, name_of, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
-from .controls import pair_of
+from .controls import best_of_sizes, pair_of, sizes_beside
 from .numbers import cell_of
 from .words import BY_ITS_LOSS, answered, growth_state, ratio_text, share_text, times
 
@@ -19,7 +19,7 @@ OWN = {
     "scratch": "its target size from scratch",
     "small": "its small size, trained longer",
     "dropped": "itself, the optimizer’s state dropped",
-    "optimal": "the compute-optimal size",
+    "optimal": "the best of the sizes from scratch",
 }
 
 
@@ -157,6 +157,10 @@ def own_section(report: dict[str, Any]) -> str:
         return ""
     budget, rows = budget_at(report, found[0]["share"]), []
     roles = [role for role in OWN if any(role in row["controls"] for row in found)]
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    tried = [sizes_beside(report, budget, arms[row["arm"]]) for row in found if "optimal" in row["controls"]]
+    optimal = {best_of_sizes(sizes) for sizes in tried}
+    titles = {**OWN, **({"optimal": optimal.pop()} if len(optimal) == 1 else {})}
     for row in found:
         out = [f"{tagged(report, budget, row['arm'])}{about(bits_text(cell_of(budget, row['arm'])['mean']))}"]
         for role in roles:
@@ -169,7 +173,7 @@ def own_section(report: dict[str, Any]) -> str:
         ratio = row["flops_to_scratch"]
         out.append(ratio_cell(ratio) if ratio and ratio["value"] is not None else MISSING)
         rows.append(out)
-    head = ["", *(OWN[role] for role in roles), "FLOPs to the loss of its scratch, over those of that scratch"]
+    head = ["", *(titles[role] for role in roles), "FLOPs to the loss of its scratch, over those of that scratch"]
     note = (
         f'<p class="small">At {budget_name(report, budget)}: the arm’s bits per byte less the control’s, below 0 is '
         "better. Arms of the same sizes share their controls; dropped is run for one arm.</p>"
@@ -275,7 +279,12 @@ def optimal_section(report: dict[str, Any]) -> str:
     if not rows:
         return ""
     head = ["budget", "architecture", "lowest mean", "parameters", "bits per byte", "is it the optimum?"]
-    return "<h2>Compute-optimal size, found among those from scratch</h2>" + table(head, rows, "", (0, 3, 4))
+    note = (
+        '<p class="small">The best of the sizes that were tried, which may differ in shape as well as in parameters. '
+        "Bracketed: a smaller and a larger one of its architecture were tried.</p>"
+    )
+    title = "<h2>Compute-optimal size, found among those from scratch</h2>"
+    return f"{title}{note}{table(head, rows, '', (0, 3, 4))}"
 
 
 def noise_section(report: dict[str, Any]) -> str:
