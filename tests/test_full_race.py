@@ -542,6 +542,41 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
         remake(str(report), "nope", "1", str(tmp_path / "nope"))
 
 
+def test_a_real_race_tells_a_handicap_and_no_copy_apart_and_flags_text_that_was_seen_again(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenformer.race.run_jobs", alone)
+    often: dict[str, Any] = {"evaluate_every": 1000, "log_every": 1000, "checkpoint_every": 1000}
+    race: dict[str, Any] = {
+        "learning_rates": [0.01, 0.02, 0.04], "tune_fraction": 0.5, "budgets": [1.0], "most_extensions": 0,
+    }
+
+    def reported(recipe: Recipe, folder: str) -> tuple[dict[str, Any], str, list[str]]:
+        page = run_race(recipe, tmp_path / folder).read_text(encoding="utf-8")
+        report = runs.read_json(tmp_path / folder / "report.json")
+        return report, page, [note["text"] for note in report["warnings"] if note["level"] == "bad"]
+
+    handicapped = {"name": "handicapped", "train": {"weight_decay": 20.0}}  # pulls every weight to nothing
+    arms, three = ({"name": "plain"}, handicapped), {**race, "seeds": [0, 1, 2]}
+    report, page, red = reported(racing(shared, *arms, race=three, flops=6e7, **often), "race")
+    pairs = {(pair["arm"], pair["other"]): pair for pair in report["budgets"][-1]["pairs"]}
+    assert pairs["plain", "copy"]["word"] == "not told apart" and red == []
+    assert pairs["plain", "handicapped"]["word"] == "better" and pairs["handicapped", "copy"]["word"] == "worse"
+    assert pairs["plain", "handicapped"]["high"] < -0.5 < pairs["plain", "copy"]["low"]  # far from the border
+    assert "is **better** than **handicapped** by" in report["answer"][0]
+    noise = page.split("<h2>Noise</h2>")[1].split("<h2>")[0]
+    assert "not told apart" in noise and "better" not in noise and "worse" not in noise
+
+    short = tmp_path / "short.txt"
+    short.write_text("\f".join(f"document {i} about {i * i} " * 8 for i in range(4)))
+    again = recipe_to_dict(racing(shared, {"name": "plain"}, race={**race, "seeds": [0, 1]}, flops=2e7, **often))
+    again["data"] |= {"source": str(short), "repeat": True, "valid_fraction": 0.25, "valid_tokens": 64}
+    _, page, red = reported(recipe_from_dict(again, "the test"), "again")
+    for name in ("plain", "copy"):
+        assert any(text.startswith(f"**{name}** saw its training text ") for text in red), red
+    assert "saw its training text" in page
+
+
 def ends_at_once(fails: str) -> Any:
     """Stands for `run_jobs`: writes what runs leave; the one of that name diverges."""
 
