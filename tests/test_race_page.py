@@ -473,6 +473,53 @@ def test_the_models_defaults_are_among_the_hyperparameters(tmp_path):
     assert "config.rope_theta" in shared and "config.rope_theta" not in differs
 
 
+SIZES = {"qkv_tokens": 71, "proj_tokens": 72, "qkv_scale": 7.3, "proj_scale": 7.4, "ffn_tokens": 75}
+
+
+def configured(folder, configs):
+    """The page of a race whose arms have these configurations, the others none."""
+    stored = json.loads((write_full_race(folder, budgets=(1.0,)) / "race.json").read_text())
+    for entry in stored["arms"]:
+        entry["config"] = configs.get(entry["name"], configs.get("", {}))
+    write(folder / "race.json", stored)
+    return page_of(read_report(folder)).split("<h2>Every hyperparameter", 1)[1]
+
+
+def test_sizes_of_attention_tokens_are_hidden_where_attention_is_linear(tmp_path):
+    linear, tokens = ({**SIZES, "attention_projections": kind} for kind in ("linear", "pattention"))
+    every = configured(tmp_path / "linear", {"": linear})
+    assert "config.ffn_tokens" in every and not any(f"config.{key}" in every for key in list(SIZES)[:4])
+    control = configured(tmp_path / "tokens", {"": tokens})
+    assert all(f"config.{key}" in control for key in SIZES)
+    mixed = configured(tmp_path / "mixed", {"": tokens, "small": linear})
+    rows = {row[0]: row[1:] for row in cells_of(mixed, "What differs")}
+    assert rows["config.qkv_tokens"] == ["71", "71", "71", "–", "71", "71", "71"]  # small has none
+    assert "config.ffn_tokens" in mixed.split("What all arms share", 1)[1]
+
+
+def test_an_arm_that_is_a_tokenformer_says_where_its_parameter_tokens_are(tmp_path):
+    arms = {
+        **ARMS,
+        "modern": {**GROWS, "model": {"preset": "modern"}},
+        "modern with tokens": {**GROWS, "model": {"preset": "modern", "attention_projections": "pattention"}},
+        "llama": {**GROWS, "architecture": "llama"},
+        "resumed": {**GROWS, "model": {"checkpoint": "runs/first"}},
+    }
+    folder = write_full_race(tmp_path / "race", arms, budgets=(1.0,))
+    stored = json.loads((folder / "race.json").read_text())
+    for entry in stored["arms"]:
+        entry["config"] = {"attention_projections": "linear"} if entry["name"] == "dropped" else {}
+    write(folder / "race.json", stored)
+    rows = cells_of(page_of(read_report(folder)), "Arms")
+    found = {name: row[2] for name, row in zip(arms, rows, strict=True)}
+    both, only = (f"tokenformerparameter tokens in {where}" for where in (
+        "feed-forward and attention", "the feed-forward only"))
+    assert found == {
+        **dict.fromkeys(ARMS, both), "dropped": only, "modern": only, "modern with tokens": both, "llama": "llama",
+        "resumed": "tokenformer",
+    }
+
+
 def test_arms_that_are_drawn_otherwise_do_not_count_as_one_start(tmp_path):
     arms = {**ARMS, "wider": {**ARMS["grown late"], "model": {"initializer_range": 0.05}}}
     told = read_report(write_full_race(tmp_path / "race", arms))

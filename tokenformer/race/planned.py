@@ -28,8 +28,8 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def plan_lines(race: Race, slots: int) -> list[str]:
-    head = ("arm", "role", "architecture", "parameters", "at the end", "steps", "tokens", "per param", "FLOPs", "grows at")
-    rows, seconds, headline_flops = [head], 0.0, 0.0
+    sizes = ("parameters", "at the end", "steps", "tokens", "per param", "FLOPs")
+    rows, seconds, headline_flops = [("arm", "role", "architecture", *sizes, "grows at")], 0.0, 0.0
     of_arms, (count, flops) = jobs_of_arms(race), all_jobs(race)
     for arm in race.arms:
         planned = race.plan(arm, arm.recipe)

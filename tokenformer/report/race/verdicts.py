@@ -259,7 +259,7 @@ def sunk_section(report: dict[str, Any]) -> str:
         for s in report["sunk"]
     ]
     own = {s["own_scratch"] for s in report["sunk"]}
-    whose = "the reference’s" if True not in own else "its scratch’s" + (", else the reference’s," if len(own) > 1 else "")
+    whose = "its scratch’s" if all(own) else "its scratch’s, else the reference’s," if any(own) else "the reference’s"
     head = ["arm", "budget", "FLOPs of the last growth and after it", f"of {whose} to the same loss", "seeds"]
     note = (
         '<p class="small"><b>Not a comparison of equal budgets.</b> For one who already owns the model before its last '
