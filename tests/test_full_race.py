@@ -24,6 +24,7 @@ from tokenformer.race import arm_entry, checks, jobs, plan_race, processes, race
 from tokenformer.race.arms import Arm, arms_of, keeps_moments, same_run, target_of, ungrown
 from tokenformer.race.final import require_another_text
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
+from tokenformer.race.planned import plan_lines
 from tokenformer.recipe import Recipe, arm_recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
 from tokenformer.report.race.controls import control_of
 from tokenformer.start import Start
@@ -541,6 +542,41 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
         remake(str(report), "nope", "1", str(tmp_path / "nope"))
 
 
+def test_a_real_race_tells_a_handicap_and_no_copy_apart_and_flags_text_that_was_seen_again(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenformer.race.run_jobs", alone)
+    often: dict[str, Any] = {"evaluate_every": 1000, "log_every": 1000, "checkpoint_every": 1000}
+    race: dict[str, Any] = {
+        "learning_rates": [0.01, 0.02, 0.04], "tune_fraction": 0.5, "budgets": [1.0], "most_extensions": 0,
+    }
+
+    def reported(recipe: Recipe, folder: str) -> tuple[dict[str, Any], str, list[str]]:
+        page = run_race(recipe, tmp_path / folder).read_text(encoding="utf-8")
+        report = runs.read_json(tmp_path / folder / "report.json")
+        return report, page, [note["text"] for note in report["warnings"] if note["level"] == "bad"]
+
+    handicapped = {"name": "handicapped", "train": {"weight_decay": 20.0}}  # pulls every weight to nothing
+    arms, three = ({"name": "plain"}, handicapped), {**race, "seeds": [0, 1, 2]}
+    report, page, red = reported(racing(shared, *arms, race=three, flops=6e7, **often), "race")
+    pairs = {(pair["arm"], pair["other"]): pair for pair in report["budgets"][-1]["pairs"]}
+    assert pairs["plain", "copy"]["word"] == "not told apart" and red == []
+    assert pairs["plain", "handicapped"]["word"] == "better" and pairs["handicapped", "copy"]["word"] == "worse"
+    assert pairs["plain", "handicapped"]["high"] < -0.5 < pairs["plain", "copy"]["low"]  # far from the border
+    assert "is **better** than **handicapped** by" in report["answer"][0]
+    noise = page.split("<h2>Noise</h2>")[1].split("<h2>")[0]
+    assert "not told apart" in noise and "better" not in noise and "worse" not in noise
+
+    short = tmp_path / "short.txt"
+    short.write_text("\f".join(f"document {i} about {i * i} " * 8 for i in range(4)))
+    again = recipe_to_dict(racing(shared, {"name": "plain"}, race={**race, "seeds": [0, 1]}, flops=2e7, **often))
+    again["data"] |= {"source": str(short), "repeat": True, "valid_fraction": 0.25, "valid_tokens": 64}
+    _, page, red = reported(recipe_from_dict(again, "the test"), "again")
+    for name in ("plain", "copy"):
+        assert any(text.startswith(f"**{name}** saw its training text ") for text in red), red
+    assert "saw its training text" in page
+
+
 def ends_at_once(fails: str) -> Any:
     """Stands for `run_jobs`: writes what runs leave; the one of that name diverges."""
 
@@ -751,6 +787,36 @@ def test_a_plan_says_what_a_race_comes_to_and_trains_nothing(shared: Path, tmp_p
     assert grown[3] < grown[4] and grown[-1].endswith("%")
     assert any("29 runs" in line for line in lines)  # 3 arms x 3 rates + 5 arms x 2 seeds x 2 budgets
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_says_the_flops_of_all_runs_of_each_arm_and_their_sum(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenformer.race.planned.seconds_per_flop", lambda *arguments: 1e-9)
+    recipe = racing(shared, race={"cosine": ["small"], "most_extensions": 0})
+    race, ran = race_of(recipe, tmp_path), {}
+
+    def noting() -> list[jobs.Job]:
+        ran.update({job.name: job.flops for job in todo(race)})
+        return todo(race)
+
+    ends_at_once("nobody")(noting, tmp_path)
+    assert len(ran) == 3 * 3 + 5 * 2 * 2 + 1
+    lines = plan_race(recipe, 1)
+    planned = {arm.name: float(lines[1 + i].split("e+")[0].split()[-1] + "e8") for i, arm in enumerate(race.arms)}
+    for name, flops in planned.items():
+        own = {job: cost for job, cost in ran.items() if job.startswith(f"{name}/")}
+        assert flops == pytest.approx(sum(own.values()), rel=0.01)
+        without = {job: cost for job, cost in own.items() if "tune" not in job}  # the control
+        assert (flops == pytest.approx(sum(without.values()), rel=0.01)) is (name in ("dropped", "copy"))
+    assert float(lines[-1].split(" runs, ")[1].split(" FLOPs")[0]) == pytest.approx(sum(planned.values()), rel=0.01)
+
+
+def test_the_widest_plan_of_a_shipped_race_fits_into_120_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenformer.race.planned.seconds_per_flop", lambda *arguments: 1e-9)
+    lines = plan_lines(race_of(load_recipe("growth_tokens_gpu"), Path()), 2)
+    rows = lines[: lines.index("")]
+    assert len(rows) > 10 and 100 < max(map(len, rows)) <= 120
 
 
 # --- checks ---

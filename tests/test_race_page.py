@@ -216,6 +216,24 @@ def test_sunk_costs_count_the_growth_and_what_came_after_it_alone(report):
     assert ("grown", 0.25) not in sunk and ("scratch", 1.0) not in sunk  # not grown by then; never grown
 
 
+def test_sunk_costs_are_over_the_flops_of_the_arms_own_scratch(report, many):
+    sunk = {s["arm"]: s for s in many["sunk"] if s["share"] == 0.5}
+    against = {name: found["against"] for name, found in sunk.items()}
+    assert against == {**dict.fromkeys(sunk, "scratch"), "theta": "scratch-theta", "theta late": "scratch-theta"}
+    assert [name for name, found in sunk.items() if not found["own_scratch"]] == ["next", "unmatched"]
+    logs = []  # by hand, for one arm: its loss lies between the last two results of its scratch
+    for seed, loss in zip(SEEDS, cell(many, "theta", 0.5)["values"], strict=True):
+        high, low = (cell(many, "scratch-theta", share)["values"][seed] for share in (0.5, 1.0))
+        assert high > loss > low
+        logs.append(math.log((0.2 + 1e9 / FLOPS) / 0.5) - math.log(2) * (high - loss) / (high - low))
+    assert sunk["theta"]["ratio"] == pytest.approx(math.exp(sum(logs) / 3))
+    rows = cells_of(page := page_of(json.loads(json.dumps(many))), "Sunk-cost view")
+    assert all(row[3].endswith(f"of {against[row[0]]}") for row in rows)
+    assert "of its scratch’s, else the reference’s, to the same loss" in page
+    assert {s["against"] for s in report["sunk"]} == {"scratch"}
+    assert "of its scratch’s to the same loss" in page_of(json.loads(json.dumps(report)))
+
+
 def test_a_rise_after_growth_is_shown_with_what_made_it_good(tmp_path):
     arms = {**ARMS, "grown": {**ARMS["grown"], "rise": 0.25}}
     told = read_report(write_full_race(tmp_path / "race", arms=arms))
@@ -252,6 +270,24 @@ def test_the_compute_optimal_size_is_found_and_an_edge_is_said(report, tmp_path)
     }
     assert any("not bracketed" in text for text in told["changes"])
     assert "not bracketed: the largest of 2" in page_of(read_report(folder))
+
+
+def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many, tmp_path):
+    assert "**size 560 k** (the best of 3 sizes from scratch)" in report["answer"][0]
+    for told, label in ((report, "the best of 3 sizes from scratch"), (many, "the best of 4 sizes from scratch")):
+        page = page_of(json.loads(json.dumps(told)))
+        assert label in page.split("Each growing arm against its own controls")[1].split("<tbody>")[0]
+        assert [t["label"] for t in told["headline"]][1] == label.removeprefix("the ")
+        assert "compute-optimal" not in page.replace("Compute-optimal size, found among", "")
+        assert all(row[5].startswith("bracketed, of") for row in cells_of(page, "Compute-optimal size"))
+    kinds = {"grown late": "llama", "small": "llama"}  # of one architecture three sizes, of the other one
+    arms = {name: {**arm, "architecture": kinds.get(name, "tokenformer")} for name, arm in ARMS.items()}
+    page = page_of(read_report(write_full_race(tmp_path / "two", arms, budgets=(1.0,))))
+    head = page.split("Each growing arm against its own controls")[1].split("<tbody>")[0]
+    assert "the best of the sizes from scratch" in head
+    assert {row[1]: row[5] for row in cells_of(page, "Compute-optimal size")} == {
+        "tokenformer": "not bracketed: the smallest of 2", "llama": "not bracketed: the only of 1"
+    }
 
 
 def test_a_power_law_is_fitted_where_there_are_four_budgets(report, tmp_path):
@@ -437,6 +473,53 @@ def test_the_models_defaults_are_among_the_hyperparameters(tmp_path):
     assert "config.rope_theta" in shared and "config.rope_theta" not in differs
 
 
+SIZES = {"qkv_tokens": 71, "proj_tokens": 72, "qkv_scale": 7.3, "proj_scale": 7.4, "ffn_tokens": 75}
+
+
+def configured(folder, configs):
+    """The page of a race whose arms have these configurations, the others none."""
+    stored = json.loads((write_full_race(folder, budgets=(1.0,)) / "race.json").read_text())
+    for entry in stored["arms"]:
+        entry["config"] = configs.get(entry["name"], configs.get("", {}))
+    write(folder / "race.json", stored)
+    return page_of(read_report(folder)).split("<h2>Every hyperparameter", 1)[1]
+
+
+def test_sizes_of_attention_tokens_are_hidden_where_attention_is_linear(tmp_path):
+    linear, tokens = ({**SIZES, "attention_projections": kind} for kind in ("linear", "pattention"))
+    every = configured(tmp_path / "linear", {"": linear})
+    assert "config.ffn_tokens" in every and not any(f"config.{key}" in every for key in list(SIZES)[:4])
+    control = configured(tmp_path / "tokens", {"": tokens})
+    assert all(f"config.{key}" in control for key in SIZES)
+    mixed = configured(tmp_path / "mixed", {"": tokens, "small": linear})
+    rows = {row[0]: row[1:] for row in cells_of(mixed, "What differs")}
+    assert rows["config.qkv_tokens"] == ["71", "71", "71", "–", "71", "71", "71"]  # small has none
+    assert "config.ffn_tokens" in mixed.split("What all arms share", 1)[1]
+
+
+def test_an_arm_that_is_a_tokenformer_says_where_its_parameter_tokens_are(tmp_path):
+    arms = {
+        **ARMS,
+        "modern": {**GROWS, "model": {"preset": "modern"}},
+        "modern with tokens": {**GROWS, "model": {"preset": "modern", "attention_projections": "pattention"}},
+        "llama": {**GROWS, "architecture": "llama"},
+        "resumed": {**GROWS, "model": {"checkpoint": "runs/first"}},
+    }
+    folder = write_full_race(tmp_path / "race", arms, budgets=(1.0,))
+    stored = json.loads((folder / "race.json").read_text())
+    for entry in stored["arms"]:
+        entry["config"] = {"attention_projections": "linear"} if entry["name"] == "dropped" else {}
+    write(folder / "race.json", stored)
+    rows = cells_of(page_of(read_report(folder)), "Arms")
+    found = {name: row[2] for name, row in zip(arms, rows, strict=True)}
+    both, only = (f"tokenformerparameter tokens in {where}" for where in (
+        "feed-forward and attention", "the feed-forward only"))
+    assert found == {
+        **dict.fromkeys(ARMS, both), "dropped": only, "modern": only, "modern with tokens": both, "llama": "llama",
+        "resumed": "tokenformer",
+    }
+
+
 def test_arms_that_are_drawn_otherwise_do_not_count_as_one_start(tmp_path):
     arms = {**ARMS, "wider": {**ARMS["grown late"], "model": {"initializer_range": 0.05}}}
     told = read_report(write_full_race(tmp_path / "race", arms))
@@ -541,6 +624,20 @@ def test_trials_and_cosine_runs_are_held_to_the_same_rules(tmp_path, run):
     for change, flag in (({"epochs": 3.0}, "text 3.00 times"), ({"bits_per_byte": 0.4}, "0.400 bits per byte is")):
         write(path, stored | change)
         assert any(text.startswith("**scratch**") and flag in text for text in reds(read_report(folder)))
+
+
+@pytest.mark.parametrize("run", ["tune/lr-0.004", "seed-0_cosine", "seed-0"])
+def test_a_run_of_another_commit_is_said_and_a_page_drawn_anew_keeps_it(tmp_path, run):
+    folder = write_full_race(tmp_path / "race", budgets=(1.0,), cosine=("scratch",))
+    assert not any("same environment" in text for text in ambers(read_report(folder)))
+    path = folder / f"arms/scratch/{run}/environment.json"
+    write(path, json.loads(path.read_text()) | {"commit": "89ab" * 10})
+    paths = write_report(folder)
+    [said] = [text for text in ambers(read_report(folder)) if "same environment" in text]
+    assert said.endswith("what differs: commit (0123456789ab in 36, 89ab89ab89ab in 1).")
+    first = paths["html"].read_bytes()
+    assert said.encode() in first and "environment" not in json.loads(paths["json"].read_text())["arms"][0]["trials"][0]
+    assert write_report(paths["json"])["html"].read_bytes() == first
 
 
 def test_trials_that_grew_in_their_warm_up_are_red_as_in_races_of_an_older_version(tmp_path):

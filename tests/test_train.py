@@ -84,6 +84,16 @@ def test_the_result_says_the_peak_memory_which_is_kept_over_a_resume(shared: Pat
         assert resumed == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux hands memory on over exec")
+def test_the_peak_memory_of_a_child_is_not_its_parents() -> None:
+    touched = b"x" * 300_000_000
+    code = "import resource; from tokenformer.environment import peak_memory_bytes; "
+    code += "print(peak_memory_bytes(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    own, kept = map(int, done.stdout.split())
+    assert own < len(touched) < kept  # the control: ru_maxrss is the parent's
+
+
 def test_growth_is_exact_said_and_written_into_the_lineage(shared: Path, whole: Path, tmp_path: Path) -> None:
     [line] = lines(whole, "growth")
     assert (line["step"], line["from"], line["to"]) == (6, {"ffn_tokens": 16}, {"ffn_tokens": 32})

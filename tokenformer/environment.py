@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -83,3 +84,19 @@ def memory_gb() -> float | None:
         return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory that this process has had. On Linux its ru_maxrss would be its parent's, if that had more: a
+    process keeps it over exec.
+    """
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+        if found:
+            return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows does not say
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

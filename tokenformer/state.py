@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, distributed, runs
+from . import checkpoint, distributed, environment, runs
 from .data import Batches, Corpus
 from .distributed import Ranks
 from .flops import count_parameters
@@ -219,15 +218,10 @@ def last_good(run: Run) -> str:
 def peak_memory_bytes(run: Run, state: State) -> int | None:
     """The most that rank 0 has had, before a resume too: of tensors on a GPU, else of the whole process."""
     if run.device.type == "cuda":
-        now = torch.cuda.max_memory_allocated(run.device)
+        now: int | None = torch.cuda.max_memory_allocated(run.device)
     else:
-        try:
-            import resource
-        except ImportError:  # Windows does not say
-            return None
-        unit = 1 if sys.platform == "darwin" else 1024
-        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return max(state.peak_memory_bytes, now)
+        now = environment.peak_memory_bytes()
+    return None if now is None else max(state.peak_memory_bytes, now)
 
 
 def result_of(run: Run, state: State, status: str, **more: Any) -> dict[str, Any]:

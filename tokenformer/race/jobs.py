@@ -262,19 +262,26 @@ def cosine(race: Race, trunk: Job) -> Job:
 # --- all of it ---
 
 
-def all_jobs(race: Race) -> tuple[int, int]:
-    """How many runs the race comes to, going by its grid as it stands, and their FLOPs."""
+def jobs_of_arms(race: Race) -> dict[str, tuple[int, int]]:
+    """How many runs each arm comes to, going by the grid as it stands, and their FLOPs."""
     if race.recipe.race is None:
-        return len(race.arms), sum(race.plan(arm, arm.recipe).flops for arm in race.arms)
-    section, count, flops = race.section, 0, 0.0
+        return {arm.name: (1, race.plan(arm, arm.recipe).flops) for arm in race.arms}
+    section, found = race.section, {}
     rates, _ = grid(race)
     for arm in race.arms:
         run = headline(race, arm, section.seeds[0], section.learning_rates[0])
         decayed = sum(section.budgets[:-1]) * arm.recipe.train.decay_fraction
         cosines = arm.name in section.cosine
-        count += len(section.seeds) * len(section.budgets) + cosines
-        flops += run.flops * (len(section.seeds) * (1 + decayed) + cosines)
+        count = len(section.seeds) * len(section.budgets) + cosines
+        flops = run.flops * (len(section.seeds) * (1 + decayed) + cosines)
         if arm.tuned_as == arm.name:
             count += len(rates)
             flops += len(rates) * trial(race, arm, rates[0]).flops
-    return count, round(flops)
+        found[arm.name] = count, round(flops)
+    return found
+
+
+def all_jobs(race: Race) -> tuple[int, int]:
+    """How many runs the race comes to, and their FLOPs."""
+    counts, flops = zip(*jobs_of_arms(race).values(), strict=True)
+    return sum(counts), sum(flops)

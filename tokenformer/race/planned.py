@@ -10,8 +10,9 @@ from ..evaluate import autocast, cross_entropy
 from ..flops import training_flops
 from ..models import build_model
 from ..optim import AdamW, parameter_groups
+from ..report.units import count_text
 from .arms import Arm, ends, parameters_of
-from .jobs import Race, all_jobs
+from .jobs import Race, all_jobs, jobs_of_arms
 from .processes import clock, with_threads
 
 TIMED_STEPS = 3
@@ -27,10 +28,9 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def plan_lines(race: Race, slots: int) -> list[str]:
-    rows = [("arm", "role", "architecture", "parameters", "at the end", "steps", "tokens", "per parameter", "grows at")]
-    seconds = 0.0
-    count, flops = all_jobs(race)
-    headline_flops = 0.0
+    sizes = ("parameters", "at the end", "steps", "tokens", "per param", "FLOPs")
+    rows, seconds, headline_flops = [("arm", "role", "architecture", *sizes, "grows at")], 0.0, 0.0
+    of_arms, (count, flops) = jobs_of_arms(race), all_jobs(race)
     for arm in race.arms:
         planned = race.plan(arm, arm.recipe)
         start, end = parameters_of(arm.recipe, race.vocab_size)
@@ -43,8 +43,9 @@ def plan_lines(race: Race, slots: int) -> list[str]:
                 f"{start['total']:,}",
                 f"{end['total']:,}" if arm.grows else "",
                 f"{planned.steps:,}",
-                f"{planned.tokens:,}",
+                count_text(planned.tokens),
                 f"{planned.tokens / end['total']:.1f}",
+                f"{of_arms[arm.name][1]:.3g}",
                 ", ".join(shares),
             )
         )
@@ -56,7 +57,8 @@ def plan_lines(race: Race, slots: int) -> list[str]:
         section = race.section
         lines.append(
             f"{len(section.learning_rates)} learning rates at {section.tune_fraction:.0%} of the length, "
-            f"{len(section.seeds)} seeds, {len(section.budgets)} budgets, {race.recipe.train.flops:.3g} FLOPs an arm"
+            f"{len(section.seeds)} seeds, {len(section.budgets)} budgets up to {race.recipe.train.flops:.3g} FLOPs; "
+            "FLOPs above: of all runs of an arm"
         )
     told = f"{count} runs, {flops:.3g} FLOPs: about {clock(whole)} with {slots} at a time, going by {TIMED_STEPS} steps"
     return [*lines, f"{told} of each arm; a grid that has to grow takes longer"]

@@ -214,7 +214,7 @@ class RaceSection:
     seeds: list[int] = key("of the headline runs, shared by all arms", factory=lambda: [0, 1, 2], low=0, high=2**31)
     reference: str | None = key("the arm that others are held against; scratch, or the first", default=None)
     sizes: list[dict[str, Any]] = key(
-        "further sizes from scratch among which the compute-optimal one is found: changes of [model]", factory=list
+        "further sizes from scratch, the best of which is a control: changes of [model]", factory=list
     )
     controls: bool = key("add scratch, small, dropped and the sizes", default=True)
     cosine: list[str] = key("arms that are run on a cosine schedule as well, with the first seed", factory=list)

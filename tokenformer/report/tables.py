@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .markup import e, name_of, pairs, shown, table
+from .read import shape_of
 from .units import MISSING, bits_text, count_text, flops_text, seconds_text, signed, small_text
 from .verdict import by_rank, flatten
 
@@ -17,6 +18,23 @@ def difference(arm: dict[str, Any]) -> str:
     if arm["against_best"] == "not told apart":
         return f'{e(signed(arm["difference_to_best"]))} <span class="tag quiet">not told apart</span>'
     return e(signed(arm["difference_to_best"]))
+
+
+def linear_attention(arm: dict[str, Any]) -> bool | None:
+    """Whether a TokenFormer's attention projects linearly; None of what is no TokenFormer, or not known."""
+    config, model = arm.get("config") or {}, arm["recipe"].get("model") or {}  # where there is no config: the recipe
+    if arm["architecture"] != "tokenformer" or not config and (not model or model.get("checkpoint")):
+        return None
+    usual = "linear" if model.get("preset") == "modern" else "pattention"
+    return {"attention_projections": usual, **shape_of(model), **config}["attention_projections"] == "linear"
+
+
+def architecture_html(arm: dict[str, Any]) -> str:
+    """The architecture, and of a TokenFormer which of its parts are parameter tokens."""
+    places: dict[bool | None, str] = {True: "the feed-forward only", False: "feed-forward and attention"}
+    place = places.get(linear_attention(arm))
+    about = f'<span class="about">parameter tokens in {place}</span>' if place else ""
+    return e(arm["architecture"] or MISSING) + about
 
 
 def arms_table(report: dict[str, Any]) -> str:
@@ -45,7 +63,7 @@ def arms_table(report: dict[str, Any]) -> str:
                 name_of(report, arm) + status + about,
                 f"<b>{bits_text(arm['bits_per_byte'])}</b>",
                 difference(arm),
-                e(arm["architecture"] or MISSING),
+                architecture_html(arm),
                 *(count_text(p.get(k)) for k in ("total", "embedding", "other")),
                 count_text(arm["tokens"]),
                 count_text(arm["unique_tokens"]),

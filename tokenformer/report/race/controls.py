@@ -1,4 +1,5 @@
-"""Which controls stand beside a growing arm, found by what they are, and what growing gained over them (rules 7 to 10).
+"""Which controls stand beside a growing arm, found by what they are; what growing gained over them (rules 7 to 10), and
+what it costs to one who owns the small model.
 
 A race makes a control once, for the first arm that needs it; every other arm of the same sizes shares it.
 """
@@ -9,8 +10,20 @@ import math
 from itertools import combinations, product
 from typing import Any
 
-from ...statistics import Spread, own_interval, verdict
-from .numbers import FROM_SCRATCH, cell_of, reach, sizes_in, values_at
+from ...statistics import Spread, flops_to_reach, mean_sd, own_interval, verdict
+from .numbers import (
+    FROM_SCRATCH,
+    cell_of,
+    curves_of,
+    growths_of,
+    measure_of_all,
+    reach,
+    reference_of,
+    runs_at,
+    sizes_in,
+    value_of,
+    values_at,
+)
 
 # Of a recipe: what is tuned, drawn or follows from a size, and so tells no two models apart.
 NOT_SETTINGS = ("architecture", "rank", "rank_start", "learning_rate", "seed", "expert_balance", "keep_at")
@@ -65,11 +78,26 @@ def controls_of(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, A
     """scratch, small, dropped, optimal -> the name of that control of a growing arm, of those that it has."""
     if not arm["grows"]:
         return {}
-    found = {role: control_of(report, arm, role) for role in ("scratch", "small", "dropped")}
-    names = {role: control["name"] for role, control in found.items() if control}
-    kinds = {arm["architecture"], *(control["architecture"] for control in found.values() if control)}
-    sizes = [best for best in budget["compute_optimal"] if best["architecture"] in kinds]
+    names = {role: control["name"] for role, control in made_controls(report, arm).items()}
+    sizes = sizes_beside(report, budget, arm)
     return names | ({"optimal": min(sizes, key=lambda best: best["loss"])["arm"]} if sizes else {})
+
+
+def made_controls(report: dict[str, Any], arm: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found = {role: control_of(report, arm, role) for role in ("scratch", "small", "dropped")}
+    return {role: control for role, control in found.items() if control}
+
+
+def sizes_beside(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """The best size from scratch of each architecture that a growing arm or a control of its own is of."""
+    kinds = {arm["architecture"], *(control["architecture"] for control in made_controls(report, arm).values())}
+    return [best for best in budget["compute_optimal"] if best["architecture"] in kinds]
+
+
+def best_of_sizes(sizes: list[dict[str, Any]]) -> str:
+    """ "the best of 4 sizes from scratch": what the control of rule 10 is, of as many as were tried."""
+    count = sum(best["sizes"] for best in sizes)
+    return f"the best of {count} sizes from scratch" if count > 1 else "the only size from scratch"
 
 
 def pair_of(budget: dict[str, Any], arm: str, other: str) -> dict[str, Any] | None:
@@ -132,4 +160,36 @@ def gains(report: dict[str, Any]) -> list[dict[str, Any]]:
         names = {"arm": arm, "scratch": own[arm], "other": other, "other_scratch": own[other], "seeds": seeds}
         word = verdict(low, high, ("better", "worse"))
         out.append({**names, "share": budget["share"], "value": value, **ends, "word": word})
+    return out
+
+
+def sunk_costs(report: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """FLOPs of the last growth and after it, over what its own scratch needs from its first step for the same loss; an
+    arm without one is held against the reference.
+    """
+    scratch, measure, out = control_of(report, arm, "scratch"), measure_of_all(report), []
+    against = scratch or reference_of(report)
+    curves = curves_of(report, against)
+    for share in report["race"]["budgets"]:
+        spent, logs, sides = [], [], set()
+        for run in runs_at(arm, share):
+            events, value = growths_of(arm, run), value_of(run, measure)
+            if not events or value is None:
+                continue
+            after = run["flops"] - events[-1]["flops"] + events[-1].get("growth_flops", 0)
+            spent.append(after)
+            if run["seed"] in curves and after > 0:
+                needed, side = flops_to_reach(curves[run["seed"]], value)
+                logs.append(math.log(after / needed))
+                # What bounds those FLOPs from below bounds the ratio from above.
+                sides.add({"more than": "less than", "less than": "more than"}.get(side, ""))
+        if spent:
+            mean, low, high = own_interval(logs)
+            inside = sides == {""}
+            side = "" if inside or not sides else "unbounded" if len(sides - {""}) > 1 else (sides - {""}).pop()
+            ratio = None if mean is None else math.exp(mean)
+            bounds = [math.exp(b) if inside and b is not None else None for b in (low, high)]
+            more = {"ratio": ratio, "side": side, "low": bounds[0], "high": bounds[1]}
+            more |= {"against": against["name"], "own_scratch": scratch is not None}
+            out.append({"arm": arm["name"], "share": share, "flops": mean_sd(spent)[0], "seeds": len(spent), **more})
     return out

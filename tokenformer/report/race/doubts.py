@@ -15,7 +15,7 @@ from ..verdict import (
     stream_doubts,
     unequal_text,
 )
-from .controls import controls_of, gains, own_controls, pair_of
+from .controls import controls_of, gains, own_controls, pair_of, sunk_costs
 from .numbers import starts_of, values_at
 from .words import answer, answered, best_arm, headline, listed, progress, share_text
 
@@ -89,7 +89,8 @@ def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
         spent = [cell for cell in budget["arms"] if cell["flops"]]
         if len(spent) > 1 and not equal_budget(spent):
             bad.append(f"At {flops_text(budget['flops'])}: {unequal_text(spent)}")
-    return levels(bad, soft_doubts(report) + environment_doubts([r for _, r in started], report["environment"]))
+    every = [run for _, run in started + others]
+    return levels(bad, soft_doubts(report) + environment_doubts(every, report["environment"]))
 
 
 def order_doubts(report: dict[str, Any]) -> list[str]:
@@ -312,7 +313,9 @@ def judge_race(report: dict[str, Any]) -> dict[str, Any]:
 def put_in_words(report: dict[str, Any]) -> dict[str, Any]:
     """What is said of the numbers; all of it follows from what report.json keeps."""
     budget = answered(report)
-    report = {**report, "own_controls": own_controls(report, budget) if budget else [], "gains": gains(report)}
+    sunk = [each for arm in report["arms"] if arm["grows"] for each in sunk_costs(report, arm)]
+    own = own_controls(report, budget) if budget else []
+    report = {**report, "sunk": sunk, "own_controls": own, "gains": gains(report)}
     said = answer(report)
     if any(note["level"] == "bad" for note in report["warnings"] + report["status_warnings"]):
         said[0] = f"**Read the red notes first.** {said[0]}"

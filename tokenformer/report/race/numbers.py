@@ -1,4 +1,4 @@
-"""A full race through the statistics: cells, verdicts, FLOPs to a loss, sunk costs, sizes, growths, trials.
+"""A full race through the statistics: cells, verdicts, FLOPs to a loss, sizes, growths, trials.
 
 All verdicts of a budget rest on one text: the final one where the race has it and a run at that budget was tested
 on it (docs/fairness.md, rule 26), else the held-out one.
@@ -22,9 +22,7 @@ from ...statistics import (
     differences,
     false_alarms,
     flops_ratios,
-    flops_to_reach,
     mean_sd,
-    own_interval,
     power_law,
     recovery,
     spread_of,
@@ -53,7 +51,6 @@ def calculate(report: dict[str, Any]) -> dict[str, Any]:
         note_growths(arm)
     report["budgets"] = [budget_of(report, share) for share in race["budgets"]]
     report["reach"] = reach(report, reference_of(report), spread_out(race["budgets"], THRESHOLDS))
-    report["sunk"] = [sunk for arm in arms if arm["grows"] for sunk in sunk_costs(report, arm)]
     report["power_laws"] = {arm["name"]: law_of(report, arm) for arm in arms}
     report["cosine"] = cosine_check(report)
     report["copies"] = [
@@ -180,7 +177,7 @@ def optimal_sizes(report: dict[str, Any], cells: list[dict[str, Any]]) -> list[d
     return [{"architecture": architecture, **best} for architecture, best in found if best]
 
 
-# --- FLOPs: to reach a loss, spent after growth, as a power law ---
+# --- FLOPs: to reach a loss, as a power law ---
 
 
 def curves_of(report: dict[str, Any], arm: dict[str, Any]) -> dict[int, Curve]:
@@ -238,34 +235,6 @@ def growths_of(arm: dict[str, Any], run: dict[str, Any]) -> list[dict[str, Any]]
     size = run["parameters"].get("total")  # tells apart a branch that starts just before a growth from one just after
     behind = [v for v in trunk["growth"] if v["flops"] <= began]
     return [v for v in behind if v["flops"] < began or v["parameters_after"] == size] + run["growth"]
-
-
-def sunk_costs(report: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, Any]]:
-    """FLOPs of the last growth and after it, over what the reference needs from its first step for the same loss."""
-    reference, measure, out = reference_of(report), measure_of_all(report), []
-    against = curves_of(report, reference)
-    for share in report["race"]["budgets"]:
-        spent, logs, sides = [], [], set()
-        for run in runs_at(arm, share):
-            events, value = growths_of(arm, run), value_of(run, measure)
-            if not events or value is None:
-                continue
-            after = run["flops"] - events[-1]["flops"] + events[-1].get("growth_flops", 0)
-            spent.append(after)
-            if run["seed"] in against and after > 0:
-                needed, side = flops_to_reach(against[run["seed"]], value)
-                logs.append(math.log(after / needed))
-                # What bounds the reference's FLOPs from below bounds the ratio from above.
-                sides.add({"more than": "less than", "less than": "more than"}.get(side, ""))
-        if spent:
-            mean, low, high = own_interval(logs)
-            inside = sides == {""}
-            side = "" if inside or not sides else "unbounded" if len(sides - {""}) > 1 else (sides - {""}).pop()
-            ratio = None if mean is None else math.exp(mean)
-            bounds = [math.exp(b) if inside and b is not None else None for b in (low, high)]
-            more = {"ratio": ratio, "side": side, "low": bounds[0], "high": bounds[1]}
-            out.append({"arm": arm["name"], "share": share, "flops": mean_sd(spent)[0], "seeds": len(spent), **more})
-    return out
 
 
 def law_of(report: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:

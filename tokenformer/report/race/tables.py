@@ -6,7 +6,7 @@ from typing import Any
 
 from ...statistics import NO_RISE, mean_sd
 from ..markup import e, name_of, pairs, table
-from ..tables import differing_table
+from ..tables import architecture_html, differing_table, linear_attention
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text, signed, small_text
 from ..verdict import differing_keys, flatten
 from .charts import trunks
@@ -21,6 +21,7 @@ ROLES = {
     "copy": "control: copy, for the noise",
 }
 IGNORED = ("name", "description", "arms", "race", "noise")  # of a recipe: what is no hyperparameter of a run
+OF_ATTENTION = ("qkv_tokens", "proj_tokens", "qkv_scale", "proj_scale")  # of no effect where attention is linear
 
 
 def span(start: Any, end: Any) -> str:
@@ -60,7 +61,7 @@ def arms_section(report: dict[str, Any]) -> str:
                 text += f'<span class="tag warn">{len(cell["seeds"])} of {asked} seeds</span>'
             state = growth_state(report, budget, arm["name"])
             row.append(text + (f'<span class="tag">{state}</span>' if state else ""))
-        row += [e(arm["architecture"] or MISSING), *(span(start.get(key), end.get(key)) for key in counts)]
+        row += [architecture_html(arm), *(span(start.get(key), end.get(key)) for key in counts)]
         row.append(MISSING if arm["learning_rate"] is None else f"{arm['learning_rate']:g}")
         cell = last["arms"][i]
         spent = [sum(v.get("growth_flops", 0) for v in run["growth"]) for run in trunks(arm)]
@@ -182,11 +183,17 @@ def trial_html(trial: dict[str, Any] | None, chosen: bool) -> str:
     return f'<b class="chosen">✓ {bits}</b>' if chosen else bits
 
 
+def config_of(arm: dict[str, Any]) -> dict[str, Any]:
+    """The model as transformers has it, but for what has no effect in it."""
+    hidden = OF_ATTENTION if linear_attention(arm) else ()
+    return {key: value for key, value in (arm.get("config") or {}).items() if key not in hidden}
+
+
 def hyperparameters(report: dict[str, Any]) -> str:
     """What differs, arm by arm, then what all share, once."""
     arms = [arm for arm in report["arms"] if arm["recipe"]]
     # The model as transformers has it, with every default; races of before this was kept know the recipe alone.
-    told = [{"recipe": arm["recipe"], "config": {"config": arm.get("config") or {}}} for arm in arms]
+    told = [{"recipe": arm["recipe"], "config": {"config": config_of(arm)}} for arm in arms]
     keys = report["differing_keys"] + differing_keys([each["config"] for each in told])
     flat = [flatten(each["recipe"] | each["config"]) for each in told]
     out = ["<h2>Every hyperparameter</h2>"]

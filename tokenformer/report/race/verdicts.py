@@ -8,7 +8,7 @@ from ...statistics import false_alarms
 from ..charts import LIGHT
 from ..markup import colour_of, e, name_of, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
-from .controls import pair_of
+from .controls import best_of_sizes, pair_of, sizes_beside
 from .numbers import cell_of
 from .words import BY_ITS_LOSS, answered, growth_state, ratio_text, share_text, times
 
@@ -19,7 +19,7 @@ OWN = {
     "scratch": "its target size from scratch",
     "small": "its small size, trained longer",
     "dropped": "itself, the optimizer’s state dropped",
-    "optimal": "the compute-optimal size",
+    "optimal": "the best of the sizes from scratch",
 }
 
 
@@ -157,6 +157,10 @@ def own_section(report: dict[str, Any]) -> str:
         return ""
     budget, rows = budget_at(report, found[0]["share"]), []
     roles = [role for role in OWN if any(role in row["controls"] for row in found)]
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    tried = [sizes_beside(report, budget, arms[row["arm"]]) for row in found if "optimal" in row["controls"]]
+    optimal = {best_of_sizes(sizes) for sizes in tried}
+    titles = {**OWN, **({"optimal": optimal.pop()} if len(optimal) == 1 else {})}
     for row in found:
         out = [f"{tagged(report, budget, row['arm'])}{about(bits_text(cell_of(budget, row['arm'])['mean']))}"]
         for role in roles:
@@ -169,7 +173,7 @@ def own_section(report: dict[str, Any]) -> str:
         ratio = row["flops_to_scratch"]
         out.append(ratio_cell(ratio) if ratio and ratio["value"] is not None else MISSING)
         rows.append(out)
-    head = ["", *(OWN[role] for role in roles), "FLOPs to the loss of its scratch, over those of that scratch"]
+    head = ["", *(titles[role] for role in roles), "FLOPs to the loss of its scratch, over those of that scratch"]
     note = (
         f'<p class="small">At {budget_name(report, budget)}: the arm’s bits per byte less the control’s, below 0 is '
         "better. Arms of the same sizes share their controls; dropped is run for one arm.</p>"
@@ -249,12 +253,14 @@ def sunk_section(report: dict[str, Any]) -> str:
             named(report, s["arm"]),
             flops_text(report["race"]["flops"] * s["share"] / report["race"]["budgets"][-1]),
             flops_text(s["flops"]),
-            e(ratio_text(s)),
+            e(ratio_text(s)) + about(f"of {e(s['against'])}"),
             str(s["seeds"]),
         ]
         for s in report["sunk"]
     ]
-    head = ["arm", "budget", "FLOPs of the last growth and after it", "of the reference’s to the same loss", "seeds"]
+    own = {s["own_scratch"] for s in report["sunk"]}
+    whose = "its scratch’s" if all(own) else "its scratch’s, else the reference’s," if any(own) else "the reference’s"
+    head = ["arm", "budget", "FLOPs of the last growth and after it", f"of {whose} to the same loss", "seeds"]
     note = (
         '<p class="small"><b>Not a comparison of equal budgets.</b> For one who already owns the model before its last '
         "growth, all that came before is paid. Verdicts never rest on this view.</p>"
@@ -273,7 +279,12 @@ def optimal_section(report: dict[str, Any]) -> str:
     if not rows:
         return ""
     head = ["budget", "architecture", "lowest mean", "parameters", "bits per byte", "is it the optimum?"]
-    return "<h2>Compute-optimal size, found among those from scratch</h2>" + table(head, rows, "", (0, 3, 4))
+    note = (
+        '<p class="small">The best of the sizes that were tried, which may differ in shape as well as in parameters. '
+        "Bracketed: a smaller and a larger one of its architecture were tried.</p>"
+    )
+    title = "<h2>Compute-optimal size, found among those from scratch</h2>"
+    return f"{title}{note}{table(head, rows, '', (0, 3, 4))}"
 
 
 def noise_section(report: dict[str, Any]) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..units import bits_text, flops_text, gap_text, signed
-from .controls import controls_of, pair_of
+from .controls import best_of_sizes, controls_of, pair_of, sizes_beside
 from .numbers import cell_of, mean_of, runs_at
 
 LABELS = {
     "scratch": "the target size from scratch",
     "small": "the small size, trained longer",
     "dropped": "the same growth without its optimizer's state",
-    "optimal": "the compute-optimal size",
 }
 BY_ITS_LOSS = "by its loss at that budget"  # where a word rests, when the FLOPs to a loss lie beyond the budgets
 
@@ -92,8 +91,9 @@ def best_arm(report: dict[str, Any], budget: dict[str, Any], grows: bool | None 
 def control_labels(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> dict[str, str]:
     """name -> what it is, of the controls that stand beside a growing arm."""
     names: dict[str, str] = {}
+    labels = {**LABELS, "optimal": best_of_sizes(sizes_beside(report, budget, arm))}
     for role, name in controls_of(report, budget, arm).items():
-        names[name] = f"{names[name]}, {LABELS[role]}" if name in names else LABELS[role]
+        names[name] = f"{names[name]}, {labels[role]}" if name in names else labels[role]
     return names
 
 
@@ -217,10 +217,12 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
         if arm is not None:
             cell = cell_of(budget, arm["name"])
             tiles.append(("best growing arm" if arm["grows"] else "best arm", bits_text(cell["mean"]), arm["name"]))
-        own = controls_of(report, budget, arm).get("optimal") if arm else None
-        for best in [b for b in budget["compute_optimal"] if own in (None, b["arm"])][:1]:
+        sizes = sizes_beside(report, budget, arm) if arm and arm["grows"] else budget["compute_optimal"][:1]
+        if sizes:
+            best = min(sizes, key=lambda size: size["loss"])
             edge = "bracketed" if not best["edge"] else f"not bracketed: the {best['edge']} size"
-            tiles.append(("best size from scratch", bits_text(best["loss"]), f"{best['arm']}; {edge}"))
+            label = best_of_sizes(sizes).removeprefix("the ")
+            tiles.append((label, bits_text(best["loss"]), f"{best['arm']}; {edge}"))
         if budget["s"] is not None:
             tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']:.3g} degrees of freedom"))
         name, ratio = flops_to_loss(report, budget, arm) if arm else ("", None)
