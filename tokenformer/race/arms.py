@@ -10,7 +10,7 @@ from typing import Any
 from ..flops import count_parameters, parameters
 from ..growth.lowrank import Ranks, factorise, settled_ranks
 from ..models import build_model
-from ..plan import chooses_experts, model_config, phase_configs, plan
+from ..plan import chooses_experts, model_config, phase_configs
 from ..recipe import RaceSection, Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
 from ..start import Start, start_of
 
@@ -194,14 +194,17 @@ def target_of(arm: Arm, vocab_size: int) -> Recipe:
         fields = {key: value for key, value in after.items() if key not in NOT_SIZES and usual.get(key) != value}
     model |= {"architecture": last.model_type, "fields": fields}
     target = replace(recipe, model=type(recipe.model)(**model), growth=[])
-    if changed.get("rank") is None:
-        return target
-    ranked = replace(target, model=replace(target.model, rank=changed["rank"] or None))
-    try:  # a rank that is whole is none
-        plan(ranked, vocab_size, Start())
-    except ValueError:
+    rank = factor_rank(recipe, changed)
+    if rank is None or settled_ranks(last, Ranks("rank", rank)) is None:  # a rank that is whole is none
         return replace(target, model=replace(target.model, rank=None, rank_start="random"))
-    return ranked
+    return replace(target, model=replace(target.model, rank=rank))
+
+
+def factor_rank(recipe: Recipe, changed: dict[str, int]) -> int | None:
+    """The rank of the factors that a run's matrices are in the end; None where they are whole, as those of ReLoRA are,
+    which has factors beside them."""
+    rank, beside = recipe.model.rank, any(event.operator == "relora" for event in recipe.growth)
+    return None if rank is None or beside else changed.get("rank", rank)
 
 
 def ends(recipe: Recipe, vocab_size: int) -> tuple[Any, Any, dict[str, int]]:
@@ -214,8 +217,7 @@ def ends(recipe: Recipe, vocab_size: int) -> tuple[Any, Any, dict[str, int]]:
 def parameters_of(recipe: Recipe, vocab_size: int) -> tuple[dict[str, int], dict[str, int]]:
     """Counts at the start and at the end: total, active, embedding, other."""
     first, last, sizes = ends(recipe, vocab_size)
-    rank = recipe.model.rank
-    return counted(first, rank), counted(last, rank and sizes.get("rank", rank))
+    return counted(first, recipe.model.rank), counted(last, factor_rank(recipe, sizes))
 
 
 def counted(config: Any, rank: int | None) -> dict[str, int]:
