@@ -6,9 +6,9 @@ oldest rows of a grown model are the most important.
 What has ended is read off OUT, so a stopped run goes on. `--fraction 0.02` is a miniature of all of it. Ends by writing
 OUT/report.json and OUT/report.png and by printing the tables. The design, fixed before the first result:
 
-The model is the target of recipes/growth_tokens_cpu.toml, preset modern: hidden size 96, 4 layers, 480 rows a layer;
-bytes, windows of 256, batch 8, warm-up 50 steps, the last 30 % of FLOPs decay. Sizes are 480, 240, 120, 60, 30 and 15
-rows a layer, F is 0.9e13 training FLOPs, seeds are 0, 1 and 2, each for initial weights, order of text and new rows.
+The model is the target of recipes/growth_tokens_long_cpu.toml, preset modern: hidden size 96, 4 layers, 480 rows a
+layer; bytes, windows of 256, batch 8, warm-up 50 steps, the last 30 % of FLOPs decay. Sizes are 480, 240, 120, 60, 30
+and 15 rows a layer, F is 0.9e13 training FLOPs, seeds are 0, 1 and 2, each for initial weights, order of text, rows.
 
     power_of_two, uniform    nested training down to 1/32, F in all; its six prefixes are measured
     separate-N               N rows, trained for as many steps as power_of_two spent on that size, so for as many FLOPs:
@@ -116,7 +116,7 @@ class Record:
         """The run of an arm, at its whole length or as a trial of the rate."""
         kind, _, size = arm.partition("-")
         name = f"{arm}/tune/lr-{rate:g}" if trial else f"{arm}/seed-{seed}"
-        table = recipe_to_dict(load_recipe(REPOSITORY / "recipes/growth_tokens_cpu.toml"))
+        table = recipe_to_dict(load_recipe(REPOSITORY / "recipes/growth_tokens_long_cpu.toml"))
         table |= {"name": name, "description": "", "arm": [], "race": None}
         table["model"]["ffn_tokens"] = int(size) if size else SMALL_ROWS if kind in GROWN else ROWS
         table["data"] |= {"source": self.train, "valid_source": self.held_out, "seed": seed}
