@@ -18,10 +18,11 @@ from tiny_runs import corpus, tiny
 
 from tokenformer import runs, verbs
 from tokenformer.data import prepare
+from tokenformer.growth.operators import OPERATORS
 from tokenformer.models import build_config
 from tokenformer.plan import model_config
 from tokenformer.race import arm_entry, checks, jobs, plan_race, processes, race_of, run_race, settle_moved
-from tokenformer.race.arms import Arm, arms_of, keeps_moments, same_run, target_of, ungrown
+from tokenformer.race.arms import Arm, arms_of, keeps_moments, parameters_of, same_run, target_of, ungrown
 from tokenformer.race.final import require_another_text
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
 from tokenformer.race.planned import plan_lines
@@ -119,8 +120,8 @@ def test_dropped_stands_beside_an_arm_whose_operator_keeps_moments(shared: Path)
 
 SHIPPED = {name: path for name, path in shipped_recipes().items() if name.endswith(("_cpu", "_gpu"))}
 DROPPED = {"architectures": None, "fresh_seeds": None, "growth_fresh": "zero", "growth_llama": "zero",
-           "growth_tokens": "zero_keys", "growth_tokens_long": "grown", "mirror": "modern", "rivals_fresh": None,
-           "schedules": "early"}
+           "growth_rest": "fpi", "growth_tokens": "zero_keys", "growth_tokens_long": "grown", "mirror": "modern",
+           "rivals_fresh": None, "schedules": "early"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -131,6 +132,30 @@ def test_every_shipped_race_can_be_branched_and_drops_the_moments_of_the_arm_tha
         jobs.require_branches(race, arm)
     keeping = (arm.name for arm in race.arms if arm.grows and keeps_moments(arm.recipe, 256))
     assert next(keeping, None) == DROPPED[name[:-4]]
+
+
+def test_every_operator_is_an_arm_of_a_shipped_race_on_the_cpu() -> None:
+    def raced(names: set[str]) -> set[str]:
+        arms = [arm.overrides for name in names for arm in load_recipe(name).arms]
+        events = [event for overrides in arms for event in overrides.get("growth", [])]
+        return {operator for event in events for operator in event["operator"].split("+")}
+
+    on_the_cpu = {name for name in SHIPPED if name.endswith("_cpu")}
+    assert raced(on_the_cpu) == set(OPERATORS)
+    assert {"relora", "upcycle", "midas"} <= set(OPERATORS) - raced(on_the_cpu - {"growth_rest_cpu"})  # the control
+
+
+def test_depth_arms_of_growth_rest_take_their_layers_from_different_places() -> None:
+    def layers(operator: str, old: int, new: int) -> list[int]:
+        config = build_config("llama", None, {"num_hidden_layers": old})
+        plan = OPERATORS[operator].plan(config, {"num_hidden_layers": new})
+        return [layer.source for layer in plan.layers or ()]
+
+    assert layers("gradual_stack", 2, 3) == [0, 1, 1] and layers("gradual_stack", 3, 4) == [0, 1, 2, 2]
+    assert layers("midas", 2, 3) == [0, 0, 1] and layers("midas", 3, 4) == [0, 1, 1, 2]
+    # The control, and why the recipe has no other sizes: all from two layers to four, and midas from three, are alike.
+    assert all(layers(each, 2, 4) == [0, 1, 0, 1] for each in ("stack", "gradual_stack", "midas", "solar"))
+    assert layers("solar", 3, 4) == layers("midas", 3, 4)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -175,6 +200,19 @@ def test_scratch_is_of_the_size_that_the_arm_ends_with(
     )
 
 
+def test_relora_ends_with_whole_matrices_so_that_scratch_is_its_small_model_too(shared: Path) -> None:
+    def arms(model: dict[str, Any], operator: str) -> dict[str, Arm]:
+        event = {"at_fraction": 0.5, "operator": operator, "to": {"rank": 4}}
+        return {arm.name: arm for arm in arms_of(racing(shared, {"name": "r", "model": model, "growth": [event]}), 256)}
+
+    beside = arms(LLAMA["model"], "relora")
+    assert list(beside) == ["r", "scratch", "dropped", "copy"] and beside["scratch"].recipe.model.rank is None
+    assert parameters_of(beside["r"].recipe, 256)[1] == parameters_of(beside["scratch"].recipe, 256)[0]
+    factorised = arms({**LLAMA["model"], "rank": 2}, "rank")  # the control: matrices that are factors alone
+    assert list(factorised) == ["r", "scratch", "small", "dropped", "copy"]
+    assert factorised["scratch"].recipe.model.rank == 4
+
+
 def test_the_page_finds_for_each_arm_the_controls_that_the_race_gave_it(shared: Path) -> None:
     def growing(name: str, model: dict[str, Any], **event: Any) -> dict[str, Any]:
         return {"name": name, "model": model, "growth": [{"at_fraction": 0.2, **event}]}
@@ -186,19 +224,25 @@ def test_the_page_finds_for_each_arm_the_controls_that_the_race_gave_it(shared: 
         growing("theta", gelu, to={"ffn_tokens": 32}), growing("theta-late", gelu, to={"ffn_tokens": 32},
         moments="drop"), growing("next", {"ffn_tokens": 32}, to={"ffn_tokens": 64}),
         growing("moe", LLAMA["model"], **experts), growing("moe-late", LLAMA["model"], moments="drop", **experts),
+        growing("groups", {**LLAMA["model"], "intermediate_size": 32}, **{**experts, "operator": "virtual_groups"}),
     ]
     race = race_of(racing(shared, *each), Path())
     told = [arm_entry(race, arm) | {"recipe": recipe_to_dict(arm.recipe)} for arm in race.arms]
     for i, arm in enumerate(race.arms[: len(each)]):
-        # Each is found by what was made for it, and by likeness alone.
-        likeness = [entry | {"of": None} if entry["of"] == arm.name else entry for entry in told]
+        # Each is named by the race; in older ones it is found by what was made for it, and by likeness alone.
+        older = [entry | {"controls": {}} for entry in told]
+        likeness = [entry | {"of": None} if entry["of"] == arm.name else entry for entry in older]
         for role, recipe in (("scratch", target_of(arm, 256)), ("small", ungrown(arm.recipe, 256))):
             made = [other.name for other in race.arms[:-1] if not other.grows and same_run(other.recipe, recipe, 256)]
-            own = role == "scratch" and arm.name == "moe"  # of another architecture: that it was made for it is needed
-            for arms in [told] if own else [told, likeness]:
+            # Of another architecture: that it was made for it is needed, or its name where shards change a size.
+            ways = {"moe": [told, older], "groups": [told]} if role == "scratch" else {}
+            for arms in ways.get(arm.name, [told, older, likeness]):
                 found = control_of({"arms": arms}, arms[i], role)
                 assert [found and found["name"]] == made, (arm.name, role)
-    blurred = [entry | {"of": None, "recipe": {}} for entry in told]  # the control: parameters alone do not tell
+    older = [entry | {"controls": {}} for entry in told]
+    groups = next(entry for entry in older if entry["name"] == "groups")
+    assert control_of({"arms": older}, groups, "scratch") is None  # the control: nothing else tells it
+    blurred = [entry | {"of": None, "recipe": {}} for entry in older]  # the control: parameters alone do not tell
     theta = control_of({"arms": blurred}, blurred[2], "scratch")
     assert theta and theta["name"] == "scratch" and control_of({"arms": told}, told[2], "scratch") == next(
         entry for entry in told if entry["name"] == "scratch-theta"

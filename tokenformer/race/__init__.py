@@ -159,6 +159,7 @@ def arm_entry(race: Race, arm: Arm) -> dict[str, Any]:
         "description": arm.description,
         "role": arm.role,
         "of": arm.of,
+        "controls": arm.controls,
         "folder": f"{runs.ARMS}/{arm.name}",
         "architecture": config.model_type,
         "config": finite({k: v for k, v in config.to_dict().items() if k not in NOT_SIZES and v is not None}),

@@ -4,13 +4,13 @@ docs/fairness.md, rules 7 to 11, says why each of them is there.
 """
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..flops import count_parameters, parameters
 from ..growth.lowrank import Ranks, factorise, settled_ranks
 from ..models import build_model
-from ..plan import chooses_experts, model_config, phase_configs, plan
+from ..plan import chooses_experts, model_config, phase_configs
 from ..recipe import RaceSection, Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
 from ..start import Start, start_of
 
@@ -23,7 +23,8 @@ class Arm:
     """One row of a race. `recipe` is its run of the largest budget with the first seed, its rate not yet tuned.
 
     role: arm, scratch, small, dropped, size or copy. `of`: the arm that a control stands beside; a dropped arm and a
-    copy take its learning rate.
+    copy take its learning rate. `controls`: scratch, small, dropped -> the arm that is that of this one, which arms of
+    the same sizes share.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Arm:
     role: str
     of: str | None
     recipe: Recipe
+    controls: dict[str, str] = field(default_factory=dict)
 
     @property
     def tuned_as(self) -> str:
@@ -60,12 +62,15 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
                 raise ValueError(f"arm {arm.name}: starts from model.checkpoint, so its controls cannot be made; "
                                  "write them as arms and set race.controls = false")
             target, small = target_of(arm, vocab_size), ungrown(arm.recipe, vocab_size)
-            add(arms, "scratch", arm, target, "the grown size from the first step", vocab_size)
-            add(arms, "small", arm, small, "the size before growth, trained longer", vocab_size)
+            words = "the grown size from the first step"
+            arm.controls["scratch"] = add(arms, "scratch", arm, target, words, vocab_size)
+            words = "the size before growth, trained longer"
+            arm.controls["small"] = add(arms, "small", arm, small, words, vocab_size)
         dropping = next((arm for arm in growing if keeps_moments(arm.recipe, vocab_size)), None)
         if dropping:
             words = "growth with the optimizer's state thrown away"
-            add(arms, "dropped", dropping, dropped(dropping.recipe), words, vocab_size)
+            drops = dropped(dropping.recipe)
+            dropping.controls["dropped"] = add(arms, "dropped", dropping, drops, words, vocab_size)
         fresh = [arm for arm in arms if not arm.recipe.model.checkpoint]
         base = next((arm for arm in arms if arm.role == "small"), (fresh or arms)[0])
         if race.sizes and base.recipe.model.checkpoint:
@@ -112,16 +117,17 @@ def arm_named(arms: list[Arm], name: str, key: str) -> Arm:
 
 def add(
     arms: list[Arm], name: str, of: Arm, recipe: Recipe, description: str, vocab_size: int, role: str = ""
-) -> None:
-    """Append a control; an arm that is trained just so already takes its role instead."""
+) -> str:
+    """Append a control; an arm that is trained just so already takes its role instead. Returns the name of either."""
     for i, arm in enumerate(arms):
         if same_run(arm.recipe, recipe, vocab_size):
             if arm.role == "arm":
                 arms[i] = replace(arm, role=role or name, of=of.name)
-            return
+            return arm.name
     name = free_name(arms, name, of.name)
     full = recipe.name.rpartition("/")[0] + "/" + name
     arms.append(Arm(name, description, role or name.split("-")[0], of.name, replace(recipe, name=full)))
+    return name
 
 
 def free_name(arms: list[Arm], name: str, of: str) -> str:
@@ -194,14 +200,17 @@ def target_of(arm: Arm, vocab_size: int) -> Recipe:
         fields = {key: value for key, value in after.items() if key not in NOT_SIZES and usual.get(key) != value}
     model |= {"architecture": last.model_type, "fields": fields}
     target = replace(recipe, model=type(recipe.model)(**model), growth=[])
-    if changed.get("rank") is None:
-        return target
-    ranked = replace(target, model=replace(target.model, rank=changed["rank"] or None))
-    try:  # a rank that is whole is none
-        plan(ranked, vocab_size, Start())
-    except ValueError:
+    rank = factor_rank(recipe, changed)
+    if rank is None or settled_ranks(last, Ranks("rank", rank)) is None:  # a rank that is whole is none
         return replace(target, model=replace(target.model, rank=None, rank_start="random"))
-    return ranked
+    return replace(target, model=replace(target.model, rank=rank))
+
+
+def factor_rank(recipe: Recipe, changed: dict[str, int]) -> int | None:
+    """The rank of the factors that a run's matrices are in the end; None where they are whole, as those of ReLoRA are,
+    which has factors beside them."""
+    rank, beside = recipe.model.rank, any(event.operator == "relora" for event in recipe.growth)
+    return None if rank is None or beside else changed.get("rank", rank)
 
 
 def ends(recipe: Recipe, vocab_size: int) -> tuple[Any, Any, dict[str, int]]:
@@ -214,8 +223,7 @@ def ends(recipe: Recipe, vocab_size: int) -> tuple[Any, Any, dict[str, int]]:
 def parameters_of(recipe: Recipe, vocab_size: int) -> tuple[dict[str, int], dict[str, int]]:
     """Counts at the start and at the end: total, active, embedding, other."""
     first, last, sizes = ends(recipe, vocab_size)
-    rank = recipe.model.rank
-    return counted(first, rank), counted(last, rank and sizes.get("rank", rank))
+    return counted(first, recipe.model.rank), counted(last, factor_rank(recipe, sizes))
 
 
 def counted(config: Any, rank: int | None) -> dict[str, int]:

@@ -1,7 +1,8 @@
-"""Which controls stand beside a growing arm, found by what they are; what growing gained over them (rules 7 to 10), and
-what it costs to one who owns the small model.
+"""Which controls stand beside a growing arm; what growing gained over them (rules 7 to 10), and what it costs to one who
+owns the small model.
 
-A race makes a control once, for the first arm that needs it; every other arm of the same sizes shares it.
+A race makes a control once, for the first arm that needs it; every other arm of the same sizes shares it. Which are an
+arm's own the race says; in older ones they are found by what they are.
 """
 
 from __future__ import annotations
@@ -57,10 +58,13 @@ def same_model(one: Model, other: Model) -> bool:
 def control_of(report: dict[str, Any], arm: dict[str, Any], role: str) -> dict[str, Any] | None:
     """The arm's own scratch, small or dropped; None where the race has none.
 
-    Own is what was made for it or, but for dropped, a run from scratch of the model that it ends with or starts from.
-    Growth into another architecture is known by another arm that grows to the same.
+    Own is what the race named so or made for it or, but for dropped, a run from scratch of the model that it ends with
+    or starts from. Growth into another architecture is known by another arm that grows to the same.
     """
     others = {a["name"]: a for a in report["arms"] if a is not arm}
+    named = others.get(arm.get("controls", {}).get(role))
+    if named:
+        return named
     made = [a for a in others.values() if a["role"] == role and a["of"] == arm["name"]]
     if made or role == "dropped":
         return made[0] if made else None

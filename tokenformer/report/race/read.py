@@ -107,6 +107,7 @@ def read_arm(folder: Path, entry: Any, race: dict[str, Any], where: str) -> dict
         "description": entry.get("description") or "",
         "role": role,
         "of": entry.get("of"),
+        "controls": entry.get("controls") or {},
         "architecture": entry.get("architecture") or "",
         "grows": bool(entry.get("grows")),
         "parameters": entry.get("parameters") or {},
