@@ -1,5 +1,5 @@
-"""Which controls stand beside a growing arm; what growing gained over them (rules 7 to 10), and what it costs to one who
-owns the small model.
+"""Which controls stand beside a growing arm; what growing gained over them (rules 7 to 10), and what it costs to one
+who owns the small model.
 
 A race makes a control once, for the first arm that needs it; every other arm of the same sizes shares it. Which are an
 arm's own the race says; in older ones they are found by what they are.
