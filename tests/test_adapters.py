@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import hashlib
 import os
 import re
 import shlex
@@ -793,9 +794,7 @@ def test_the_examples_of_the_help_work(place: Path, capsys: Any) -> None:
     Path("runs").mkdir()
     shutil.move("base", "runs/first")
     for example in examples:
-        # Of so small a text 2 % may be less than a window, by what its paragraphs happen to say.
-        more = [*SMALL, "data.valid_fraction=0.2"] if "--text" in example else []
-        assert cli.main([*shlex.split(example), *more]) == 0
+        assert cli.main([*shlex.split(example), *(SMALL if "--text" in example else [])]) == 0
     assert cli.main([*shlex.split(examples[1])]) == 2  # the control: it is there by now
 
 
@@ -803,7 +802,7 @@ def test_of_a_text_of_one_document_paragraphs_are_held_out_and_a_line_says_so(pl
     Path("short.txt").write_text("\n\n".join(f"{i} times {i} is {i * i}. " * 4 for i in range(40)))
     words = ["adapt", "base", "--tokens", "4", *SMALL]
     assert cli.main([*words, "--text", "short.txt", "--out", "one"]) == 0
-    told = "text: of so few documents none would be held out, so each paragraph is one (data.document_separator)\n"
+    told = "text: too few documents to hold enough of them out, so each paragraph is one (data.document_separator)\n"
     said = capsys.readouterr().out
     assert said.count(told) == 1
     separated = [*words, "--text", "short.txt", "--out", "two", 'data.document_separator="\\n\\n"']
@@ -817,6 +816,13 @@ def test_of_a_text_of_one_document_paragraphs_are_held_out_and_a_line_says_so(pl
         assert cli.main([*words, "--out", "none", "--text", *text]) == 2
         assert "none of its 1 documents falls to the" in capsys.readouterr().err
     assert not Path("none").exists()
+    # Two documents, of which the short one is held out: 2 % go by a hash of the text.
+    tail = next(str(i) for i in range(1000) if hashlib.blake2b(str(i).encode(), digest_size=16).digest()[0] < 5)
+    lines = "\n\n".join(f"{i:04} times {i:04} is {i * i:08}." for i in range(137))
+    assert len(lines) > 4096 > len(lines) - 30  # the first blank line after so many characters cuts
+    Path("tail.txt").write_text(f"{lines}\n\n{tail}")
+    assert cli.main([*words, "--text", "tail.txt", "--out", "tail"]) == 0
+    assert told in capsys.readouterr().out
 
 
 def test_adapt_trains_as_a_plain_loop_does(place: Path) -> None:

@@ -178,7 +178,8 @@ def read_text(
 ) -> tuple[Corpus, Batches, tuple[Tensor, Tensor]]:
     """The text, its batches, its held-out windows; ValueError if there is too little, or the model has no such ids.
 
-    Where so few documents leave nothing to hold out, or to train on, each paragraph is one: recipe.data then says so.
+    Where so few documents leave less than a window to hold out, or nothing to train on, each paragraph is one:
+    recipe.data then says so.
     """
     data, steps = recipe.data, recipe.train.steps
     assert steps is not None
@@ -192,20 +193,22 @@ def read_text(
     tokens = data.skip_tokens + steps * data.batch_size * data.sequence_length
     try:
         corpus = prepare(data, tokens)
+        windows = eval_windows(corpus, data.sequence_length)
     except TooFewDocuments as error:
         if data.document_separator or data.valid_source or not Path(data.source).expanduser().exists():
             raise
         data.document_separator = PARAGRAPH
         try:
             corpus = prepare(data, tokens)
+            windows = eval_windows(corpus, data.sequence_length)
         except ValueError:  # there are no paragraphs, or too few of them as well
             raise error from None
-        tell("text: of so few documents none would be held out, so each paragraph is one (data.document_separator)")
+        tell("text: too few documents to hold enough of them out, so each paragraph is one (data.document_separator)")
     batches = Batches(
         corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat, skip_tokens=data.skip_tokens
     )
     batches.require(steps)
-    return corpus, batches, eval_windows(corpus, data.sequence_length)
+    return corpus, batches, windows
 
 
 def train_memory(model: Any, memory: Memory, recipe: Recipe, batches: Batches, tell: Any) -> float:

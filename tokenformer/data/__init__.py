@@ -231,7 +231,7 @@ def eval_windows(corpus: Corpus, sequence_length: int) -> tuple[torch.Tensor, to
     """
     count = len(corpus.valid) // sequence_length
     if count < 1:
-        raise ValueError(
+        raise TooFewDocuments(
             f"data.sequence_length = {sequence_length} is more than the {len(corpus.valid):,} held-out "
             "tokens: lower it, or raise data.valid_fraction or data.valid_tokens"
         )

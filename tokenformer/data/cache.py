@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 
 class TooFewDocuments(ValueError):
-    """So few that none is held out, or none is left to train on."""
+    """So few that none or less than a window is held out, or none is left to train on."""
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
