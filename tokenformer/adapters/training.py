@@ -191,16 +191,19 @@ def read_text(
             f"{data.tokenizer}: its tokenizer has {vocabulary:,} tokens, and the model {model.config.vocab_size:,}"
         )
     tokens = data.skip_tokens + steps * data.batch_size * data.sequence_length
-    try:
+
+    def cut() -> tuple[Corpus, tuple[Tensor, Tensor]]:
         corpus = prepare(data, tokens)
-        windows = eval_windows(corpus, data.sequence_length)
+        return corpus, eval_windows(corpus, data.sequence_length)
+
+    try:
+        corpus, windows = cut()
     except TooFewDocuments as error:
         if data.document_separator or data.valid_source or not Path(data.source).expanduser().exists():
             raise
         data.document_separator = PARAGRAPH
         try:
-            corpus = prepare(data, tokens)
-            windows = eval_windows(corpus, data.sequence_length)
+            corpus, windows = cut()
         except ValueError:  # there are no paragraphs, or too few of them as well
             raise error from None
         tell("text: too few documents to hold enough of them out, so each paragraph is one (data.document_separator)")
