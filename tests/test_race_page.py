@@ -11,8 +11,7 @@ from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
 
 from tokenformer.report import read_report, write_report
 from tokenformer.report.markup import name_of
-from tokenformer.report.race.page import page as page_of
-from tokenformer.report.race.page import top_charts
+from tokenformer.report.race.page import page, top_charts
 from tokenformer.report.race.words import ratio_text
 from tokenformer.report.units import flops_text, signed
 from tokenformer.statistics import spread_of
@@ -30,6 +29,10 @@ def race(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(race):
     return json.loads((race / "report.json").read_text())
+
+
+def page_of(report):
+    return page(report, top_charts(report))
 
 
 def reds(report):
@@ -268,8 +271,9 @@ def test_the_compute_optimal_size_is_found_and_an_edge_is_said(report, tmp_path)
         "sizes": 2,
         "edge": "largest",
     }
-    assert any("not bracketed" in text for text in told["changes"])
-    assert "not bracketed: the largest of 2" in page_of(read_report(folder))
+    said = "is not bracketed: **scratch** is the largest of 2 sizes, and a larger one may be better still."
+    assert [text.endswith(said) for text in told["changes"]].count(True) == 1
+    assert "not bracketed: the largest of 2 sizes" in page_of(read_report(folder))
 
 
 def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many, tmp_path):
@@ -286,7 +290,7 @@ def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many,
     head = page.split("Each growing arm against its own controls")[1].split("<tbody>")[0]
     assert "the best of the sizes from scratch" in head
     assert {row[1]: row[5] for row in cells_of(page, "Compute-optimal size")} == {
-        "tokenformer": "not bracketed: the smallest of 2", "llama": "not bracketed: the only of 1"
+        "tokenformer": "not bracketed: the smallest of 2 sizes", "llama": "not bracketed: the only size"
     }
 
 
@@ -798,6 +802,29 @@ def test_a_race_without_growth_names_the_best_arm(tmp_path):
     assert "the best arm, **llama**" in told["answer"][0] and "**better** than **gpt2** by" in told["answer"][0]
     assert told["answer"][1].startswith("Of 2 other arms none is **better** than **llama** and all **worse**")
     assert "Growths" not in page_of(read_report(folder))
+
+
+@pytest.mark.parametrize(
+    ("away", "said"),
+    [
+        ((0.1, 0.1, 0.1), "**llama** is the reference itself."),
+        ((0.1, -0.2, -0.2), "FLOPs to the loss of **llama**: beyond the budgets on both sides."),
+        ((None, None, None), "FLOPs to the loss of **llama**: not compared."),
+        ((-0.2, -0.2, -0.2), "To the loss that **llama** has there **gpt2** needs less than 1.00 times the FLOPs"),
+    ],
+)
+def test_why_there_is_no_ratio_of_flops_is_said(tmp_path, away, said):
+    sizes = {"parameters": (720_000, 720_000)}
+    arms = {name: {"role": "arm", "architecture": name, **sizes} for name in ("llama", "gpt2")}
+
+    def loss(arm, rate, seed, budget):
+        return 2.0 + ((away[seed % 10] or -0.1) + 0.001 * (seed % 10) if arm == "gpt2" else 0.0)
+
+    def skip(arm, seed, budget):  # so that the two have no seed in common
+        return None in away and (arm == "gpt2") != (seed == 0)
+
+    folder = write_full_race(tmp_path / "race", arms, loss, budgets=(1.0,), reference="llama", skip=skip)
+    assert read_report(folder)["answer"][1].startswith(said)
 
 
 def test_without_a_named_reference_it_is_the_target_size_from_scratch(tmp_path):

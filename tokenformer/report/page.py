@@ -44,11 +44,10 @@ def training_charts(report: dict[str, Any]) -> list[Chart]:
     return [loss, rate]
 
 
-def png_texts(report: dict[str, Any]) -> tuple[str, str]:
-    """The answer and the small print of the picture."""
+def png_texts(report: dict[str, Any], charts: list[Chart]) -> tuple[str, str]:
+    """The answer and the small print of the picture of these charts."""
     whole, lead = " ".join(report["answer"]), report["answer"][0]
     answer = (whole if len(whole) < 400 else lead).replace("**", "")
-    charts = top_charts(report)
     cut = " The start of training runs out of the top." if any(map(is_cut, charts)) else ""
     if len(charts[0].events) > EVENTS_IN_WORDS:
         cut += " Dashed and numbered: growths; the page lists them."
@@ -166,9 +165,9 @@ def style() -> str:
     )
 
 
-def page(report: dict[str, Any]) -> str:
-    """The whole page. It names no address, so it reads the same from a disk, a mail or a server."""
-    top = top_charts(report)
+def page(report: dict[str, Any], top: list[Chart]) -> str:
+    """The whole page, `top` its first charts. It names no address, so it reads the same from a disk, a mail or a server.
+    """
     charts = "".join(figure(chart, f"top{i}") for i, chart in enumerate(top))
     training = "".join(figure(chart, f"train{i}") for i, chart in enumerate(training_charts(report)))
     plural = "Arms" if report["kind"] == "race" else "Run"

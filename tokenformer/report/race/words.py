@@ -55,6 +55,11 @@ def ratio_text(ratio: dict[str, Any]) -> str:
     return f"{shown} [{low} to {high}]"
 
 
+def edge_text(best: dict[str, Any]) -> str:
+    """ "the largest of 3 sizes", "the only size": the best of an architecture's sizes, where none beyond it was tried."""
+    return "the only size" if best["edge"] == "only" else f"the {best['edge']} of {best['sizes']} sizes"
+
+
 def growth_state(report: dict[str, Any], budget: dict[str, Any], arm: str) -> str:
     """ "before growth", or "grown 1 of 3 times", where what an arm is at a budget is not what it ends as (rule 17)."""
     cell = cell_of(budget, arm)
@@ -182,29 +187,29 @@ def second_sentence(report: dict[str, Any], budget: dict[str, Any], arm: dict[st
         apart = sum(gain["word"] != "not told apart" for gain in gains)
         which = f"of {len(gains)} differences" if len(gains) > 1 else "of one difference"
         parts.append(f"{which} between what they gained {apart or 'none'} can be told from zero")
-    if ratio:
+    if bounded(ratio):
         rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
         parts.append(
             f"to the loss that **{name}** has there **{arm['name']}** needs {ratio_text(ratio)} times the FLOPs of "
             f"**{name}**: **{ratio['word']}**{rests}"
         )
-    said = "; ".join(part for part in parts if part) or f"FLOPs to the loss of **{name}**: not compared"
+    itself = f"**{name}** is the reference itself" if name == arm["name"] else ""
+    said = "; ".join(filter(None, parts)) or itself or f"FLOPs to the loss of **{name}**: {ratio_text(ratio)}"
     return f"{said[0].upper()}{said[1:]}."
 
 
-def flops_to_loss(
-    report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]
-) -> tuple[str, dict[str, Any] | None]:
-    """Whose loss, and an arm's FLOPs to it at a budget: its own scratch's where it grows, else the reference's.
-
-    No ratio where the budgets do not bound it on any side.
-    """
+def flops_to_loss(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Whose loss, and an arm's FLOPs to it at a budget: its own scratch's where it grows, else the reference's."""
     scratch, ratio = scratch_of(report, arm["name"])
     if not scratch:
         at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
         ratio = at["ratios"].get(arm["name"]) if at else None
-    told = ratio is not None and ratio["value"] is not None and ratio["side"] != "unbounded"
-    return scratch["name"] if scratch else report["race"]["reference"], ratio if told else None
+    return scratch["name"] if scratch else report["race"]["reference"], ratio or {"value": None}
+
+
+def bounded(ratio: dict[str, Any]) -> bool:
+    """Whether there is a ratio, and the budgets bound it on some side."""
+    return ratio["value"] is not None and ratio["side"] != "unbounded"
 
 
 # --- tiles ---
@@ -220,13 +225,13 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
         sizes = sizes_beside(report, budget, arm) if arm and arm["grows"] else budget["compute_optimal"][:1]
         if sizes:
             best = min(sizes, key=lambda size: size["loss"])
-            edge = "bracketed" if not best["edge"] else f"not bracketed: the {best['edge']} size"
+            edge = f"not bracketed: {edge_text(best)}" if best["edge"] else "bracketed"
             label = best_of_sizes(sizes).removeprefix("the ")
             tiles.append((label, bits_text(best["loss"]), f"{best['arm']}; {edge}"))
         if budget["s"] is not None:
             tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']:.3g} degrees of freedom"))
-        name, ratio = flops_to_loss(report, budget, arm) if arm else ("", None)
-        if ratio:
+        name, ratio = flops_to_loss(report, budget, arm) if arm else ("", {"value": None})
+        if bounded(ratio):
             rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
             text = f"{ratio_text(ratio).split(' [')[0]}\N{NO-BREAK SPACE}×"
             tiles.append((f"FLOPs to the loss of {name}", text, ratio["word"] + rests))
