@@ -10,6 +10,7 @@ from scipy import stats
 from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
 
 from tokenformer.report import read_report, write_report
+from tokenformer.report.charts import QUIET
 from tokenformer.report.markup import name_of
 from tokenformer.report.race.page import page, top_charts
 from tokenformer.report.race.words import ratio_text
@@ -439,6 +440,23 @@ def test_arms_of_one_colour_have_swatches_like_their_lines():
     report = {"kind": "race", "arms": [{"name": str(i)} for i in range(21)]}
     looks = [re.search('class="swatch (.*?)"', name_of(report, arm)).group(1) for arm in report["arms"]]
     assert len(set(looks)) == 21 and [looks[i] for i in (0, 7, 14)] == ["f0", "f0 dashed", "f0 dotted"]
+
+
+def test_of_many_arms_those_of_the_answer_are_in_colour_and_the_others_in_grey(many, report):
+    drawn = {s.name: s for s in top_charts(many)[0].series}
+    loud = {name for name, s in drawn.items() if s.colour < QUIET}
+    spoken_of = {name for name in re.findall(r"\*\*(.+?)\*\*", many["answer"][0]) if name in drawn}
+    assert len(spoken_of) > 2 and spoken_of | {"scratch"} <= loud == set(many["foremost"])
+    assert len(loud) <= 6 < len(drawn) - 2
+    assert all(bool(s.low) == (name in loud) for name, s in drawn.items())
+    layers = [s.name in loud for s in top_charts(many)[0].series]
+    assert layers == sorted(layers)  # what is in colour lies above
+    chips = page_of(json.loads(json.dumps(many))).split('class="legend many"')[1]
+    chips = re.findall(r'<li data-arm="(\d+)" tabindex="0"><i class="swatch (\w+)', chips)
+    assert [look for _, look in chips] == [f"f{i}" for i in range(len(loud))] + ["f7"] * (len(drawn) - len(loud))
+    assert len({number for number, _ in chips}) == len(drawn)
+    plain = page_of(json.loads(json.dumps(report))).split("<body>")[1]  # the control: colours for all
+    assert report["foremost"] == [] and "legend many" not in plain and ' f7"' not in plain and ' s7"' not in plain
 
 
 def test_an_architecture_that_scatters_more_than_the_others_is_said(report, tmp_path):

@@ -17,7 +17,7 @@ from ..verdict import (
 )
 from .controls import controls_of, gains, own_controls, pair_of, sunk_costs
 from .numbers import starts_of, values_at
-from .words import answer, answered, best_arm, edge_text, headline, listed, progress, share_text
+from .words import answer, answered, best_arm, edge_text, foremost, headline, listed, progress, share_text
 
 OVERLAP = 0.05  # above this share of its stretches in the training text, a text is no longer held out (rule 4)
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
@@ -320,4 +320,5 @@ def put_in_words(report: dict[str, Any]) -> dict[str, Any]:
     said = answer(report)
     if any(note["level"] == "bad" for note in report["warnings"] + report["status_warnings"]):
         said[0] = f"**Read the red notes first.** {said[0]}"
-    return {**report, "answer": said, "headline": headline(report), "changes": changes(report)}
+    found = {"headline": headline(report), "changes": changes(report), "foremost": foremost(report)}
+    return {**report, "answer": said, **found}

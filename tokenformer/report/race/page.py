@@ -32,6 +32,7 @@ def png_texts(report: dict[str, Any], charts: list[Chart]) -> tuple[str, str]:
     told = " ".join(bare) if sum(map(len, bare)) < 430 else bare[0]
     text = "Fully decayed results, bits per byte, lower is better: means over seeds, bands of one standard deviation."
     text += " What is far behind runs out of the top." if any(map(is_cut, charts)) else ""
+    text += " Grey: the other arms." if report["foremost"] else ""
     return told, small_print(report, text)
 
 
@@ -40,6 +41,9 @@ def page(report: dict[str, Any], top: list[Chart]) -> str:
     results = "".join(figure(chart, f"top{i}") for i, chart in enumerate(top))
     training = training_chart(report)
     band = "Each mark is a run that decayed fully at that budget, mean over seeds; the band is one standard deviation."
+    if report["foremost"]:
+        band += " In colour: the reference and what the answer speaks of; grey: the other arms. Pointing at a name or "
+        band += "a line brings it forward, and a click on a name keeps it there."
     body = (
         f"{head(report)}{standing_section(report)}"
         f'<div class="bar-top"><h2>Results at each budget</h2>{TOGGLE}</div>'

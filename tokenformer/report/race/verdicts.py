@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...statistics import false_alarms
-from ..charts import LIGHT
-from ..markup import colour_of, e, name_of, table
+from ..charts import colour_of, shade
+from ..markup import e, name_of, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
 from .controls import best_of_sizes, pair_of, sizes_beside
 from .numbers import cell_of
@@ -118,7 +118,7 @@ def standing_section(report: dict[str, Any]) -> str:
     entries: list[tuple[Any, ...]] = [(0.0, itself, None, (0.0, 0.0))]
     entries += [(pair["value"], arm, pair, span) for (arm, pair), span in zip(compared, ends, strict=True)]
     for value, arm, pair, (low, high) in sorted(entries, key=lambda entry: entry[0]):
-        look, colour = f"f{colour_of(report, arm) % len(LIGHT)}", colour_of(report, arm)
+        look = f"f{shade(colour := colour_of(report, arm))}"
         span = f'<i class="bar {look}" style="left:{place(low):.2f}%;width:{place(high) - place(low):.2f}%"></i>'
         within = -left <= value <= right
         shape = "dot" if within else "beyond" if value > 0 else "beyond left"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..charts import ARMS_WITH_LEADERS, MANY_ARMS
 from ..units import bits_text, flops_text, gap_text, signed
 from .controls import best_of_sizes, controls_of, pair_of, sizes_beside
 from .numbers import cell_of, mean_of, runs_at
@@ -13,6 +14,7 @@ LABELS = {
     "small": "the small size, trained longer",
     "dropped": "the same growth without its optimizer's state",
 }
+NOT_COMPARED: dict[str, Any] = {"value": None}  # FLOPs to a loss, where there is no ratio
 BY_ITS_LOSS = "by its loss at that budget"  # where a word rests, when the FLOPs to a loss lie beyond the budgets
 
 
@@ -56,7 +58,7 @@ def ratio_text(ratio: dict[str, Any]) -> str:
 
 
 def edge_text(best: dict[str, Any]) -> str:
-    """ "the largest of 3 sizes", "the only size": the best of an architecture's sizes, where none beyond it was tried."""
+    """ "the largest of 3 sizes", "the only size": the best of an architecture, where none beyond it was tried."""
     return "the only size" if best["edge"] == "only" else f"the {best['edge']} of {best['sizes']} sizes"
 
 
@@ -204,12 +206,26 @@ def flops_to_loss(report: dict[str, Any], budget: dict[str, Any], arm: dict[str,
     if not scratch:
         at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
         ratio = at["ratios"].get(arm["name"]) if at else None
-    return scratch["name"] if scratch else report["race"]["reference"], ratio or {"value": None}
+    return scratch["name"] if scratch else report["race"]["reference"], ratio or NOT_COMPARED
 
 
 def bounded(ratio: dict[str, Any]) -> bool:
     """Whether there is a ratio, and the budgets bound it on some side."""
     return ratio["value"] is not None and ratio["side"] != "unbounded"
+
+
+def foremost(report: dict[str, Any]) -> list[str]:
+    """Of many arms those that charts have in colour: the reference, the arm of the answer, its controls, and the copies
+    of the reference. None where all of them can be.
+    """
+    budget = answered(report)
+    arm = budget and (best_arm(report, budget, grows=True) or best_arm(report, budget))
+    if not budget or not arm or len(report["arms"]) <= MANY_ARMS:
+        return []
+    reference = report["race"]["reference"]
+    copies = [a["name"] for a in report["arms"] if a["role"] == "copy" and a["of"] == reference]
+    names = [reference, arm["name"], *controls_of(report, budget, arm).values(), *copies]
+    return list(dict.fromkeys(names))[:ARMS_WITH_LEADERS]
 
 
 # --- tiles ---
@@ -230,7 +246,7 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
             tiles.append((label, bits_text(best["loss"]), f"{best['arm']}; {edge}"))
         if budget["s"] is not None:
             tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']:.3g} degrees of freedom"))
-        name, ratio = flops_to_loss(report, budget, arm) if arm else ("", {"value": None})
+        name, ratio = flops_to_loss(report, budget, arm) if arm else ("", NOT_COMPARED)
         if bounded(ratio):
             rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
             text = f"{ratio_text(ratio).split(' [')[0]}\N{NO-BREAK SPACE}×"
