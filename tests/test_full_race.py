@@ -847,7 +847,10 @@ def test_a_plan_says_the_flops_of_all_runs_of_each_arm_and_their_sum(
 
     ends_at_once("nobody")(noting, tmp_path)
     assert len(ran) == 3 * 3 + 5 * 2 * 2 + 1
+    grids: list[Race] = []
+    monkeypatch.setattr(jobs, "grid", lambda race: grids.append(race) or grid(race))
     lines = plan_race(recipe, 1)
+    assert len(grids) == 1
     planned = {arm.name: float(lines[1 + i].split("e+")[0].split()[-1] + "e8") for i, arm in enumerate(race.arms)}
     for name, flops in planned.items():
         own = {job: cost for job, cost in ran.items() if job.startswith(f"{name}/")}

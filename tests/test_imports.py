@@ -25,7 +25,7 @@ ARROW: dict[str, set[str]] = {
     "random_states": set(),
     "runs": {"recipe", "environment"},
     "statistics": set(),
-    "report": {"runs", "statistics"},
+    "report": {"recipe", "runs", "statistics"},
     "evaluate": {"models", "data", "distributed", "nearest"},
     "models": {"pattention", "nearest"},
     "growth": {"pattention", "models", "flops", "nearest"},

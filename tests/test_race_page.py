@@ -10,9 +10,9 @@ from scipy import stats
 from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
 
 from tokenformer.report import read_report, write_report
+from tokenformer.report.charts import QUIET
 from tokenformer.report.markup import name_of
-from tokenformer.report.race.page import page as page_of
-from tokenformer.report.race.page import top_charts
+from tokenformer.report.race.page import page, top_charts
 from tokenformer.report.race.words import ratio_text
 from tokenformer.report.units import flops_text, signed
 from tokenformer.statistics import spread_of
@@ -30,6 +30,10 @@ def race(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(race):
     return json.loads((race / "report.json").read_text())
+
+
+def page_of(report):
+    return page(report, top_charts(report))
 
 
 def reds(report):
@@ -268,8 +272,9 @@ def test_the_compute_optimal_size_is_found_and_an_edge_is_said(report, tmp_path)
         "sizes": 2,
         "edge": "largest",
     }
-    assert any("not bracketed" in text for text in told["changes"])
-    assert "not bracketed: the largest of 2" in page_of(read_report(folder))
+    said = "is not bracketed: **scratch** is the largest of 2 sizes, and a larger one may be better still."
+    assert [text.endswith(said) for text in told["changes"]].count(True) == 1
+    assert "not bracketed: the largest of 2 sizes" in page_of(read_report(folder))
 
 
 def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many, tmp_path):
@@ -286,7 +291,7 @@ def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many,
     head = page.split("Each growing arm against its own controls")[1].split("<tbody>")[0]
     assert "the best of the sizes from scratch" in head
     assert {row[1]: row[5] for row in cells_of(page, "Compute-optimal size")} == {
-        "tokenformer": "not bracketed: the smallest of 2", "llama": "not bracketed: the only of 1"
+        "tokenformer": "not bracketed: the smallest of 2 sizes", "llama": "not bracketed: the only size"
     }
 
 
@@ -435,6 +440,23 @@ def test_arms_of_one_colour_have_swatches_like_their_lines():
     report = {"kind": "race", "arms": [{"name": str(i)} for i in range(21)]}
     looks = [re.search('class="swatch (.*?)"', name_of(report, arm)).group(1) for arm in report["arms"]]
     assert len(set(looks)) == 21 and [looks[i] for i in (0, 7, 14)] == ["f0", "f0 dashed", "f0 dotted"]
+
+
+def test_of_many_arms_those_of_the_answer_are_in_colour_and_the_others_in_grey(many, report):
+    drawn = {s.name: s for s in top_charts(many)[0].series}
+    loud = {name for name, s in drawn.items() if s.colour < QUIET}
+    spoken_of = {name for name in re.findall(r"\*\*(.+?)\*\*", many["answer"][0]) if name in drawn}
+    assert len(spoken_of) > 2 and spoken_of | {"scratch"} <= loud == set(many["foremost"])
+    assert len(loud) <= 6 < len(drawn) - 2
+    assert all(bool(s.low) == (name in loud) for name, s in drawn.items())
+    layers = [s.name in loud for s in top_charts(many)[0].series]
+    assert layers == sorted(layers)  # what is in colour lies above
+    chips = page_of(json.loads(json.dumps(many))).split('class="legend many"')[1]
+    chips = re.findall(r'<li data-arm="(\d+)" tabindex="0"><i class="swatch (\w+)', chips)
+    assert [look for _, look in chips] == [f"f{i}" for i in range(len(loud))] + ["f7"] * (len(drawn) - len(loud))
+    assert len({number for number, _ in chips}) == len(drawn)
+    plain = page_of(json.loads(json.dumps(report))).split("<body>")[1]  # the control: colours for all
+    assert report["foremost"] == [] and "legend many" not in plain and ' f7"' not in plain and ' s7"' not in plain
 
 
 def test_an_architecture_that_scatters_more_than_the_others_is_said(report, tmp_path):
@@ -798,6 +820,29 @@ def test_a_race_without_growth_names_the_best_arm(tmp_path):
     assert "the best arm, **llama**" in told["answer"][0] and "**better** than **gpt2** by" in told["answer"][0]
     assert told["answer"][1].startswith("Of 2 other arms none is **better** than **llama** and all **worse**")
     assert "Growths" not in page_of(read_report(folder))
+
+
+@pytest.mark.parametrize(
+    ("away", "said"),
+    [
+        ((0.1, 0.1, 0.1), "**llama** is the reference itself."),
+        ((0.1, -0.2, -0.2), "FLOPs to the loss of **llama**: beyond the budgets on both sides."),
+        ((None, None, None), "FLOPs to the loss of **llama**: not compared."),
+        ((-0.2, -0.2, -0.2), "To the loss that **llama** has there **gpt2** needs less than 1.00 times the FLOPs"),
+    ],
+)
+def test_why_there_is_no_ratio_of_flops_is_said(tmp_path, away, said):
+    sizes = {"parameters": (720_000, 720_000)}
+    arms = {name: {"role": "arm", "architecture": name, **sizes} for name in ("llama", "gpt2")}
+
+    def loss(arm, rate, seed, budget):
+        return 2.0 + ((away[seed % 10] or -0.1) + 0.001 * (seed % 10) if arm == "gpt2" else 0.0)
+
+    def skip(arm, seed, budget):  # so that the two have no seed in common
+        return None in away and (arm == "gpt2") != (seed == 0)
+
+    folder = write_full_race(tmp_path / "race", arms, loss, budgets=(1.0,), reference="llama", skip=skip)
+    assert read_report(folder)["answer"][1].startswith(said)
 
 
 def test_without_a_named_reference_it_is_the_target_size_from_scratch(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from tiny_races import ENVIRONMENT
 
 from tokenformer.report import read_report, write_report
-from tokenformer.report.charts import spread
+from tokenformer.report.charts import QUIET, Series, label_places, spread
 from tokenformer.report.units import count_text, flops_text, linear_ticks, log_ticks, seconds_text, tick_texts
 from tokenformer.report.verdict import NO_RULES
 
@@ -571,6 +571,15 @@ def test_labels_are_spread_apart_in_order_and_within_bounds():
     assert spread([10.0, 30.0], 5, 0, 60) == [10.0, 30.0], "labels with room stay where they are"
     high = spread([58.0, 59.0, 60.0], 10, 0, 60)
     assert high == pytest.approx([40, 50, 60])
+
+
+def test_a_grey_name_stands_where_no_other_line_ends_and_never_moves_one_in_colour():
+    loud, grey, other = (Series(str(colour), colour, [], []) for colour in (0, QUIET, QUIET + 1))
+    assert label_places([(loud, 20.0), (grey, 35.0), (other, 50.0)], 10, 0, 60) == [20, 35, 50]
+    assert label_places([(loud, 20.0), (grey, 25.0), (other, 50.0)], 10, 0, 60) == [20, None, 50]
+    assert label_places([(loud, 20.0), (grey, 45.0), (other, 50.0)], 10, 0, 60) == [20, None, None]
+    moved = label_places([(loud, 20.0), (Series("1", 1, [], []), 25.0)], 10, 0, 60)  # the control: both in colour
+    assert moved == [pytest.approx(17.5), pytest.approx(27.5)]
 
 
 def test_ticks_are_round_and_within_the_axis():

@@ -26,7 +26,7 @@ from ..train import require_feasible
 from .arms import NOT_SIZES, Arm, arms_of, ends, parameters_of
 from .checks import check_texts, require_causal
 from .final import final_windows, require_another_text
-from .jobs import Race, all_jobs, bits_of, grid, headline, require_branches, todo, trial
+from .jobs import Race, all_jobs, bits_of, grid, headline, jobs_of_arms, require_branches, todo, trial
 from .planned import plan_lines, table
 from .processes import Piece, Progress, run_jobs, run_main
 
@@ -180,7 +180,7 @@ def note_rates(race: Race) -> None:
 def progress_of(race: Race) -> Progress:
     """How many runs and FLOPs have ended before this session, and how many there are."""
     done = [path.parent for path in race.place("").rglob(runs.RESULT) if bits_of(path.parent) is not None]
-    return Progress(lambda: all_jobs(race), len(done), sum(run_flops(path) for path in done))
+    return Progress(lambda: all_jobs(jobs_of_arms(race)), len(done), sum(run_flops(path) for path in done))
 
 
 def run_flops(run: Path) -> int:

@@ -281,7 +281,7 @@ def jobs_of_arms(race: Race) -> dict[str, tuple[int, int]]:
     return found
 
 
-def all_jobs(race: Race) -> tuple[int, int]:
-    """How many runs the race comes to, and their FLOPs."""
-    counts, flops = zip(*jobs_of_arms(race).values(), strict=True)
+def all_jobs(of_arms: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """How many runs all arms together come to, and their FLOPs."""
+    counts, flops = zip(*of_arms.values(), strict=True)
     return sum(counts), sum(flops)

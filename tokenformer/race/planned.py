@@ -30,7 +30,8 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def plan_lines(race: Race, slots: int) -> list[str]:
     sizes = ("parameters", "at the end", "steps", "tokens", "per param", "FLOPs")
     rows, seconds, headline_flops = [("arm", "role", "architecture", *sizes, "grows at")], 0.0, 0.0
-    of_arms, (count, flops) = jobs_of_arms(race), all_jobs(race)
+    of_arms = jobs_of_arms(race)
+    count, flops = all_jobs(of_arms)
     for arm in race.arms:
         planned = race.plan(arm, arm.recipe)
         start, end = parameters_of(arm.recipe, race.vocab_size)

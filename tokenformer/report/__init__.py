@@ -74,9 +74,10 @@ def write_report(folder: Path | str) -> dict[str, Path]:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as staging:
             made = {kind: Path(staging) / path.name for kind, path in paths.items()}
             made["json"].write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            made["html"].write_text(layout.page(report), encoding="utf-8", errors="replace")
-            title, note = layout.png_texts(report)
-            write_png(report, layout.top_charts(report), title, note, made["png"])
+            charts = layout.top_charts(report)
+            made["html"].write_text(layout.page(report, charts), encoding="utf-8", errors="replace")
+            title, note = layout.png_texts(report, charts)
+            write_png(report, charts, title, note, made["png"])
             for kind, path in paths.items():
                 os.replace(made[kind], path)
     except OSError as error:

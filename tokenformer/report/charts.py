@@ -1,7 +1,8 @@
 """What a chart shows: lines, growths and axes, chosen once for the page's SVG and for the PNG.
 
 The palette is after Okabe and Ito's, made for eyes with any of the common forms of colour blindness: darker
-where theirs is pale on white, lighter on a dark page. An eighth arm starts again at the first colour, dashed.
+where theirs is pale on white, lighter on a dark page. An eighth arm starts again at the first colour, dashed. Of more
+than MANY_ARMS in a full race those that the answer speaks of have colours, and all others one thin grey.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any
 
 from .units import bits_text, count_text, flops_text, prefix, seconds_text, small_text
 
-LIGHT = ("#0072B2", "#D55E00", "#009E73", "#B0568F", "#C98200", "#3D9BD1", "#555555")
-DARK = ("#56A8E8", "#F08A4B", "#2CC296", "#E08FC0", "#EDB33B", "#8ED1F5", "#B5B5B5")
+LIGHT = ("#0072B2", "#D55E00", "#009E73", "#B0568F", "#C98200", "#3D9BD1", "#555555", "#B3B7BB")
+DARK = ("#56A8E8", "#F08A4B", "#2CC296", "#E08FC0", "#EDB33B", "#8ED1F5", "#B5B5B5", "#5C6369")
+GREY = 7  # its place in both; the colours stand before it
 DASHES = ("", "7 4", "2 3")
+MANY_ARMS = 8
+QUIET = 1000  # an arm with a number from here on is drawn in grey
 SHOWN_FROM = 0.1  # on a linear axis the fall over the first tenth of training would flatten all the rest
 EVENTS_IN_WORDS = 2
 ARMS_WITH_LEADERS = 6  # with more arms a fan of leaders says less than a plain list of names
@@ -23,7 +27,7 @@ ARMS_WITH_LEADERS = 6  # with more arms a fan of leaders says less than a plain 
 @dataclass
 class Series:
     name: str
-    colour: int
+    colour: int  # the arm's number, see colour_of
     x: list[float]
     y: list[float]
     notes: list[str] = field(default_factory=list)  # the read-out of each point, in lines
@@ -49,6 +53,24 @@ class Chart:
     whole: bool = False  # show all of y from 0 on, also on a linear axis, and growths without words
     shared_y: tuple[float, float] | None = None  # of charts that stand side by side
     points: bool = False  # few results, each marked, rather than a curve; x and y show just them
+
+
+def colour_of(report: dict[str, Any], arm: dict[str, Any]) -> int:
+    """An arm's number, which its name and lines carry: its place, or QUIET and more where others are `foremost`."""
+    place, foremost = report["arms"].index(arm), report.get("foremost")
+    if not foremost:
+        return place
+    return foremost.index(arm["name"]) if arm["name"] in foremost else QUIET + place
+
+
+def shade(colour: int) -> int:
+    """The place of an arm's colour in the palettes."""
+    return GREY if colour >= QUIET else colour % GREY
+
+
+def dashing(colour: int) -> int:
+    """0, 1, 2: whether an arm's line is whole, dashed or dotted."""
+    return 0 if colour >= QUIET else colour // GREY % 3
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
@@ -155,6 +177,22 @@ def spread(wanted: list[float], gap: float, low: float, high: float) -> list[flo
             placed[order[n]] = base + n * gap
             n += 1
     return placed
+
+
+def label_places(ends: list[tuple[Series, float]], gap: float, low: float, high: float) -> list[float | None]:
+    """Where names stand, each near its line's end and `gap` from the next; None for a grey one that others crowd."""
+    loud = [end for s, end in ends if s.colour < QUIET]
+    free, out = iter(placed := spread(loud, gap, low, high)), []
+    for s, end in ends:
+        others = placed + [other for t, other in ends if t.colour >= QUIET and t is not s]
+        alone = all(abs(end - other) >= gap for other in others)
+        out.append(next(free) if s.colour < QUIET else end if alone else None)
+    return out
+
+
+def with_leaders(chart: Chart) -> bool:
+    """Whether names are tied to their lines' ends; else each has a piece of its line beside it."""
+    return sum(s.colour < QUIET for s in chart.series) <= ARMS_WITH_LEADERS
 
 
 def shortened(name: str, most: int = 23) -> str:

@@ -7,7 +7,7 @@ import re
 from html import escape
 from typing import Any
 
-from .charts import LIGHT
+from .charts import colour_of, dashing, shade
 from .units import MISSING
 
 MOST_ENTRIES = 8
@@ -66,14 +66,10 @@ def pairs(
     return f'<div class="scroll"><table class="pairs"><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def colour_of(report: dict[str, Any], arm: dict[str, Any]) -> int:
-    return report["arms"].index(arm)
-
-
 def name_of(report: dict[str, Any], arm: dict[str, Any]) -> str:
     if report["kind"] == "run":
         return f"<b>{e(arm['name'])}</b>"
     colour = colour_of(report, arm)
-    dash = ("", " dashed", " dotted")[colour // len(LIGHT) % 3]  # as the lines of the charts
+    dash = ("", " dashed", " dotted")[dashing(colour)]  # as the lines of the charts
     name = e(arm["name"]).replace("_", "_<wbr>")  # where a narrow column may break it
-    return f'<i class="swatch f{colour % len(LIGHT)}{dash}"></i><b>{name}</b>'
+    return f'<i class="swatch f{shade(colour)}{dash}"></i><b>{name}</b>'

@@ -5,19 +5,32 @@ const body = document.body;
 toggle.parentElement.hidden = false;
 toggle.addEventListener("change", () => body.classList.toggle("logx", toggle.checked));
 
+// An arm that is pointed at is brought forward wherever it stands; one that was clicked stays there.
+const kept = new Set();
+const mark = (arm, on) => {
+  for (const part of document.querySelectorAll(`[data-arm="${arm}"]`)) part.classList.toggle("on", on || kept.has(arm));
+};
+
 // The point nearest to the pointer is read out.
 for (const drawing of document.querySelectorAll(".drawing")) {
   const points = JSON.parse(drawing.dataset.points);
-  const notes = JSON.parse(drawing.closest("figure").dataset.notes);
+  const [notes, arms] = ["notes", "arms"].map((key) => JSON.parse(drawing.closest("figure").dataset[key]));
   const svg = drawing.querySelector("svg");
   const cursor = svg.querySelector(".cursor");
-  const hide = () => { tip.hidden = true; cursor.style.visibility = "hidden"; };
+  let pointed = null;
+  const point = (arm) => {
+    if (arm === pointed) return;
+    mark(pointed, false);
+    mark(pointed = arm, true);
+  };
+  const hide = () => { tip.hidden = true; cursor.style.visibility = "hidden"; point(null); };
   const show = ([x, y, arm, index]) => {
     const box = svg.getBoundingClientRect();
     const scale = box.width / svg.viewBox.baseVal.width;
     cursor.setAttribute("cx", x);
     cursor.setAttribute("cy", y);
     cursor.style.visibility = "visible";
+    point(String(arms[arm]));
     tip.textContent = notes[arm][index];
     tip.hidden = false;
     const left = Math.min(box.left + x * scale + 14, document.documentElement.clientWidth - tip.offsetWidth - 6);
@@ -37,15 +50,19 @@ for (const drawing of document.querySelectorAll(".drawing")) {
   svg.addEventListener("pointerleave", hide);
 }
 
-// Pointing at an arm's name brings its lines forward in every chart.
+// Pointing at an arm's name lets all others fade.
 for (const item of document.querySelectorAll("li[data-arm], text.name")) {
   const arm = item.closest("[data-arm]").dataset.arm;
   const pick = (on) => () => {
     body.classList.toggle("picked", on);
-    for (const g of document.querySelectorAll(`.arm[data-arm="${arm}"]`)) g.classList.toggle("on", on);
+    mark(arm, on);
   };
-  item.addEventListener("pointerenter", pick(true));
-  item.addEventListener("pointerleave", pick(false));
+  for (const kind of ["pointerenter", "focus"]) item.addEventListener(kind, pick(true));
+  for (const kind of ["pointerleave", "blur"]) item.addEventListener(kind, pick(false));
+  item.addEventListener("click", () => {
+    kept.has(arm) ? kept.delete(arm) : kept.add(arm);
+    mark(arm, kept.has(arm));
+  });
 }
 
 // A table that does not fit says that it scrolls.

@@ -7,8 +7,8 @@ import textwrap
 from importlib.resources import files
 from typing import Any
 
-from .charts import DARK, EVENTS_IN_WORDS, LIGHT, Chart, chart_of, is_cut, y_range
-from .markup import colour_of, e, name_of, prose
+from .charts import DARK, EVENTS_IN_WORDS, LIGHT, Chart, chart_of, colour_of, is_cut, shade, y_range
+from .markup import e, name_of, prose
 from .svg import svg
 from .tables import arms_table, data_section, difference, growth_table, provenance, recipes, samples
 from .units import bits_text, gap_text
@@ -44,11 +44,10 @@ def training_charts(report: dict[str, Any]) -> list[Chart]:
     return [loss, rate]
 
 
-def png_texts(report: dict[str, Any]) -> tuple[str, str]:
-    """The answer and the small print of the picture."""
+def png_texts(report: dict[str, Any], charts: list[Chart]) -> tuple[str, str]:
+    """The answer and the small print of the picture of these charts."""
     whole, lead = " ".join(report["answer"]), report["answer"][0]
     answer = (whole if len(whole) < 400 else lead).replace("**", "")
-    charts = top_charts(report)
     cut = " The start of training runs out of the top." if any(map(is_cut, charts)) else ""
     if len(charts[0].events) > EVENTS_IN_WORDS:
         cut += " Dashed and numbered: growths; the page lists them."
@@ -74,12 +73,13 @@ def figure(chart: Chart, key: str) -> str:
             classes = f"{'narrow' if narrow else 'wide'} {'log' if log else 'linear'}"
             drawings.append(f'<div class="drawing {classes}" data-points="{data}">{drawing}</div>')
     notes = json.dumps([s.notes for s in chart.series], ensure_ascii=False, separators=(",", ":"))
+    arms = [s.colour for s in chart.series]
     caption = ""
     if not chart.whole and is_cut(chart):
         what = f"What lies above {bits_text(y_range(chart, False)[1])}" if chart.points else "The start"
         caption = f'<p class="cut">{what} runs out of the top; with “log x-axis” all is shown.</p>'
     return (
-        f'<figure data-notes="{e(notes)}"><h3>{e(chart.title)}</h3>{"".join(drawings)}'
+        f'<figure data-notes="{e(notes)}" data-arms="{arms}"><h3>{e(chart.title)}</h3>{"".join(drawings)}'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -96,8 +96,10 @@ def legend(report: dict[str, Any]) -> str:
     if report["kind"] == "run":
         return ""
     arms = report["arms"] if report.get("race") else by_rank(report["arms"])
-    chips = (f'<li data-arm="{colour_of(report, a)}">{name_of(report, a)}</li>' for a in arms)
-    return f'<ul class="legend">{"".join(chips)}</ul>'
+    if report.get("foremost"):
+        arms = sorted(arms, key=lambda arm: colour_of(report, arm))
+    chips = (f'<li data-arm="{colour_of(report, a)}" tabindex="0">{name_of(report, a)}</li>' for a in arms)
+    return f'<ul class="legend{" many" if report.get("foremost") else ""}">{"".join(chips)}</ul>'
 
 
 def noise_text(report: dict[str, Any]) -> str:
@@ -131,8 +133,8 @@ def ranking(report: dict[str, Any]) -> str:
         at, colour = place(arm["bits_per_byte"]), colour_of(report, arm)
         grown = ' <span class="tag">grown</span>' if arm["growth"] else ""
         track = (
-            f'<span class="track">{band}<i class="bar f{colour % 7}" style="left:3%;width:{at - 3:.2f}%"></i>'
-            f'<i class="dot f{colour % 7}" style="left:{at:.2f}%"></i></span>'
+            f'<span class="track">{band}<i class="bar f{shade(colour)}" style="left:3%;width:{at - 3:.2f}%"></i>'
+            f'<i class="dot f{shade(colour)}" style="left:{at:.2f}%"></i></span>'
         )
         rows.append(
             f'<li data-arm="{colour}"><span class="who">{name_of(report, arm)}{grown}</span>{track}'
@@ -166,9 +168,8 @@ def style() -> str:
     )
 
 
-def page(report: dict[str, Any]) -> str:
-    """The whole page. It names no address, so it reads the same from a disk, a mail or a server."""
-    top = top_charts(report)
+def page(report: dict[str, Any], top: list[Chart]) -> str:
+    """The whole page, `top` its first charts. It names no address, so it reads the same from a disk or a server."""
     charts = "".join(figure(chart, f"top{i}") for i, chart in enumerate(top))
     training = "".join(figure(chart, f"train{i}") for i, chart in enumerate(training_charts(report)))
     plural = "Arms" if report["kind"] == "race" else "Run"

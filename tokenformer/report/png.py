@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from .charts import (
-    ARMS_WITH_LEADERS,
     EVENTS_IN_WORDS,
     LIGHT,
+    QUIET,
     Chart,
+    dashing,
     label_place,
+    label_places,
     last_x_within,
+    shade,
     shortened,
-    spread,
+    with_leaders,
     x_range,
     y_range,
 )
@@ -59,32 +62,36 @@ def draw_axes(axes: Any, chart: Chart) -> None:
     axes.set_title(chart.y_label, size=10, color="#555555", loc="left", pad=9)
     drawn, styles = [s for s in chart.series if s.x], ("-", (0, (5, 3)), (0, (1, 2)))
     for s in drawn:
+        colour, quiet = LIGHT[shade(s.colour)], s.colour >= QUIET
         if s.low:
-            axes.fill_between(s.x, s.low, s.high, color=LIGHT[s.colour % 7], alpha=0.12, linewidth=0, zorder=2)
+            axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.12, linewidth=0, zorder=2)
         marks = [(x, y) for x, y in zip(s.x, s.y, strict=True) if y <= y1]
         if chart.points and marks:
             x, y = zip(*marks, strict=True)
-            axes.plot(x, y, "o", color=LIGHT[s.colour % 7], markersize=3.5, zorder=3, clip_on=False)
-        axes.plot(
-            s.x, s.y, color=LIGHT[s.colour % 7], linestyle=styles[s.colour // 7 % 3], linewidth=1.9, zorder=3
-        )
+            axes.plot(x, y, "o", color=colour, markersize=2 if quiet else 3.5, zorder=3, clip_on=False)
+        width = 0.9 if quiet else 1.9
+        axes.plot(s.x, s.y, color=colour, linestyle=styles[dashing(s.colour)], linewidth=width, zorder=3)
         if s.y[-1] <= y1:
-            axes.plot(s.x[-1:], s.y[-1:], "o", color=LIGHT[s.colour % 7], markersize=4.5, zorder=4, clip_on=False)
-    heights = spread([(s.y[-1] - y0) / (y1 - y0) for s in drawn], 0.058, 0.0, 1.0)
-    for s, at in zip(drawn, heights, strict=True) if len(chart.series) > 1 else ():
-        colour = LIGHT[s.colour % 7]
-        end = (s.x[-1] - x0) / (x1 * 1.005 - x0) + 0.012, min((s.y[-1] - y0) / (y1 - y0), 1.0)
+            size = 2 if quiet else 4.5
+            axes.plot(s.x[-1:], s.y[-1:], "o", color=colour, markersize=size, zorder=3 if quiet else 4, clip_on=False)
+    heights = [min((s.y[-1] - y0) / (y1 - y0), 1.0) for s in drawn]
+    places = label_places(list(zip(drawn, heights, strict=True)), 0.058, 0.0, 1.0)
+    for s, height, at in zip(drawn, heights, places, strict=True) if len(chart.series) > 1 else ():
+        if at is None:
+            continue
+        colour = LIGHT[shade(s.colour)]
+        end = (s.x[-1] - x0) / (x1 * 1.005 - x0) + 0.012, height
         look: dict[str, Any]
-        if len(drawn) <= ARMS_WITH_LEADERS:
+        if with_leaders(chart):
             tie, look = ((end[0], 1.035), (end[1], at)), {"linewidth": 0.7, "alpha": 0.55}
         else:
-            tie, look = ((1.025, 1.07), (at, at)), {"linewidth": 1.9, "linestyle": styles[s.colour // 7 % 3]}
+            tie, look = ((1.025, 1.07), (at, at)), {"linewidth": 1.9, "linestyle": styles[dashing(s.colour)]}
         axes.plot(*tie, color=colour, clip_on=False, transform=axes.transAxes, **look)
         axes.text(
             tie[0][1] + 0.012,
             at,
             shortened(s.name),
-            color=colour,
+            color="#666666" if s.colour >= QUIET else colour,
             size=10,
             va="center",
             transform=axes.transAxes,
@@ -93,7 +100,7 @@ def draw_axes(axes: Any, chart: Chart) -> None:
         [((x - x0) / (x1 - x0), (y - y0) / (y1 - y0)) for x, y in zip(s.x, s.y, strict=True)] for s in drawn
     ]
     for event in chart.events:
-        colour, at = LIGHT[event.colour % 7], (event.x - x0) / (x1 * 1.005 - x0)
+        colour, at = LIGHT[shade(event.colour)], (event.x - x0) / (x1 * 1.005 - x0)
         axes.axvline(event.x, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
         words = len(chart.events) <= EVENTS_IN_WORDS
         top = 0.985 - ((event.number - 1) * 0.2 if words else (event.number - 1) % 4 * 0.06)

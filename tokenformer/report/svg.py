@@ -7,17 +7,19 @@ from html import escape
 from typing import Any
 
 from .charts import (
-    ARMS_WITH_LEADERS,
     DASHES,
     EVENTS_IN_WORDS,
-    LIGHT,
+    QUIET,
     Chart,
     Series,
+    dashing,
     label_place,
+    label_places,
     last_x_within,
+    shade,
     shortened,
-    spread,
     text_width,
+    with_leaders,
     x_range,
     y_range,
 )
@@ -33,7 +35,7 @@ def event_marks(
     left, top, right, bottom = box
     out, words, row_ends = [], len(chart.events) <= EVENTS_IN_WORDS, [-math.inf] * 40
     for event in sorted(chart.events, key=lambda e: e.x):
-        x, colour, number = to_x(event.x), event.colour % len(LIGHT), event.number
+        x, colour, number = to_x(event.x), shade(event.colour), event.number
         if not left - 1 <= x <= right + 1:
             continue
         out.append(f'<line class="growth s{colour}" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
@@ -65,25 +67,31 @@ def event_marks(
     return "".join(out)
 
 
-def name_labels(ends: list[tuple[Series, float, float]], right: float, top: float, bottom: float) -> str:
-    """Names in the right margin at the height of the lines' ends, moved apart where they would touch."""
-    out, leaders = [], len(ends) <= ARMS_WITH_LEADERS
-    for (s, x, y), at in zip(ends, spread([end[2] for end in ends], 16, top + 4, bottom - 4), strict=True):
+def name_labels(
+    ends: list[tuple[Series, float, float]], leaders: bool, right: float, top: float, bottom: float
+) -> str:
+    """Names in the right margin at the height of the lines' ends, moved apart where they would touch; of those in grey
+    the ones without room are there to be shown with their line.
+    """
+    out, places = [], label_places([(s, y) for s, _, y in ends], 16, top + 4, bottom - 4)
+    for (s, x, y), place in zip(ends, places, strict=True):
+        at, spare = (y, " spare") if place is None else (place, "")
         path = (
             f"M{x + 5:.1f} {y:.1f}L{right + 9:.1f} {at:.1f}" if leaders else f"M{right + 6:.1f} {at:.1f}h16"
         )
         shift, style = (12, "leader") if leaders else (27, "line")
         out.append(
-            f'<g class="arm" data-arm="{s.colour}">'
-            f'<path class="{style} s{s.colour % 7}"{dash(s)} d="{path}"/>'
-            f'<text class="name f{s.colour % 7}" x="{right + shift:.1f}" y="{at + 4.3:.1f}">'
+            f'<g class="arm{spare}" data-arm="{s.colour}">'
+            f'<path class="{style} s{shade(s.colour)}"{dash(s)} d="{path}"/>'
+            f'<text class="name f{shade(s.colour)}" x="{right + shift:.1f}" y="{at + 4.3:.1f}">'
             f"{escape(shortened(s.name))}</text></g>"
         )
     return "".join(out)
 
 
 def dash(s: Series) -> str:
-    return f' stroke-dasharray="{DASHES[s.colour // 7 % 3]}"' if s.colour >= 7 else ""
+    dashes = DASHES[dashing(s.colour)]
+    return f' stroke-dasharray="{dashes}"' if dashes else ""
 
 
 def svg(chart: Chart, log: bool, narrow: bool, key: str) -> tuple[str, list[list[Any]]]:
@@ -92,9 +100,9 @@ def svg(chart: Chart, log: bool, narrow: bool, key: str) -> tuple[str, list[list
     (x0, x1), (y0, y1) = x_range(chart, log), y_range(chart, log)
     y_ticks = linear_ticks(y0, y1, 6)
     y_texts = tick_texts(y_ticks)
-    named = len(chart.series) > 1 and not narrow
+    named, leaders = len(chart.series) > 1 and not narrow, with_leaders(chart)
     label_width = max((text_width(shortened(s.name)) for s in chart.series), default=0) + 14 if named else 12
-    label_width += 15 if named and len(chart.series) > ARMS_WITH_LEADERS else 0
+    label_width += 15 if named and not leaders else 0
     left, right = 14 + max(map(text_width, y_texts), default=0), width - label_width
     top, bottom = 26, height - 46
     span = math.log(x1 / x0) if log else x1 - x0
@@ -144,17 +152,18 @@ def svg(chart: Chart, log: bool, narrow: bool, key: str) -> tuple[str, list[list
         if s.low:
             edge = [(x, to_y(s.high[i])) for x, _, i in seen] + [(x, to_y(s.low[i])) for x, _, i in reversed(seen)]
             outline = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in edge) + "Z"
-            out.append(f'<path class="spread f{s.colour % 7}" d="{outline}" clip-path="url(#{key})"/>')
-        out.append(f'<path class="line s{s.colour % 7}"{dash(s)} d="{path}" clip-path="url(#{key})"/>')
-        marks = [(x, y, "3") for x, y, _ in seen[:-1] if chart.points] + [(*seen[-1][:2], "3.5")]
+            out.append(f'<path class="spread f{shade(s.colour)}" d="{outline}" clip-path="url(#{key})"/>')
+        out.append(f'<path class="line s{shade(s.colour)}"{dash(s)} d="{path}" clip-path="url(#{key})"/>')
+        small, large = ("2", "2") if s.colour >= QUIET else ("3", "3.5")
+        marks = [(x, y, small) for x, y, _ in seen[:-1] if chart.points] + [(*seen[-1][:2], large)]
         circles = (f'cx="{x:.1f}" cy="{y:.1f}" r="{r}"' for x, y, r in marks if y >= top)
-        out += [f'<circle class="end f{s.colour % 7}" {circle}/>' for circle in circles]
+        out += [f'<circle class="end f{shade(s.colour)}" {circle}/>' for circle in circles]
         out.append("</g>")
         ends.append((s, seen[-1][0], max(seen[-1][1], top)))
         points += [[round(x, 1), round(y, 1), index, i] for x, y, i in seen if top <= y <= bottom]
         lines.append([(x, y) for x, y, _ in seen])
     if named:
-        out.append(name_labels(ends, right, top, bottom))
+        out.append(name_labels(ends, leaders, right, top, bottom))
     out.append(event_marks(chart, to_x, lines, (left, top, right, bottom)))
     names = ", ".join(s.name for s in chart.series)
     label = escape(f"{chart.title}: {names}", quote=True)

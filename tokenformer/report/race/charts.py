@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...statistics import mean_sd
-from ..charts import Chart, Event, Series, event_lines, thinned, time_unit, y_range
+from ..charts import QUIET, Chart, Event, Series, colour_of, event_lines, thinned, time_unit, y_range
 from ..units import bits_text, flops_text, gap_text, prefix, seconds_text
 
 FLOPS_LABEL = "training FLOPs, ancestors included ({}FLOP)"
@@ -27,10 +27,10 @@ def decayed_chart(report: dict[str, Any], over: str) -> Chart:
     budgets = report["budgets"]
     unit, _, x_label = unit_of((cell[over] for b in budgets for cell in b["arms"]), over)
     series = []
-    for colour, arm in enumerate(report["arms"]):
-        cells = [b["arms"][colour] for b in budgets]
+    for place, arm in enumerate(report["arms"]):
+        cells = [b["arms"][place] for b in budgets]
         cells = [cell for cell in cells if cell["mean"] is not None and cell[over] is not None]
-        line = Series(arm["name"], colour, [c[over] / unit for c in cells], [c["mean"] for c in cells])
+        line = Series(arm["name"], colour_of(report, arm), [c[over] / unit for c in cells], [c["mean"] for c in cells])
         for c in cells:
             sd = c["sd"] or 0.0
             line.low.append(c["mean"] - sd)
@@ -40,8 +40,15 @@ def decayed_chart(report: dict[str, Any], over: str) -> Chart:
             line.notes.append(f"{arm['name']}\n{bits_text(c['mean'])}{scatter} bits per byte\n{seeds}")
         series.append(line)
     what = "training FLOPs" if over == "flops" else "seconds"
-    chart = Chart(f"Fully decayed results over {what}", x_label, "bits per byte", series, [], points=True)
-    return chart
+    return Chart(f"Fully decayed results over {what}", x_label, "bits per byte", in_layers(series), [], points=True)
+
+
+def in_layers(series: list[Series]) -> list[Series]:
+    """Those in grey first, without their bands, so that the others lie above them."""
+    for line in series:
+        if line.colour >= QUIET:
+            line.low, line.high = [], []
+    return sorted(series, key=lambda line: line.colour < QUIET)
 
 
 def top_charts(report: dict[str, Any]) -> list[Chart]:
@@ -51,8 +58,8 @@ def top_charts(report: dict[str, Any]) -> list[Chart]:
     charts = [decayed_chart(report, over) for over in ("flops", "seconds")]
     lows, highs = zip(*(y_range(chart, False) for chart in charts), strict=True)
     low, high = min(lows), max(highs)
-    reference = next(i for i, arm in enumerate(report["arms"]) if arm["name"] == report["race"]["reference"])
-    ends = sorted((max(s.high), s.colour == reference) for s in charts[0].series if s.high)
+    reference = report["race"]["reference"]
+    ends = sorted((max(s.high or s.y), s.name == reference) for s in charts[0].series if s.y)
     worst = max([end for i, (end, named) in enumerate(ends) if named or i <= len(ends) // 2], default=high)
     for chart in charts:
         chart.shared_y = low, min(high, worst + 0.06 * (worst - low))
@@ -67,7 +74,7 @@ def trunks(arm: dict[str, Any]) -> list[dict[str, Any]]:
 
 def training_chart(report: dict[str, Any]) -> Chart:
     """Held-out loss on the way of the runs of the whole budget: mean, and the lowest and the highest seed."""
-    whole = [(colour, arm, trunks(arm)) for colour, arm in enumerate(report["arms"])]
+    whole = [(colour_of(report, arm), arm, trunks(arm)) for arm in report["arms"]]
     unit, _, x_label = unit_of((x for _, _, runs in whole for run in runs for x in run["curve"]["flops"]), "flops")
     series, events = [], []
     for colour, arm, runs in whole:
@@ -93,4 +100,4 @@ def training_chart(report: dict[str, Any]) -> Chart:
         Event(number, flops / unit, colour, [name, *event_lines(event)])
         for number, (flops, colour, name, event) in enumerate(sorted(events, key=lambda v: v[0]), start=1)
     ]
-    return Chart("Held-out bits per byte on the way", x_label, "bits per byte", series, marks)
+    return Chart("Held-out bits per byte on the way", x_label, "bits per byte", in_layers(series), marks)

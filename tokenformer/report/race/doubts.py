@@ -17,7 +17,7 @@ from ..verdict import (
 )
 from .controls import controls_of, gains, own_controls, pair_of, sunk_costs
 from .numbers import starts_of, values_at
-from .words import answer, answered, best_arm, headline, listed, progress, share_text
+from .words import answer, answered, best_arm, edge_text, foremost, headline, listed, progress, share_text
 
 OVERLAP = 0.05  # above this share of its stretches in the training text, a text is no longer held out (rule 4)
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
@@ -27,6 +27,7 @@ FEW_BUDGETS = 3  # FLOPs to reach a loss are read at three thresholds, between b
 UNWRITTEN = object()
 # What arms of a race may have apart: what is tuned or drawn, and how a mixture is kept in balance, which is the arm.
 OWN_SETTINGS = ("train.learning_rate", "train.seed", "train.keep_at", "train.expert_balance")
+BEYOND = {"smallest": "a smaller one", "largest": "a larger one", "only": "another"}
 WORTH_SEEDS = 30  # more than so many seeds are not worth naming a number for
 
 
@@ -195,7 +196,7 @@ def changes(report: dict[str, Any]) -> list[str]:
         if best["edge"]:
             out.append(
                 f"The optimum of the sizes from scratch ({best['architecture']}) is not bracketed: **{best['arm']}** "
-                f"is the {best['edge']} of {best['sizes']}, and a size beyond it may be better still."
+                f"is {edge_text(best)}, and {BEYOND[best['edge']]} may be better still."
             )
     for arm_at_edge in [a for a in report["arms"] if a["trials"] and a["edge"]]:
         word = "lower" if arm_at_edge["edge"] == "lowest" else "higher"
@@ -319,4 +320,5 @@ def put_in_words(report: dict[str, Any]) -> dict[str, Any]:
     said = answer(report)
     if any(note["level"] == "bad" for note in report["warnings"] + report["status_warnings"]):
         said[0] = f"**Read the red notes first.** {said[0]}"
-    return {**report, "answer": said, "headline": headline(report), "changes": changes(report)}
+    found = {"headline": headline(report), "changes": changes(report), "foremost": foremost(report)}
+    return {**report, "answer": said, **found}

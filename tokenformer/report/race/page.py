@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..charts import is_cut
+from ..charts import Chart, is_cut
 from ..markup import pairs, prose
 from ..page import TOGGLE, document, figure, growth_key, head, legend, small_print
 from ..tables import data_texts, provenance
@@ -26,20 +26,24 @@ from .verdicts import (
 __all__ = ["page", "png_texts", "top_charts"]
 
 
-def png_texts(report: dict[str, Any]) -> tuple[str, str]:
-    """The answer and the small print of the picture."""
+def png_texts(report: dict[str, Any], charts: list[Chart]) -> tuple[str, str]:
+    """The answer and the small print of the picture of these charts."""
     bare = [re.sub(r" \(the [^)]*\)", "", said).replace("**", "") for said in report["answer"]]
     told = " ".join(bare) if sum(map(len, bare)) < 430 else bare[0]
     text = "Fully decayed results, bits per byte, lower is better: means over seeds, bands of one standard deviation."
-    text += " What is far behind runs out of the top." if any(map(is_cut, top_charts(report))) else ""
+    text += " What is far behind runs out of the top." if any(map(is_cut, charts)) else ""
+    text += " Grey: the other arms." if report["foremost"] else ""
     return told, small_print(report, text)
 
 
-def page(report: dict[str, Any]) -> str:
-    """The whole page, in the frame of every page of this package."""
-    results = "".join(figure(chart, f"top{i}") for i, chart in enumerate(top_charts(report)))
+def page(report: dict[str, Any], top: list[Chart]) -> str:
+    """The whole page, `top` its first charts, in the frame of every page of this package."""
+    results = "".join(figure(chart, f"top{i}") for i, chart in enumerate(top))
     training = training_chart(report)
     band = "Each mark is a run that decayed fully at that budget, mean over seeds; the band is one standard deviation."
+    if report["foremost"]:
+        band += " In colour: the reference and what the answer speaks of; grey: the other arms. Pointing at a name or "
+        band += "a line brings it forward, and a click on a name keeps it there."
     body = (
         f"{head(report)}{standing_section(report)}"
         f'<div class="bar-top"><h2>Results at each budget</h2>{TOGGLE}</div>'

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...recipe import AFRESH
 from ..read import finite, names_of, number, read_json, read_run
 
 ROLES = ("arm", "scratch", "small", "dropped", "size", "copy")
@@ -155,7 +156,7 @@ def in_warm_up(run: dict[str, Any], recipe: dict[str, Any]) -> list[int] | None:
     steps = recipe.get("train", {}).get("warmup_steps", 0)
     policy = next((event.get("learning_rate") for event in recipe.get("growth", ())), "keep")
     first = run["growth"][0]["step"] if run["growth"] else steps
-    return [first, steps] if first < steps and policy not in ("restart", "rewind") else None
+    return [first, steps] if first < steps and policy not in AFRESH else None
 
 
 def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ...statistics import false_alarms
-from ..charts import LIGHT
-from ..markup import colour_of, e, name_of, table
+from ..charts import colour_of, shade
+from ..markup import e, name_of, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
 from .controls import best_of_sizes, pair_of, sizes_beside
 from .numbers import cell_of
-from .words import BY_ITS_LOSS, answered, growth_state, ratio_text, share_text, times
+from .words import BY_ITS_LOSS, answered, edge_text, growth_state, ratio_text, share_text, times
 
 CLASSES = {"better": "better", "faster": "better", "worse": "worse", "slower": "worse"}
 SIGNS = {"better": "▲", "worse": "▼"}  # so that a page printed in grey says the same
@@ -118,7 +118,7 @@ def standing_section(report: dict[str, Any]) -> str:
     entries: list[tuple[Any, ...]] = [(0.0, itself, None, (0.0, 0.0))]
     entries += [(pair["value"], arm, pair, span) for (arm, pair), span in zip(compared, ends, strict=True)]
     for value, arm, pair, (low, high) in sorted(entries, key=lambda entry: entry[0]):
-        look, colour = f"f{colour_of(report, arm) % len(LIGHT)}", colour_of(report, arm)
+        look = f"f{shade(colour := colour_of(report, arm))}"
         span = f'<i class="bar {look}" style="left:{place(low):.2f}%;width:{place(high) - place(low):.2f}%"></i>'
         within = -left <= value <= right
         shape = "dot" if within else "beyond" if value > 0 else "beyond left"
@@ -272,8 +272,9 @@ def optimal_section(report: dict[str, Any]) -> str:
     rows = []
     for budget in report["budgets"]:
         for best in budget["compute_optimal"]:
-            edge = f"not bracketed: the {best['edge']} of {best['sizes']}" if best["edge"] else f"of {best['sizes']}"
-            bracket = f'<span class="tag warn">{edge}</span>' if best["edge"] else f"bracketed, {edge}"
+            bracket = f"bracketed, of {best['sizes']}"
+            if best["edge"]:
+                bracket = f'<span class="tag warn">not bracketed: {edge_text(best)}</span>'
             row = [flops_text(budget["flops"]), e(best["architecture"]), named(report, best["arm"])]
             rows.append([*row, count_text(best["parameters"]), bits_text(best["loss"]), bracket])
     if not rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..charts import ARMS_WITH_LEADERS, MANY_ARMS
 from ..units import bits_text, flops_text, gap_text, signed
 from .controls import best_of_sizes, controls_of, pair_of, sizes_beside
 from .numbers import cell_of, mean_of, runs_at
@@ -13,6 +14,7 @@ LABELS = {
     "small": "the small size, trained longer",
     "dropped": "the same growth without its optimizer's state",
 }
+NOT_COMPARED: dict[str, Any] = {"value": None}  # FLOPs to a loss, where there is no ratio
 BY_ITS_LOSS = "by its loss at that budget"  # where a word rests, when the FLOPs to a loss lie beyond the budgets
 
 
@@ -53,6 +55,11 @@ def ratio_text(ratio: dict[str, Any]) -> str:
         return f"{ratio['side']} {value:.2f}".strip()
     shown, low, high = times([value, ratio["low"], ratio["high"]], [ratio["low"], ratio["high"]])
     return f"{shown} [{low} to {high}]"
+
+
+def edge_text(best: dict[str, Any]) -> str:
+    """ "the largest of 3 sizes", "the only size": the best of an architecture, where none beyond it was tried."""
+    return "the only size" if best["edge"] == "only" else f"the {best['edge']} of {best['sizes']} sizes"
 
 
 def growth_state(report: dict[str, Any], budget: dict[str, Any], arm: str) -> str:
@@ -182,29 +189,43 @@ def second_sentence(report: dict[str, Any], budget: dict[str, Any], arm: dict[st
         apart = sum(gain["word"] != "not told apart" for gain in gains)
         which = f"of {len(gains)} differences" if len(gains) > 1 else "of one difference"
         parts.append(f"{which} between what they gained {apart or 'none'} can be told from zero")
-    if ratio:
+    if bounded(ratio):
         rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
         parts.append(
             f"to the loss that **{name}** has there **{arm['name']}** needs {ratio_text(ratio)} times the FLOPs of "
             f"**{name}**: **{ratio['word']}**{rests}"
         )
-    said = "; ".join(part for part in parts if part) or f"FLOPs to the loss of **{name}**: not compared"
+    itself = f"**{name}** is the reference itself" if name == arm["name"] else ""
+    said = "; ".join(filter(None, parts)) or itself or f"FLOPs to the loss of **{name}**: {ratio_text(ratio)}"
     return f"{said[0].upper()}{said[1:]}."
 
 
-def flops_to_loss(
-    report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]
-) -> tuple[str, dict[str, Any] | None]:
-    """Whose loss, and an arm's FLOPs to it at a budget: its own scratch's where it grows, else the reference's.
-
-    No ratio where the budgets do not bound it on any side.
-    """
+def flops_to_loss(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Whose loss, and an arm's FLOPs to it at a budget: its own scratch's where it grows, else the reference's."""
     scratch, ratio = scratch_of(report, arm["name"])
     if not scratch:
         at = next((r for r in report["reach"] if r["share"] == budget["share"]), None)
         ratio = at["ratios"].get(arm["name"]) if at else None
-    told = ratio is not None and ratio["value"] is not None and ratio["side"] != "unbounded"
-    return scratch["name"] if scratch else report["race"]["reference"], ratio if told else None
+    return scratch["name"] if scratch else report["race"]["reference"], ratio or NOT_COMPARED
+
+
+def bounded(ratio: dict[str, Any]) -> bool:
+    """Whether there is a ratio, and the budgets bound it on some side."""
+    return ratio["value"] is not None and ratio["side"] != "unbounded"
+
+
+def foremost(report: dict[str, Any]) -> list[str]:
+    """Of many arms those that charts have in colour: the reference, the arm of the answer, its controls, and the copies
+    of the reference. None where all of them can be.
+    """
+    budget = answered(report)
+    arm = budget and (best_arm(report, budget, grows=True) or best_arm(report, budget))
+    if not budget or not arm or len(report["arms"]) <= MANY_ARMS:
+        return []
+    reference = report["race"]["reference"]
+    copies = [a["name"] for a in report["arms"] if a["role"] == "copy" and a["of"] == reference]
+    names = [reference, arm["name"], *controls_of(report, budget, arm).values(), *copies]
+    return list(dict.fromkeys(names))[:ARMS_WITH_LEADERS]
 
 
 # --- tiles ---
@@ -220,13 +241,13 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
         sizes = sizes_beside(report, budget, arm) if arm and arm["grows"] else budget["compute_optimal"][:1]
         if sizes:
             best = min(sizes, key=lambda size: size["loss"])
-            edge = "bracketed" if not best["edge"] else f"not bracketed: the {best['edge']} size"
+            edge = f"not bracketed: {edge_text(best)}" if best["edge"] else "bracketed"
             label = best_of_sizes(sizes).removeprefix("the ")
             tiles.append((label, bits_text(best["loss"]), f"{best['arm']}; {edge}"))
         if budget["s"] is not None:
             tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']:.3g} degrees of freedom"))
-        name, ratio = flops_to_loss(report, budget, arm) if arm else ("", None)
-        if ratio:
+        name, ratio = flops_to_loss(report, budget, arm) if arm else ("", NOT_COMPARED)
+        if bounded(ratio):
             rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
             text = f"{ratio_text(ratio).split(' [')[0]}\N{NO-BREAK SPACE}×"
             tiles.append((f"FLOPs to the loss of {name}", text, ratio["word"] + rests))
