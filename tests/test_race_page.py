@@ -12,8 +12,9 @@ from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
 from tokenformer.report import read_report, write_report
 from tokenformer.report.charts import QUIET
 from tokenformer.report.markup import name_of
+from tokenformer.report.race.doubts import put_in_words
 from tokenformer.report.race.page import page, top_charts
-from tokenformer.report.race.words import ratio_text
+from tokenformer.report.race.words import further, ratio_text
 from tokenformer.report.units import flops_text, signed
 from tokenformer.statistics import spread_of
 
@@ -113,21 +114,25 @@ def test_the_page_shows_the_numbers_of_the_json(race, report):
     assert page.count("✓") == sum(arm["role"] not in ("copy", "dropped") for arm in ARMS.values())
     ratio = report["reach"][1]["ratios"]["grown"]
     assert f"{ratio['value']:.2f} [{ratio['low']:.2f} to {ratio['high']:.2f}]" in page
-    for text in ("tokenformer race fair", "ab" * 32, "0123456789abcdef", "lzma_bits_per_byte", "before growth"):
+    for text in ("tokenformer race fair", "ab" * 32, "0123456789abcdef", "LZMA on the held-out text", "before growth"):
         assert text in page
     assert not any(f" {bad}" in re.sub("<[^>]*>", " ", page) for bad in ("nan ", "None ", "inf "))
 
 
 def test_the_answer_comes_first_in_two_sentences_with_every_control(race, report):
     first, second = report["answer"]
-    assert first.startswith("At 12.0 TFLOP, ancestors included, the best of 2 growing arms, **grown**")
+    assert first == (
+        "At 12.0 TFLOP, ancestors included, over 3 seeds: of 2 growing arms all are **better** than **scratch**; "
+        "all are **better** than their small size trained longer."
+    )
+    bits = f"{cell(report, 'grown')['mean']:.3f} bits per byte on held-out text"
+    assert second.startswith(f"The best of them, **grown** ({bits}), is **better** than **scratch**")
     for name in ("scratch", "small", "dropped", "size 560 k"):
-        assert f"**{name}**" in first
+        assert f"**{name}**" in second
     p = pair(report, "grown", "scratch")
     near, far = sorted((abs(p["low"]), abs(p["high"])))
-    assert f"by {abs(p['value']):.3f} [{near:.3f} to {far:.3f}]" in first
-    assert second.startswith("Of 2 growing arms all are **better** than **scratch**; to the loss that **scratch** has")
-    assert "**faster**" in second and second.count("**scratch**") == 3
+    assert f"by {abs(p['value']):.3f} [{near:.3f} to {far:.3f}]" in second
+    assert "times the FLOPs of **scratch** to its loss: **faster**." in second and second.count("**scratch**") == 2
     page = (race / "report.html").read_text()
     assert page.index('class="answer"') < page.index("<h2>") and "red notes" not in first
 
@@ -232,10 +237,12 @@ def test_sunk_costs_are_over_the_flops_of_the_arms_own_scratch(report, many):
         logs.append(math.log((0.2 + 1e9 / FLOPS) / 0.5) - math.log(2) * (high - loss) / (high - low))
     assert sunk["theta"]["ratio"] == pytest.approx(math.exp(sum(logs) / 3))
     rows = cells_of(page := page_of(json.loads(json.dumps(many))), "Sunk-cost view")
-    assert all(row[3].endswith(f"of {against[row[0]]}") for row in rows)
-    assert "of its scratch’s, else the reference’s, to the same loss" in page
+    assert {row[0]: row[1] for row in rows} == against
+    assert {len(row) for row in rows} == {2 + len({s["share"] for s in many["sunk"]})}
+    assert f"{sunk['theta']['ratio']:.2f}" in next(row for row in rows if row[0] == "theta")[3]  # 1, 0.5, 0.25
+    assert "over its scratch’s, else the reference’s, from its first step to the same loss" in page
     assert {s["against"] for s in report["sunk"]} == {"scratch"}
-    assert "of its scratch’s to the same loss" in page_of(json.loads(json.dumps(report)))
+    assert "over its scratch’s from its first step to the same loss" in page_of(json.loads(json.dumps(report)))
 
 
 def test_a_rise_after_growth_is_shown_with_what_made_it_good(tmp_path):
@@ -278,7 +285,7 @@ def test_the_compute_optimal_size_is_found_and_an_edge_is_said(report, tmp_path)
 
 
 def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many, tmp_path):
-    assert "**size 560 k** (the best of 3 sizes from scratch)" in report["answer"][0]
+    assert "**size 560 k** (the best of 3 sizes from scratch)" in report["answer"][1]
     for told, label in ((report, "the best of 3 sizes from scratch"), (many, "the best of 4 sizes from scratch")):
         page = page_of(json.loads(json.dumps(told)))
         assert label in page.split("Each growing arm against its own controls")[1].split("<tbody>")[0]
@@ -344,7 +351,7 @@ def test_each_arms_controls_are_found_by_what_they_are(many):
         "next": {"small": "scratch"},
         "unmatched": {},
     }
-    assert list(found)[0] == "grown late" and "**grown late**" in many["answer"][0]  # best first, and it owns nothing
+    assert list(found)[0] == "grown late" and "**grown late**" in many["answer"][1]  # best first, and it owns nothing
     for name in ("dropped", "small-wide", "scratch-theta"):
         assert f"**{name}**" not in many["answer"][0]
 
@@ -358,7 +365,7 @@ def test_a_mixture_that_grew_from_a_dense_model_has_its_scratch(tmp_path):
     told = read_report(folder)
     own = {row["arm"]: row["controls"] for row in told["own_controls"]}
     assert own["grown"]["scratch"]["name"] == own["grown late"]["scratch"]["name"] == "scratch"
-    assert "scratch" not in own["other"] and "**scratch** (the target size from scratch)" in told["answer"][0]
+    assert "scratch" not in own["other"] and "**scratch** (the target size from scratch)" in told["answer"][1]
     assert own["grown"]["optimal"]["name"] == "size 560 k"  # of both architectures
 
 
@@ -397,7 +404,14 @@ def test_gains_over_different_scratch_are_compared_seed_by_seed(many):
         assert (found["low"], found["high"]) == pytest.approx((found["value"] - half, found["value"] + half))
     assert gains["grown late", "theta", 1.0]["word"] == "better"
     apart = sum(gain["word"] != "not told apart" for gain in many["gains"] if gain["share"] == 1.0)
-    assert f"of 6 differences between what they gained {apart} can be told from zero" in many["answer"][1]
+    said = many["answer"][1].partition("by growing, over its own scratch, ")[2]
+    assert said.count("gained more than") == 3 and 0 < apart < 6
+    assert "**grown late** gained more than **theta late** and **theta**" in said
+    level = {**many, "gains": [{**gain, "word": "not told apart"} for gain in many["gains"]]}
+    assert put_in_words({**level, "gains": []})["answer"] == many["answer"]  # they follow from the numbers
+    assert further(level, level["budgets"][-1], level["arms"][0])[-1] == (
+        "of 6 differences between what they gained none can be told from zero"
+    )
     assert not [key for key in gains if set(key[:2]) == {"theta", "theta late"}]  # the control: they share scratch
     rows = cells_of(page_of(json.loads(json.dumps(many))), "Gain of growing over")
     assert len(rows) == 6 and rows[0][0].startswith("grown lateless scratch") and "better" in rows[0][2]
@@ -428,8 +442,8 @@ def test_what_decays_before_the_growth_is_tagged_in_matrix_and_flops(race):
 
 def test_ratios_get_digits_where_a_bound_would_read_as_one():
     ratio = {"value": 0.92, "low": 0.84, "high": 0.9964, "side": ""}
-    assert ratio_text(ratio) == "0.920 [0.840 to 0.996]"
-    assert ratio_text(ratio | {"high": 0.99961}) == "0.9200 [0.8400 to 0.9996]"
+    assert ratio_text(ratio) == "0.92 [0.84 to 0.996]"
+    assert ratio_text(ratio | {"high": 0.99961}) == "0.92 [0.84 to 0.9996]"
     assert ratio_text(ratio | {"high": 0.99}) == "0.92 [0.84 to 0.99]"
     assert ratio_text(ratio | {"low": None, "high": None, "side": "more than"}) == "more than 0.92"
     assert [signed(x) for x in (0.0123, -0.0003, 0.0)] == ["+0.012", "−0.0003", "+0.000"]
@@ -445,7 +459,8 @@ def test_arms_of_one_colour_have_swatches_like_their_lines():
 def test_of_many_arms_those_of_the_answer_are_in_colour_and_the_others_in_grey(many, report):
     drawn = {s.name: s for s in top_charts(many)[0].series}
     loud = {name for name, s in drawn.items() if s.colour < QUIET}
-    spoken_of = {name for name in re.findall(r"\*\*(.+?)\*\*", many["answer"][0]) if name in drawn}
+    best = many["answer"][1].partition(" needs ")[0]
+    spoken_of = {name for name in re.findall(r"\*\*(.+?)\*\*", best) if name in drawn}
     assert len(spoken_of) > 2 and spoken_of | {"scratch"} <= loud == set(many["foremost"])
     assert len(loud) <= 6 < len(drawn) - 2
     assert all(bool(s.low) == (name in loud) for name, s in drawn.items())
@@ -766,7 +781,7 @@ def test_verdicts_rest_on_the_final_text_where_it_was_given(tmp_path):
     folder = write_full_race(tmp_path / "race", final=final)
     told = read_report(folder)
     assert all(b["measure"] == "final_bits_per_byte" for b in told["budgets"])
-    assert "on the final text" in told["answer"][0]
+    assert "on the final text" in told["answer"][1]
     assert cell(told, "small")["mean"] < cell(told, "scratch")["mean"]
     assert cell(told, "small")["held_out_mean"] > cell(told, "scratch")["held_out_mean"]
     p = pair(told, "scratch", "small")
@@ -818,7 +833,7 @@ def test_a_race_without_growth_names_the_best_arm(tmp_path):
     )
     told = read_report(folder)
     assert "the best arm, **llama**" in told["answer"][0] and "**better** than **gpt2** by" in told["answer"][0]
-    assert told["answer"][1].startswith("Of 2 other arms none is **better** than **llama** and all **worse**")
+    assert told["answer"][1].startswith("Of 2 other arms all are **worse** than **llama**.")
     assert "Growths" not in page_of(read_report(folder))
 
 
@@ -828,7 +843,7 @@ def test_a_race_without_growth_names_the_best_arm(tmp_path):
         ((0.1, 0.1, 0.1), "**llama** is the reference itself."),
         ((0.1, -0.2, -0.2), "FLOPs to the loss of **llama**: beyond the budgets on both sides."),
         ((None, None, None), "FLOPs to the loss of **llama**: not compared."),
-        ((-0.2, -0.2, -0.2), "To the loss that **llama** has there **gpt2** needs less than 1.00 times the FLOPs"),
+        ((-0.2, -0.2, -0.2), "**gpt2** needs less than 1.00 times the FLOPs of **llama** to its loss: **faster**, by"),
     ],
 )
 def test_why_there_is_no_ratio_of_flops_is_said(tmp_path, away, said):
@@ -848,7 +863,7 @@ def test_why_there_is_no_ratio_of_flops_is_said(tmp_path, away, said):
 def test_without_a_named_reference_it_is_the_target_size_from_scratch(tmp_path):
     folder = write_full_race(tmp_path / "race", reference=None)
     assert read_report(folder)["race"]["reference"] == "scratch"
-    assert "that **scratch** has" in read_report(folder)["answer"][1]
+    assert "the FLOPs of **scratch** to its loss" in read_report(folder)["answer"][1]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from .charts import colour_of, dashing, shade
 from .units import MISSING
 
 MOST_ENTRIES = 8
+FITTING = 8  # columns that the width of the text has room for
 # A byte model may emit any control character; all but tab and newline are shown as pictures of themselves.
 CONTROL = {**{code: 0x2400 + code for code in range(32) if code not in (9, 10)}, 127: 0x2421}
 
@@ -49,7 +50,8 @@ def table(head: list[str], rows: list[list[str]], classes: str = "", numbers: tu
     body = "".join(f"<tr>{''.join(cell('td', i, c) for i, c in enumerate(row))}</tr>" for row in rows)
     rows_html = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
     hint = f'<p class="small hint" hidden>Scrolls sideways: {len(head) - 1} columns.</p>'
-    return f'{hint}<div class="scroll"><table class="{classes}">{rows_html}</table></div>'
+    wide = " fit" if len(head) > FITTING else ""  # goes beyond the text, as far as the window does
+    return f'{hint}<div class="scroll{wide}"><table class="{classes}">{rows_html}</table></div>'
 
 
 def pairs(

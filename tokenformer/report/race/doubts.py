@@ -19,6 +19,11 @@ from .controls import controls_of, gains, own_controls, pair_of, sunk_costs
 from .numbers import starts_of, values_at
 from .words import answer, answered, best_arm, edge_text, foremost, headline, listed, progress, share_text
 
+OVERLAPS = (
+    ("overlap", "held-out text", "training text"),
+    ("final_overlap", "final text", "training text"),
+    ("final_held_out_overlap", "final text", "held-out text"),
+)
 OVERLAP = 0.05  # above this share of its stretches in the training text, a text is no longer held out (rule 4)
 LZMA_SHARE = 0.25  # of what LZMA needs; below it a result is not believed (rule 5)
 FEW_SEEDS = 3
@@ -73,11 +78,7 @@ def warnings(report: dict[str, Any]) -> list[dict[str, str]]:
             notes.setdefault(key, text)
             seen[key] = seen.get(key, 0) + 1
     bad += [text + (f" ({seen[key]} of its runs.)" if seen[key] > 1 else "") for key, text in notes.items()]
-    for check, what, where in (
-        ("overlap", "held-out text", "training text"),
-        ("final_overlap", "final text", "training text"),
-        ("final_held_out_overlap", "final text", "held-out text"),
-    ):
+    for check, what, where in OVERLAPS:
         share = report["checks"].get(check)
         if share is not None and share > OVERLAP:
             bad.append(f"{share:.0%} of the {what} also occurs in the {where}, which is above {OVERLAP:.0%}.")

@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 from ..charts import Chart, is_cut
-from ..markup import pairs, prose
+from ..markup import e, prose, table
 from ..page import TOGGLE, document, figure, growth_key, head, legend, small_print
 from ..tables import data_texts, provenance
+from ..units import count_text
 from .charts import top_charts, training_chart
+from .doubts import LZMA_SHARE, OVERLAP, OVERLAPS
 from .tables import arms_section, growth_section, hyperparameters, trials_section
 from .verdicts import (
     cosine_section,
@@ -48,7 +50,8 @@ def page(report: dict[str, Any], top: list[Chart]) -> str:
         f"{head(report)}{standing_section(report)}"
         f'<div class="bar-top"><h2>Results at each budget</h2>{TOGGLE}</div>'
         f'{legend(report)}<div class="charts">{results}</div><p class="small">{band}</p>'
-        f"{own_section(report)}{verdict_section(report)}{changes_section(report)}{reach_section(report)}{arms_section(report)}"
+        f"{own_section(report)}{verdict_section(report)}{changes_section(report)}{scope_section(report)}"
+        f"{reach_section(report)}{arms_section(report)}"
         f"{optimal_section(report)}{growth_section(report)}{sunk_section(report)}"
         f'<h2>On the way</h2><div class="charts one">{figure(training, "way")}</div>{growth_key(training)}'
         '<p class="small">Runs of the whole budget: mean over seeds, the band from the lowest to the highest seed; '
@@ -65,7 +68,46 @@ def changes_section(report: dict[str, Any]) -> str:
     return f'<h2>What would change the answer</h2><ul class="changes">{items}</ul>'
 
 
+def scope_section(report: dict[str, Any]) -> str:
+    """What no number of the race speaks of: other scales, texts and schedules."""
+    totals = [arm["parameters_end"]["total"] for arm in report["arms"] if arm["parameters_end"].get("total")]
+    per = [cell["tokens_per_parameter"] for cell in report["budgets"][-1]["arms"] if cell["tokens_per_parameter"]]
+    data = next((arm["recipe"]["data"] for arm in report["arms"] if arm["recipe"].get("data")), None)
+    if not totals or not per or not data:
+        return ""
+    said = [
+        f"Another scale: these are models of {span(totals, count_text)} parameters with {span(per, '{:.1f}'.format)} "
+        "tokens a parameter, and what holds there need not hold of larger ones or of longer training.",
+        f"Another text: this is {e(data['source'])}, read in windows of {data['sequence_length']} tokens.",
+    ]
+    if not report["cosine"]:
+        said.append("Another schedule of the learning rate: no arm was run with cosine.")
+    items = "".join(f"<li>{text}</li>" for text in said)
+    return f'<h2>What this race does not speak of</h2><ul class="changes">{items}</ul>'
+
+
+def span(values: list[float], text: Any) -> str:
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
 def checks_section(report: dict[str, Any]) -> str:
-    """What was measured before the race: leaks, and how predictable the text is."""
-    checks = {key: value for key, value in report["checks"].items() if value is not None}
-    return f"<h2>Checks before the race</h2>{pairs(checks)}" if checks else ""
+    """What was measured of the texts before the race, what each is held to, and the final text's name and hash."""
+    limit = f"above {OVERLAP:.0%} it is red on this page"
+    rows = [
+        [f"{what[0].upper()}{what[1:]} that also occurs in the {where}", f"{100 * share:.2g} % of it", limit]
+        for check, what, where in OVERLAPS
+        if (share := report["checks"].get(check)) is not None
+    ]
+    if floor := report["checks"].get("lzma_bits_per_byte"):
+        held_to = f"a result below {LZMA_SHARE * floor:.2f} is red on this page"
+        rows.append(["LZMA on the held-out text", f"{floor:.2f} bits per byte", held_to])
+    runs = [run for arm in report["arms"] for run in arm["runs"]]
+    if most := max((run["epochs"] for run in runs if run["epochs"]), default=None):
+        rows.append(["Training text read, at most", f"{100 * most:.2g} %", "no token is seen twice, or it is red"])
+    hashes = sorted({run["final_sha256"] for run in runs if run["final_sha256"]})
+    if report["race"].get("final_text"):
+        name = e(str(report["race"]["final_text"]))
+        held_to = "verdicts rest on it, and nothing of a run is chosen by it"
+        rows.append(["Final text", f"{name}<br><small>{'<br>'.join(hashes)}</small>", held_to])
+    return f"<h2>Checks</h2>{table(['', 'found', 'held to'], rows)}" if rows else ""

@@ -110,6 +110,7 @@ def growth_section(report: dict[str, Any]) -> str:
             events = [run["growth"][i] for run in runs if i < len(run["growth"])]
             event = events[0]
             axes = "<br>".join(f"{e(k)} {e(event['from'].get(k, '?'))} → {e(v)}" for k, v in event["to"].items())
+            axes = axes.replace(" ", "\N{NO-BREAK SPACE}")
             rises = [v["rise"] for v in events if v.get("rise") is not None]
             moved = [v["max_logit_change"] for v in events]
             rows.append(
@@ -137,8 +138,8 @@ def growth_section(report: dict[str, Any]) -> str:
         "largest change of a logit",
     ]
     note = (
-        '<p class="small">Means over seeds of the whole-budget runs, as fine as their evaluations are. A rise below '
-        f"{NO_RISE:g} bits per byte is none.</p>"
+        '<p class="small">Means over seeds of the whole-budget runs, as fine as their evaluations are; of a logit’s '
+        f"change the largest of any seed. A rise below {NO_RISE:g} bits per byte is none.</p>"
     )
     more = ["rise of held-out loss", "FLOPs until made good"]
     growths = table(head + more, rows, "", (3, 4, 5, 6, 7, 8))
@@ -197,9 +198,16 @@ def hyperparameters(report: dict[str, Any]) -> str:
     keys = report["differing_keys"] + differing_keys([each["config"] for each in told])
     flat = [flatten(each["recipe"] | each["config"]) for each in told]
     out = ["<h2>Every hyperparameter</h2>"]
+    values = {key: [f[key] for f in flat if key in f] for key in keys}
+    keys = [key for key in keys if any(value not in (None, "") for value in values[key])]
+    common = {k: values[k][0] for k in keys if k.startswith("growth.") and all(v == values[k][0] for v in values[k])}
+    keys = [key for key in keys if key not in common]
     if keys:
         out.append('<p class="small">What differs between the arms, in the recipe of each one’s first seed.</p>')
         out.append(differing_table(report, arms, flat, keys))
+    if common:
+        title = f"<summary>What all arms that grow share: {len(common)} keys</summary>"
+        out.append(f"<details>{title}{pairs(common)}</details>")
     shared = {k: v for k, v in flat[0].items() if k not in keys and k.split(".")[0] not in IGNORED} if flat else {}
     if shared:
         out.append(f"<details><summary>What all arms share: {len(shared)} keys</summary>{pairs(shared)}</details>")

@@ -59,7 +59,7 @@ def ratio_cell(ratio: dict[str, Any], state: str = "") -> str:
     """FLOPs to a loss with their pooled interval; where the word rests on the loss, that is said."""
     own = ""
     if ratio["own_low"] is not None and ratio["low"] is not None:
-        own = "own {} to {}".format(*times(bounds := [ratio["own_low"], ratio["own_high"]], bounds))
+        own = f"own {times(ratio['own_low'])} to {times(ratio['own_high'])}"
     return verdict_cell(ratio["word"], ratio_text(ratio), own, BY_ITS_LOSS if ratio["side"] else "", state)
 
 
@@ -132,7 +132,7 @@ def standing_section(report: dict[str, Any]) -> str:
     beyond = " An arrow: further off than the axis reaches." if any("beyond" in row for row in rows) else ""
     note = (
         f'<p class="small">Bits per byte less those of <b>{e(reference)}</b>, the line at zero, with the pooled 95 % '
-        f"interval; left is better.{beyond}</p>"
+        f"interval; the axis reaches from {signed(-left)} to {signed(right)}, left is better.{beyond}</p>"
     )
     title = f"<h2>Against {e(reference)} at {budget_name(report, budget)}</h2>"
     return f'{title}<ol class="ranking standing">{"".join(rows)}</ol>{note}'
@@ -225,7 +225,7 @@ def reach_section(report: dict[str, Any]) -> str:
     thresholds = [t for t in report["reach"] if t["loss"] is not None]
     if not thresholds:
         return ""
-    reference, rows = report["race"]["reference"], []
+    reference, rows, states = report["race"]["reference"], [], set()
     for arm in report["arms"]:
         if arm["name"] == reference:
             continue
@@ -233,14 +233,14 @@ def reach_section(report: dict[str, Any]) -> str:
         for t in thresholds:
             state = growth_state(report, budget_at(report, t["share"]), arm["name"])
             row.append(ratio_cell(t["ratios"][arm["name"]], state))
+            states.add(state)
         rows.append(row)
-    grows = any(arm["grows"] for arm in report["arms"])
-    before = " “Before growth” is what the arm is at that budget." if grows else ""
+    before = " “Before growth” is what the arm is at that budget." if "before growth" in states else ""
     head = ["arm", *(f"to {bits_text(t['loss'])}<br>({flops_text(t['flops'])} of the reference)" for t in thresholds)]
     note = (
         f'<p class="small">FLOPs of the arm over those of <b>{e(reference)}</b>, ancestors included, to reach the loss '
-        "that it has at each budget, seed by seed. Below 1 is fewer. Nothing is extrapolated beyond the "
-        f"budgets.{before}</p>"
+        f"that <b>{e(reference)}</b> has at each budget, seed by seed. Below 1 is fewer. Nothing is extrapolated "
+        f"beyond the budgets.{before}</p>"
     )
     return f"<h2>FLOPs to reach a loss</h2>{note}{table(head, rows, 'matrix')}"
 
@@ -248,24 +248,23 @@ def reach_section(report: dict[str, Any]) -> str:
 def sunk_section(report: dict[str, Any]) -> str:
     if not report["sunk"]:
         return ""
-    rows = [
-        [
-            named(report, s["arm"]),
-            flops_text(report["race"]["flops"] * s["share"] / report["race"]["budgets"][-1]),
-            flops_text(s["flops"]),
-            e(ratio_text(s)) + about(f"of {e(s['against'])}"),
-            str(s["seeds"]),
-        ]
-        for s in report["sunk"]
-    ]
+    found = {(s["arm"], s["share"]): s for s in report["sunk"]}
+    budgets = [budget for budget in reversed(report["budgets"]) if any(budget["share"] == share for _, share in found)]
+    rows = []
+    for arm in dict.fromkeys(arm for arm, _ in found):
+        cells = [found.get((arm, budget["share"])) for budget in budgets]
+        against = next(s["against"] for s in cells if s)
+        each = [f"{e(ratio_text(s))}{about(flops_text(s['flops']))}" if s else MISSING for s in cells]
+        rows.append([named(report, arm), e(against), *each])
     own = {s["own_scratch"] for s in report["sunk"]}
     whose = "its scratch’s" if all(own) else "its scratch’s, else the reference’s," if any(own) else "the reference’s"
-    head = ["arm", "budget", "FLOPs of the last growth and after it", f"of {whose} to the same loss", "seeds"]
+    head = ["arm", "over", *(budget_name(report, budget) for budget in budgets)]
     note = (
         '<p class="small"><b>Not a comparison of equal budgets.</b> For one who already owns the model before its last '
-        "growth, all that came before is paid. Verdicts never rest on this view.</p>"
+        f"growth, all that came before is paid: FLOPs of that growth and after it, in small, over {whose} from its "
+        "first step to the same loss. Verdicts never rest on this view.</p>"
     )
-    return f"<h2>Sunk-cost view</h2>{note}{table(head, rows, '', (1, 2, 3, 4))}"
+    return f"<h2>Sunk-cost view</h2>{note}{table(head, rows, '', tuple(range(2, len(head))))}"
 
 
 def optimal_section(report: dict[str, Any]) -> str:

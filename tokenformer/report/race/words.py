@@ -14,6 +14,7 @@ LABELS = {
     "small": "the small size, trained longer",
     "dropped": "the same growth without its optimizer's state",
 }
+MOST_BETTER, MOST_OTHERS, MOST_GAINS = 4, 2, 6  # that the answer names; of more it says how many
 NOT_COMPARED: dict[str, Any] = {"value": None}  # FLOPs to a loss, where there is no ratio
 BY_ITS_LOSS = "by its loss at that budget"  # where a word rests, when the FLOPs to a loss lie beyond the budgets
 
@@ -25,8 +26,7 @@ def against(pair: dict[str, Any], label: str) -> str:
         return f"**not told apart** from {label}: {signed(value)}, too few runs for an interval"
     if pair["word"] == "not told apart":
         return f"**not told apart** from {label}: {signed(value)} [{signed(low)} to {signed(high)}]"
-    near, far = sorted((abs(low), abs(high)))
-    return f"**{pair['word']}** than {label} by {gap_text(value)} [{gap_text(near)} to {gap_text(far)}]"
+    return f"**{pair['word']}** than {label} {by_how_much(pair)}"
 
 
 def share_text(report: dict[str, Any], budget: dict[str, Any]) -> str:
@@ -38,10 +38,10 @@ def listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def times(values: list[float], bounds: list[float]) -> list[str]:
-    """Ratios with two digits, or with as many as keep a bound beside 1 from reading 1.00; at most four."""
-    digits = next((d for d in (2, 3) if all(bound == 1 or round(bound, d) != 1 for bound in bounds)), 4)
-    return [f"{value:.{digits}f}" for value in values]
+def times(ratio: float) -> str:
+    """A ratio with two digits, or with as many as keep one beside 1 from reading 1.00; at most four."""
+    digits = next((d for d in (2, 3) if ratio == 1 or round(ratio, d) != 1), 4)
+    return f"{ratio:.{digits}f}"
 
 
 def ratio_text(ratio: dict[str, Any]) -> str:
@@ -53,8 +53,7 @@ def ratio_text(ratio: dict[str, Any]) -> str:
         return "beyond the budgets on both sides"
     if ratio["low"] is None:
         return f"{ratio['side']} {value:.2f}".strip()
-    shown, low, high = times([value, ratio["low"], ratio["high"]], [ratio["low"], ratio["high"]])
-    return f"{shown} [{low} to {high}]"
+    return f"{value:.2f} [{times(ratio['low'])} to {times(ratio['high'])}]"
 
 
 def edge_text(best: dict[str, Any]) -> str:
@@ -105,6 +104,7 @@ def control_labels(report: dict[str, Any], budget: dict[str, Any], arm: dict[str
 
 
 def answer(report: dict[str, Any]) -> list[str]:
+    """Two sentences. Of several growing arms how all of them stand comes first, and then the best of them."""
     budget = answered(report)
     if budget is None:
         return [f"No answer yet: {progress(report)}."]
@@ -112,13 +112,10 @@ def answer(report: dict[str, Any]) -> list[str]:
     assert arm is not None
     cell = cell_of(budget, arm["name"])
     text = "the final text" if budget["measure"] == "final_bits_per_byte" else "held-out text"
-    grown = [a for a in report["arms"] if a["role"] == "arm" and a["grows"]]
-    title = "the growing arm" if grown else "the best arm"
-    title = f"the best of {len(grown)} growing arms" if len(grown) > 1 else title
-    where = f"At {flops_text(budget['flops'])}, ancestors included, {title}, **{arm['name']}**"
+    where = f"At {flops_text(budget['flops'])}, ancestors included, "
     if not all(other["mean"] is not None for other in budget["arms"]):
         where = f"With arms missing: at{where[2:]}"
-    figure = f"({bits_text(cell['mean'])} bits per byte on {text}, {count_seeds(len(cell['seeds']))})"
+    bits, seeds = f"{bits_text(cell['mean'])} bits per byte on {text}", count_seeds(len(cell["seeds"]))
     labels = control_labels(report, budget, arm)
     others = list(labels) or [a["name"] for a in report["arms"] if a is not arm and a["role"] != "copy"]
     phrases = []
@@ -129,7 +126,16 @@ def answer(report: dict[str, Any]) -> list[str]:
     if not labels and len(phrases) > 4:
         phrases = counted(budget, arm, others)
     stands = f"is {listed(phrases)}" if phrases else "stands alone"
-    return [f"{where} {figure} {stands}.", second_sentence(report, budget, arm)]
+    all_of_them, more = standings(report, budget, arm), further(report, budget, arm)
+    if arm["grows"] and all_of_them:
+        best = "; ".join([f"The best of them, **{arm['name']}** ({bits}), {stands}", *more])
+        return [f"{where}over {seeds}: {all_of_them}.", f"{best}."]
+    title = "the growing arm" if arm["grows"] else "the best arm"
+    name, ratio = flops_to_loss(report, budget, arm)
+    said = "; ".join(filter(None, [all_of_them, *more]))
+    said = said or (f"**{name}** is the reference itself" if name == arm["name"] else "")
+    said = said or f"FLOPs to the loss of **{name}**: {ratio_text(ratio)}"
+    return [f"{where}{title}, **{arm['name']}** ({bits}, {seeds}) {stands}.", f"{said[0].upper()}{said[1:]}."]
 
 
 def scratch_of(report: dict[str, Any], arm: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -139,30 +145,48 @@ def scratch_of(report: dict[str, Any], arm: str) -> tuple[dict[str, Any] | None,
 
 
 def standings(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> str:
-    """How many of the arms are better, worse or not told apart: growing ones from their scratch, else all from the
-    reference. Nothing where the first sentence has said so of its one arm.
+    """How many of the arms are better, worse or not told apart: growing ones from their scratch and from their small
+    size, else all from the reference. Nothing where there is one arm alone, of which `answer` says it.
     """
-    if arm["grows"]:
-        own = [scratch_of(report, row["arm"])[0] for row in report["own_controls"]]
-        pairs = [control["pair"] for control in own if control and control["pair"]]
-        names = {pair["other"] for pair in pairs}
-        whom, who = (f"**{names.pop()}**" if len(names) == 1 else "its own scratch"), "growing arms"
-    else:
+    if not arm["grows"]:
         reference = report["race"]["reference"]
         others = [a["name"] for a in report["arms"] if a["role"] == "arm" and a["name"] not in (reference, arm["name"])]
         pairs = [pair for name in others if (pair := pair_of(budget, name, reference))]
-        whom, who = f"**{reference}**", "other arms" if arm["name"] == reference else "further arms"
-    if len(pairs) < 2:
-        return ""
-    parts = []
-    for word, link in (("better", f" than {whom}"), ("not told apart", ""), ("worse", "")):
-        found = [f"**{pair['arm']}**" for pair in pairs if pair["word"] == word]
-        named = f" ({listed(found)})" if 0 < len(found) < len(pairs) else ""
-        count = ("all" if len(found) == len(pairs) else len(found)) if found else "none"
+        who = "other arms" if arm["name"] == reference else "further arms"
+        return f"of {len(pairs)} {who} {told(pairs, f'**{reference}**')}" if len(pairs) > 1 else ""
+    parts: list[str] = []
+    for role, whom in (("scratch", "its own scratch"), ("small", "its small size trained longer")):
+        own = [row["controls"].get(role) for row in report["own_controls"]]
+        pairs = [control["pair"] for control in own if control and control["pair"]]
+        names = {pair["other"] for pair in pairs}
+        if len(pairs) > 1:
+            head = "" if parts else f"of {len(pairs)} growing arms "
+            one = f"**{names.pop()}**" if role == "scratch" and len(names) == 1 else whom
+            parts.append(head + told(pairs, one))
+    return "; ".join(parts)
+
+
+def told(pairs: list[dict[str, Any]], whom: str) -> str:
+    """ "1 is **better** than X (**a** by 0.040 [0.021 to 0.060]) and 4 are **not told apart**", "all are **worse**"."""
+    parts: list[str] = []
+    for word, link in (("better", "than"), ("not told apart", "from"), ("worse", "than")):
+        found = [pair for pair in pairs if pair["word"] == word]
+        if len(found) == len(pairs):
+            return f"all are **{word}** {link} {whom.replace('its ', 'their ')}"
+        by = [f"**{pair['arm']}**" for pair in found]
+        if len(found) <= MOST_OTHERS and word != "not told apart":
+            by = [f"{name} {by_how_much(pair)}" for name, pair in zip(by, found, strict=True)]
         if found or word == "better":
-            verb = ("is " if len(found) < 2 else "are ") if link else ""
-            parts.append(f"{count} {verb}**{word}**{link}{named}")
-    return f"Of {len(pairs)} {who} {listed(parts)}"
+            count = f"{len(found)} {'is' if len(found) == 1 else 'are'}" if found else "none is"
+            named = f" ({listed(by)})" if 0 < len(found) <= (MOST_BETTER if word == "better" else MOST_OTHERS) else ""
+            parts.append(f"{count} **{word}**{'' if parts else f' {link} {whom}'}{named}")
+    return listed(parts)
+
+
+def by_how_much(pair: dict[str, Any]) -> str:
+    """ "by 0.040 [0.021 to 0.060]", of a pair that is told apart."""
+    near, far = sorted((abs(pair["low"]), abs(pair["high"])))
+    return f"by {gap_text(pair['value'])} [{gap_text(near)} to {gap_text(far)}]"
 
 
 def counted(budget: dict[str, Any], arm: dict[str, Any], others: list[str]) -> list[str]:
@@ -180,24 +204,30 @@ def count_seeds(n: int) -> str:
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
-def second_sentence(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> str:
-    """How all arms stand, what they gained over scratch compared, and FLOPs to the loss of scratch or the reference."""
+def further(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> list[str]:
+    """FLOPs to the loss of scratch or the reference, and whose growth gained more over its scratch than whose."""
     name, ratio = flops_to_loss(report, budget, arm)
-    parts = [standings(report, budget, arm)]
-    gains = [gain for gain in report["gains"] if gain["share"] == budget["share"]]
-    if gains:
-        apart = sum(gain["word"] != "not told apart" for gain in gains)
-        which = f"of {len(gains)} differences" if len(gains) > 1 else "of one difference"
-        parts.append(f"{which} between what they gained {apart or 'none'} can be told from zero")
+    parts = []
     if bounded(ratio):
         rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
         parts.append(
-            f"to the loss that **{name}** has there **{arm['name']}** needs {ratio_text(ratio)} times the FLOPs of "
-            f"**{name}**: **{ratio['word']}**{rests}"
+            f"**{arm['name']}** needs {ratio_text(ratio)} times the FLOPs of **{name}** to its loss: "
+            f"**{ratio['word']}**{rests}"
         )
-    itself = f"**{name}** is the reference itself" if name == arm["name"] else ""
-    said = "; ".join(filter(None, parts)) or itself or f"FLOPs to the loss of **{name}**: {ratio_text(ratio)}"
-    return f"{said[0].upper()}{said[1:]}."
+    gains = [gain for gain in report["gains"] if gain["share"] == budget["share"]]
+    more: dict[str, list[str]] = {}
+    for gain in gains:
+        if gain["word"] != "not told apart":
+            names = (gain["arm"], gain["other"]) if gain["word"] == "better" else (gain["other"], gain["arm"])
+            more.setdefault(names[0], []).append(f"**{names[1]}**")
+    apart = sum(map(len, more.values()))
+    if 0 < apart <= MOST_GAINS:
+        said = [f"**{winner}** gained more than {listed(losers)}" for winner, losers in more.items()]
+        parts.append(f"by growing, over its own scratch, {listed(said)}")
+    elif gains:
+        which = f"of {len(gains)} differences" if len(gains) > 1 else "of one difference"
+        parts.append(f"{which} between what they gained {apart or 'none'} can be told from zero")
+    return parts
 
 
 def flops_to_loss(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -215,8 +245,8 @@ def bounded(ratio: dict[str, Any]) -> bool:
 
 
 def foremost(report: dict[str, Any]) -> list[str]:
-    """Of many arms those that charts have in colour: the reference, the arm of the answer, its controls, and the copies
-    of the reference. None where all of them can be.
+    """Of many arms those that charts have in colour: the reference, the arm of the answer, its controls, arms that
+    growing made better than their scratch with that, and copies of the reference. None where all of them can be.
     """
     budget = answered(report)
     arm = budget and (best_arm(report, budget, grows=True) or best_arm(report, budget))
@@ -224,7 +254,9 @@ def foremost(report: dict[str, Any]) -> list[str]:
         return []
     reference = report["race"]["reference"]
     copies = [a["name"] for a in report["arms"] if a["role"] == "copy" and a["of"] == reference]
-    names = [reference, arm["name"], *controls_of(report, budget, arm).values(), *copies]
+    pairs = [own["pair"] for row in report["own_controls"] if (own := row["controls"].get("scratch")) and own["pair"]]
+    gained = [name for pair in pairs if pair["word"] == "better" for name in (pair["arm"], pair["other"])]
+    names = [reference, arm["name"], *controls_of(report, budget, arm).values(), *gained, *copies]
     return list(dict.fromkeys(names))[:ARMS_WITH_LEADERS]
 
 
@@ -243,14 +275,18 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
             best = min(sizes, key=lambda size: size["loss"])
             edge = f"not bracketed: {edge_text(best)}" if best["edge"] else "bracketed"
             label = best_of_sizes(sizes).removeprefix("the ")
-            tiles.append((label, bits_text(best["loss"]), f"{best['arm']}; {edge}"))
+            scratch = scratch_of(report, arm["name"])[0] if arm else None
+            pair = pair_of(budget, best["arm"], scratch["name"]) if scratch else None
+            beside = f"; {signed(pair['value'])} to {pair['other']}, {pair['word']}" if pair else ""
+            tiles.append((label, bits_text(best["loss"]), f"{best['arm']}; {edge}{beside}"))
         if budget["s"] is not None:
             tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']:.3g} degrees of freedom"))
         name, ratio = flops_to_loss(report, budget, arm) if arm else ("", NOT_COMPARED)
         if bounded(ratio):
             rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
-            text = f"{ratio_text(ratio).split(' [')[0]}\N{NO-BREAK SPACE}×"
-            tiles.append((f"FLOPs to the loss of {name}", text, ratio["word"] + rests))
+            text, _, interval = ratio_text(ratio).partition(" [")
+            note = f"{ratio['word']}{rests}" + (f"; {interval.removesuffix(']')}" if interval else "")
+            tiles.append((f"FLOPs to the loss of {name}", f"{text}\N{NO-BREAK SPACE}×", note))
         spent = mean_of([run for a in report["arms"] for run in runs_at(a, budget["share"])], "flops")
         tiles.append(("training FLOPs per run", flops_text(spent), "ancestors included"))
     return [{"label": label, "text": text, "note": note} for label, text, note in tiles]
