@@ -44,8 +44,8 @@ def page(report: dict[str, Any], top: list[Chart]) -> str:
     training = training_chart(report)
     band = "Each mark is a run that decayed fully at that budget, mean over seeds; the band is one standard deviation."
     if report["foremost"]:
-        band += " In colour: the reference and what the answer speaks of; grey: the other arms. Pointing at a name or "
-        band += "a line brings it forward, and a click on a name keeps it there."
+        band += " In colour: the reference, what the answer speaks of, and what is better; grey: the others. "
+        band += "Pointing at a name or a line brings it forward, and a click on a name keeps it there."
     body = (
         f"{head(report)}{standing_section(report)}"
         f'<div class="bar-top"><h2>Results at each budget</h2>{TOGGLE}</div>'

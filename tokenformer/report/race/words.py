@@ -245,8 +245,8 @@ def bounded(ratio: dict[str, Any]) -> bool:
 
 
 def foremost(report: dict[str, Any]) -> list[str]:
-    """Of many arms those that charts have in colour: the reference, the arm of the answer, its controls, arms that
-    growing made better than their scratch with that, and copies of the reference. None where all of them can be.
+    """Of many arms those that charts have in colour: the reference, the arm of the answer, its controls, arms that are
+    better than their scratch, which stands by them, or the reference, and its copies. None where all of them can be.
     """
     budget = answered(report)
     arm = budget and (best_arm(report, budget, grows=True) or best_arm(report, budget))
@@ -254,9 +254,13 @@ def foremost(report: dict[str, Any]) -> list[str]:
         return []
     reference = report["race"]["reference"]
     copies = [a["name"] for a in report["arms"] if a["role"] == "copy" and a["of"] == reference]
-    pairs = [own["pair"] for row in report["own_controls"] if (own := row["controls"].get("scratch")) and own["pair"]]
-    gained = [name for pair in pairs if pair["word"] == "better" for name in (pair["arm"], pair["other"])]
-    names = [reference, arm["name"], *controls_of(report, budget, arm).values(), *gained, *copies]
+    if arm["grows"]:
+        own = [row["controls"].get("scratch") for row in report["own_controls"]]
+        pairs = [control["pair"] for control in own if control]
+    else:
+        pairs = [pair_of(budget, a["name"], reference) for a in report["arms"] if a["role"] == "arm"]
+    better = [name for pair in pairs if pair and pair["word"] == "better" for name in (pair["arm"], pair["other"])]
+    names = [reference, arm["name"], *controls_of(report, budget, arm).values(), *better, *copies]
     return list(dict.fromkeys(names))[:ARMS_WITH_LEADERS]
 
 
