@@ -774,6 +774,13 @@ def test_a_best_rate_at_the_edge_is_flagged_and_a_trial_that_diverged_is_not_the
 # --- final text, races in progress, broken pieces ---
 
 
+def test_runs_without_any_scatter_are_told_apart_and_no_noise_is_named(tmp_path, report):
+    folder = write_full_race(tmp_path / "race", loss=lambda arm, rate, seed, budget: 2.0 + 0.125 * (arm != "grown"))
+    told = read_report(folder)
+    assert pair(told, "grown", "scratch")["word"] == "better" and not any("More noise" in t for t in told["changes"])
+    assert any("More noise" in text for text in report["changes"])  # the control: with scatter there is a pair
+
+
 def test_verdicts_rest_on_the_final_text_where_it_was_given(tmp_path):
     def final(arm, rate, seed, share):  # turns the order of scratch and small about
         return plausible({"scratch": "small", "small": "scratch"}.get(arm, arm), rate, seed, share) + 0.1

@@ -229,7 +229,7 @@ def unequal_noise(report: dict[str, Any], budget: dict[str, Any]) -> list[str]:
 def nearest(budget: dict[str, Any], arm: str, names: list[str]) -> list[str]:
     """Of the others that an arm is told apart from, the one that noise would hide first."""
     found = [pair for name in names if (pair := pair_of(budget, arm, name)) is not None]
-    apart = [pair for pair in found if pair["word"] in ("better", "worse")]
+    apart = [pair for pair in found if pair["word"] in ("better", "worse") and pair["high"] > pair["low"]]
     if not apart:
         return []
     pair = min(apart, key=lambda p: abs(p["value"]) / (p["high"] - p["low"]))
