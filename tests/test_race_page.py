@@ -12,7 +12,7 @@ from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
 from tokenformer.report import read_report, write_report
 from tokenformer.report.charts import QUIET
 from tokenformer.report.markup import name_of
-from tokenformer.report.race.doubts import put_in_words
+from tokenformer.report.race.doubts import nearest, put_in_words
 from tokenformer.report.race.page import page, top_charts
 from tokenformer.report.race.words import further, ratio_text
 from tokenformer.report.units import flops_text, signed
@@ -774,11 +774,12 @@ def test_a_best_rate_at_the_edge_is_flagged_and_a_trial_that_diverged_is_not_the
 # --- final text, races in progress, broken pieces ---
 
 
-def test_runs_without_any_scatter_are_told_apart_and_no_noise_is_named(tmp_path, report):
-    folder = write_full_race(tmp_path / "race", loss=lambda arm, rate, seed, budget: 2.0 + 0.125 * (arm != "grown"))
-    told = read_report(folder)
-    assert pair(told, "grown", "scratch")["word"] == "better" and not any("More noise" in t for t in told["changes"])
-    assert any("More noise" in text for text in report["changes"])  # the control: with scatter there is a pair
+def test_runs_without_any_scatter_have_no_noise_that_would_hide_them():
+    pair = {"arm": "a", "other": "b", "value": -0.1, "word": "better", "same_start": False}
+    pair |= {"low": -0.1, "high": -0.1, "own_low": -0.1, "own_high": -0.1}
+    assert nearest({"pairs": [pair], "s": 0.0, "df": 4}, "a", ["b"]) == []
+    scattered = {"pairs": [pair | {"low": -0.15, "high": -0.05}], "s": 0.02, "df": 4}  # the control
+    assert "2.00 times as much" in nearest(scattered, "a", ["b"])[0]
 
 
 def test_verdicts_rest_on_the_final_text_where_it_was_given(tmp_path):
