@@ -386,6 +386,10 @@ def test_own_controls_are_compared_by_the_pairs_and_flops_by_their_own_scratch(m
     rows = {row[0]: row for row in cells_of(page_of(json.loads(json.dumps(many))), "Each growing arm against its own")}
     late = next(row for name, row in rows.items() if name.startswith("grown late"))
     assert "from scratch" in late[1] and "from small" in late[2] and late[3] == "–" and "faster" in late[5]
+    half, quarter = page_of(json.loads(json.dumps(many))).split("<summary>The same at ")[1:3]
+    for share, part in ((0.5, half), (0.25, quarter)):
+        table = part.partition("</table>")[0]
+        assert signed(pair(many, "grown", "small", share)["value"]) in table and "from small-wide" in table
 
 
 def test_gains_over_different_scratch_are_compared_seed_by_seed(many):

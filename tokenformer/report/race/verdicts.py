@@ -8,7 +8,7 @@ from ...statistics import false_alarms
 from ..charts import colour_of, shade
 from ..markup import e, name_of, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
-from .controls import best_of_sizes, pair_of, sizes_beside
+from .controls import best_of_sizes, own_controls, pair_of, sizes_beside
 from .numbers import cell_of
 from .words import BY_ITS_LOSS, answered, edge_text, growth_state, ratio_text, share_text, times
 
@@ -151,18 +151,33 @@ def budget_at(report: dict[str, Any], share: float) -> dict[str, Any]:
 
 
 def own_section(report: dict[str, Any]) -> str:
-    """Each growing arm against the controls that are its own, and what it gained over its scratch against others."""
+    """Each growing arm against the controls that are its own, at each budget; gains over scratch compared."""
     found = report["own_controls"]
     if not any(row["controls"] for row in found):
         return ""
-    budget, rows = budget_at(report, found[0]["share"]), []
+    budget = budget_at(report, found[0]["share"])
+    note = (
+        f'<p class="small">At {budget_name(report, budget)}: the arm’s bits per byte less the control’s, below 0 is '
+        "better. Arms of the same sizes share their controls; dropped is run for one arm.</p>"
+    )
+    out = [f"<h2>Each growing arm against its own controls</h2>{note}{own_table(report, budget, found)}"]
+    for other in reversed(report["budgets"]):
+        rows = own_controls(report, other) if other is not budget else []
+        if any(row["controls"] for row in rows):
+            title = f"<summary>The same at {budget_name(report, other)}</summary>"
+            out.append(f"<details>{title}<div>{own_table(report, other, rows)}</div></details>")
+    return "".join(out) + gains_table(report)
+
+
+def own_table(report: dict[str, Any], budget: dict[str, Any], found: list[dict[str, Any]]) -> str:
     roles = [role for role in OWN if any(role in row["controls"] for row in found)]
-    arms = {arm["name"]: arm for arm in report["arms"]}
+    arms, rows = {arm["name"]: arm for arm in report["arms"]}, []
     tried = [sizes_beside(report, budget, arms[row["arm"]]) for row in found if "optimal" in row["controls"]]
     optimal = {best_of_sizes(sizes) for sizes in tried}
     titles = {**OWN, **({"optimal": optimal.pop()} if len(optimal) == 1 else {})}
     for row in found:
-        out = [f"{tagged(report, budget, row['arm'])}{about(bits_text(cell_of(budget, row['arm'])['mean']))}"]
+        name = tagged(report, budget, row["arm"])
+        out = [f"{name}{about(bits_text(cell_of(budget, row['arm'])['mean']))}"]
         for role in roles:
             control = row["controls"].get(role)
             if control is None:
@@ -174,12 +189,7 @@ def own_section(report: dict[str, Any]) -> str:
         out.append(ratio_cell(ratio) if ratio and ratio["value"] is not None else MISSING)
         rows.append(out)
     head = ["", *(titles[role] for role in roles), "FLOPs to the loss of its scratch, over those of that scratch"]
-    note = (
-        f'<p class="small">At {budget_name(report, budget)}: the arm’s bits per byte less the control’s, below 0 is '
-        "better. Arms of the same sizes share their controls; dropped is run for one arm.</p>"
-    )
-    title = "<h2>Each growing arm against its own controls</h2>"
-    return f"{title}{note}{table(head, rows, 'matrix')}{gains_table(report)}"
+    return table(head, rows, "matrix")
 
 
 def gains_table(report: dict[str, Any]) -> str:
