@@ -16,6 +16,7 @@ from tokenformer.report.race.doubts import nearest, put_in_words
 from tokenformer.report.race.page import page, top_charts
 from tokenformer.report.race.words import further, ratio_text
 from tokenformer.report.units import flops_text, signed
+from tokenformer.report.verdict import flatten
 from tokenformer.statistics import spread_of
 
 BUDGETS, SEEDS = (0.25, 0.5, 1.0), (0, 1, 2)
@@ -353,7 +354,40 @@ def test_each_arms_controls_are_found_by_what_they_are(many):
     }
     assert list(found)[0] == "grown late" and "**grown late**" in many["answer"][1]  # best first, and it owns nothing
     for name in ("dropped", "small-wide", "scratch-theta"):
-        assert f"**{name}**" not in many["answer"][0]
+        assert f"**{name}**" not in many["answer"][1]
+    assert many["answer"][0].endswith(
+        "of 5 growing arms (2 more have no scratch) all are **better** than their own scratch; of 4 growing arms (3 "
+        "more have no small size) all are **better** than their small size trained longer."
+    )
+
+
+def test_seeds_that_differ_between_growing_arms_are_said(tmp_path):
+    folder = write_full_race(tmp_path / "race", MANY, skip=lambda arm, seed, budget: arm == "wide" and seed > 0)
+    assert "included, over 1 to 3 seeds: of 5 growing arms" in read_report(folder)["answer"][0]
+    alone = {**ARMS, "other": GROWS}
+    alone = {name: arm for name, arm in alone.items() if arm["role"] not in ("scratch", "small", "dropped", "size")}
+    told = read_report(write_full_race(tmp_path / "alone", alone, reference="grown"))
+    assert "the best of 3 growing arms, **" in told["answer"][0]
+
+
+def test_growth_that_arms_share_and_growth_that_one_alone_has_are_told_apart(many):
+    told = json.loads(json.dumps(many))
+    for arm in told["arms"]:
+        arm["recipe"].pop("growth", None)
+    growing = [arm for arm in told["arms"] if arm["grows"]]
+    for arm in growing:
+        arm["recipe"]["growth"] = [{"operator": "zero", "moments": "keep", "at_slope": None, "to": {arm["name"]: 9}}]
+    growing[0]["recipe"]["growth"] += [{"moments": "drop", "to": {"layers": 9}}]
+    told["arms"].sort(key=lambda arm: not arm["grows"])  # a growing arm is the first
+    recipes = [arm["recipe"] for arm in told["arms"]]
+    keys = {key for recipe in recipes for key in flatten(recipe) if key.startswith("growth.")}
+    told["differing_keys"] = sorted(keys)
+    section = html.unescape(page_of(told)).split("Every hyperparameter</h2>")[1]
+    differs, _, rest = section.partition("What all arms that grow share: 2 keys")
+    common, _, shared = rest.partition("What all arms share")
+    assert "growth.1.moments" in differs and f"growth.0.to.{growing[0]['name']}" in differs
+    assert "growth.0.moments" in common and "growth.0.operator" in common and "growth." not in differs.split("table")[0]
+    assert "at_slope" not in section and "growth." not in shared.partition("<h2>")[0]
 
 
 def test_a_mixture_that_grew_from_a_dense_model_has_its_scratch(tmp_path):
@@ -372,10 +406,11 @@ def test_a_mixture_that_grew_from_a_dense_model_has_its_scratch(tmp_path):
 def test_own_controls_are_compared_by_the_pairs_and_flops_by_their_own_scratch(many):
     for row in many["own_controls"]:
         for control in row["controls"].values():
-            found = pair(many, row["arm"], control["name"])
+            found = pair(many, row["arm"], control["name"], row["share"])
             sign = 1 if found["arm"] == row["arm"] else -1
             assert control["pair"]["value"] == pytest.approx(sign * found["value"])
-    ratios = {row["arm"]: row["flops_to_scratch"] for row in many["own_controls"]}
+    assert sorted({row["share"] for row in many["own_controls"]}) == list(BUDGETS)
+    ratios = {row["arm"]: row["flops_to_scratch"] for row in many["own_controls"] if row["share"] == 1.0}
     assert ratios["grown"] == many["reach"][-1]["ratios"]["grown"] and ratios["next"] is None
     curves = [cell(many, "scratch-theta")["values"], *(cell(many, "theta", share)["values"] for share in BUDGETS)]
     logs = []
@@ -408,13 +443,14 @@ def test_gains_over_different_scratch_are_compared_seed_by_seed(many):
         assert (found["low"], found["high"]) == pytest.approx((found["value"] - half, found["value"] + half))
     assert gains["grown late", "theta", 1.0]["word"] == "better"
     apart = sum(gain["word"] != "not told apart" for gain in many["gains"] if gain["share"] == 1.0)
-    said = many["answer"][1].partition("by growing, over its own scratch, ")[2]
-    assert said.count("gained more than") == 3 and 0 < apart < 6
-    assert "**grown late** gained more than **theta late** and **theta**" in said
+    said = many["answer"][1]
+    assert said.count("stands better against its own scratch than") == 3 and 0 < apart < 6
+    assert "**grown late** stands better against its own scratch than **theta late** and **theta** do;" in said
+    assert said.endswith(f" than **wide** does ({apart} of 6 differences).")
     level = {**many, "gains": [{**gain, "word": "not told apart"} for gain in many["gains"]]}
     assert put_in_words({**level, "gains": []})["answer"] == many["answer"]  # they follow from the numbers
     assert further(level, level["budgets"][-1], level["arms"][0])[-1] == (
-        "of 6 differences between what they gained none can be told from zero"
+        "of 6 differences between what they gained over their own scratch none can be told from zero"
     )
     assert not [key for key in gains if set(key[:2]) == {"theta", "theta late"}]  # the control: they share scratch
     rows = cells_of(page_of(json.loads(json.dumps(many))), "Gain of growing over")
@@ -463,15 +499,16 @@ def test_arms_of_one_colour_have_swatches_like_their_lines():
 def test_of_many_arms_those_of_the_answer_are_in_colour_and_the_others_in_grey(many, report):
     drawn = {s.name: s for s in top_charts(many)[0].series}
     loud = {name for name, s in drawn.items() if s.colour < QUIET}
-    best = many["answer"][1].partition(" needs ")[0]
-    spoken_of = {name for name in re.findall(r"\*\*(.+?)\*\*", best) if name in drawn}
-    assert len(spoken_of) > 2 and spoken_of | {"scratch"} <= loud == set(many["foremost"])
+    best = next(row for row in many["own_controls"] if row["share"] == 1.0)  # the first of the page's answer
+    spoken_of = {"scratch", best["arm"], *(control["name"] for control in best["controls"].values())}
+    assert len(spoken_of) > 3 and spoken_of <= loud == set(many["foremost"])
+    assert "theta late" in loud and "unmatched" not in loud  # better than its scratch; without one
     assert len(loud) <= 6 < len(drawn) - 2
     assert all(bool(s.low) == (name in loud) for name, s in drawn.items())
     layers = [s.name in loud for s in top_charts(many)[0].series]
     assert layers == sorted(layers)  # what is in colour lies above
     chips = page_of(json.loads(json.dumps(many))).split('class="legend many"')[1]
-    chips = re.findall(r'<li data-arm="(\d+)" tabindex="0"><i class="swatch (\w+)', chips)
+    chips = re.findall(r'<li data-arm="(\d+)" tabindex="0" role="button"><i class="swatch (\w+)', chips)
     assert [look for _, look in chips] == [f"f{i}" for i in range(len(loud))] + ["f7"] * (len(drawn) - len(loud))
     assert len({number for number, _ in chips}) == len(drawn)
     plain = page_of(json.loads(json.dumps(report))).split("<body>")[1]  # the control: colours for all

@@ -2,7 +2,7 @@
 
 The palette is after Okabe and Ito's, made for eyes with any of the common forms of colour blindness: darker
 where theirs is pale on white, lighter on a dark page. An eighth arm starts again at the first colour, dashed. Of more
-than MANY_ARMS in a full race those that the answer speaks of have colours, and all others one thin grey.
+than MANY_ARMS in a full race a few have colours, and all others one thin grey.
 """
 
 from __future__ import annotations

@@ -59,9 +59,19 @@ for (const item of document.querySelectorAll("li[data-arm], text.name")) {
   };
   for (const kind of ["pointerenter", "focus"]) item.addEventListener(kind, pick(true));
   for (const kind of ["pointerleave", "blur"]) item.addEventListener(kind, pick(false));
-  item.addEventListener("click", () => {
+}
+
+// A click on it, or Enter, keeps its lines in front.
+for (const item of document.querySelectorAll(".legend li, text.name")) {
+  const arm = item.closest("[data-arm]").dataset.arm;
+  const keep = () => {
     kept.has(arm) ? kept.delete(arm) : kept.add(arm);
     mark(arm, kept.has(arm));
+    for (const chip of document.querySelectorAll(`.legend [data-arm="${arm}"]`)) chip.ariaPressed = kept.has(arm);
+  };
+  item.addEventListener("click", keep);
+  item.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); keep(); }
   });
 }
 

@@ -98,7 +98,8 @@ def legend(report: dict[str, Any]) -> str:
     arms = report["arms"] if report.get("race") else by_rank(report["arms"])
     if report.get("foremost"):
         arms = sorted(arms, key=lambda arm: colour_of(report, arm))
-    chips = (f'<li data-arm="{colour_of(report, a)}" tabindex="0">{name_of(report, a)}</li>' for a in arms)
+    attributes = 'tabindex="0" role="button"'
+    chips = (f'<li data-arm="{colour_of(report, a)}" {attributes}>{name_of(report, a)}</li>' for a in arms)
     return f'<ul class="legend{" many" if report.get("foremost") else ""}">{"".join(chips)}</ul>'
 
 

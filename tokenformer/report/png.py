@@ -31,11 +31,11 @@ def write_png(report: dict[str, Any], charts: list[Chart], title: str, note: str
 
     figure = Figure(figsize=(12.6, 5.6), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    lines = textwrap.wrap(title, 145)
+    lines = textwrap.wrap(title, 145, max_lines=3, placeholder=" …")
     figure.text(0.012, 0.955, report["name"], size=16, weight="bold", color="#1a1a1a", va="center")
-    figure.text(0.012, 0.915, "\n".join(lines[:3]), size=11, color="#333333", va="top", linespacing=1.35)
+    figure.text(0.012, 0.915, "\n".join(lines), size=11, color="#333333", va="top", linespacing=1.35)
     figure.text(0.012, 0.018, note, size=8.5, color="#666666", va="bottom", linespacing=1.3)
-    top = 0.80 - 0.042 * max(0, len(lines[:3]) - 1)
+    top = 0.80 - 0.042 * max(0, len(lines) - 1)
     bottom = 0.16 + 0.032 * note.count("\n")
     for place, chart in enumerate(charts):
         axes = figure.add_axes((0.045 + 0.485 * place, bottom, 0.31, top - bottom))

@@ -15,9 +15,10 @@ from ..verdict import (
     stream_doubts,
     unequal_text,
 )
+from .charts import foremost
 from .controls import controls_of, gains, own_controls, pair_of, sunk_costs
 from .numbers import starts_of, values_at
-from .words import answer, answered, best_arm, edge_text, foremost, headline, listed, progress, share_text
+from .words import answer, answered, best_arm, edge_text, headline, listed, progress, share_text
 
 OVERLAPS = (
     ("overlap", "held-out text", "training text"),
@@ -179,7 +180,7 @@ def train_differences(report: dict[str, Any]) -> list[tuple[str, Any, list[str]]
 def changes(report: dict[str, Any]) -> list[str]:
     """What would have to be otherwise for the answer to be another, each read off the numbers."""
     budget = answered(report)
-    arm = budget and (best_arm(report, budget, grows=True) or best_arm(report, budget))
+    arm = budget and best_arm(report, budget)
     if not budget or not arm:
         return ["Everything: there is no result yet."]
     out, grown = [], [a for a in report["arms"] if a["role"] == "arm" and a["grows"]]
@@ -316,7 +317,8 @@ def put_in_words(report: dict[str, Any]) -> dict[str, Any]:
     """What is said of the numbers; all of it follows from what report.json keeps."""
     budget = answered(report)
     sunk = [each for arm in report["arms"] if arm["grows"] for each in sunk_costs(report, arm)]
-    own = own_controls(report, budget) if budget else []
+    shares = [b for b in reversed(report["budgets"]) if budget and b["share"] <= budget["share"]]
+    own = [row for each in shares for row in own_controls(report, each)]
     report = {**report, "sunk": sunk, "own_controls": own, "gains": gains(report)}
     said = answer(report)
     if any(note["level"] == "bad" for note in report["warnings"] + report["status_warnings"]):

@@ -44,8 +44,9 @@ def page(report: dict[str, Any], top: list[Chart]) -> str:
     training = training_chart(report)
     band = "Each mark is a run that decayed fully at that budget, mean over seeds; the band is one standard deviation."
     if report["foremost"]:
-        band += " In colour: the reference, what the answer speaks of, and what is better; grey: the others. "
-        band += "Pointing at a name or a line brings it forward, and a click on a name keeps it there."
+        band += " In colour: the reference, the best arm of the answer, its controls, and of those that are better as "
+        band += "many as colours reach; grey: the others. Pointing at a name or a line brings it forward, and a click "
+        band += "on a name keeps it there."
     body = (
         f"{head(report)}{standing_section(report)}"
         f'<div class="bar-top"><h2>Results at each budget</h2>{TOGGLE}</div>'
@@ -73,20 +74,22 @@ def scope_section(report: dict[str, Any]) -> str:
     totals = [arm["parameters_end"]["total"] for arm in report["arms"] if arm["parameters_end"].get("total")]
     per = [cell["tokens_per_parameter"] for cell in report["budgets"][-1]["arms"] if cell["tokens_per_parameter"]]
     data = next((arm["recipe"]["data"] for arm in report["arms"] if arm["recipe"].get("data")), None)
-    if not totals or not per or not data:
-        return ""
-    said = [
-        f"Another scale: these are models of {span(totals, count_text)} parameters with {span(per, '{:.1f}'.format)} "
-        "tokens a parameter, and what holds there need not hold of larger ones or of longer training.",
-        f"Another text: this is {e(data['source'])}, read in windows of {data['sequence_length']} tokens.",
-    ]
-    if not report["cosine"]:
+    said = []
+    if totals:
+        tokens = f" with {low_to_high(per, '{:.1f}'.format)} tokens a parameter" if per else ""
+        said.append(
+            f"Another scale: these are models of {low_to_high(totals, count_text)} parameters{tokens}, and what holds "
+            "there need not hold of larger ones or of longer training."
+        )
+    if data:
+        said.append(f"Another text: this is {e(data['source'])}, read in windows of {data['sequence_length']} tokens.")
+    if all(row["cosine"] is None for row in report["cosine"]):
         said.append("Another schedule of the learning rate: no arm was run with cosine.")
     items = "".join(f"<li>{text}</li>" for text in said)
     return f'<h2>What this race does not speak of</h2><ul class="changes">{items}</ul>'
 
 
-def span(values: list[float], text: Any) -> str:
+def low_to_high(values: list[float], text: Any) -> str:
     low, high = text(min(values)), text(max(values))
     return low if low == high else f"{low} to {high}"
 
@@ -102,12 +105,11 @@ def checks_section(report: dict[str, Any]) -> str:
     if floor := report["checks"].get("lzma_bits_per_byte"):
         held_to = f"a result below {LZMA_SHARE * floor:.2f} is red on this page"
         rows.append(["LZMA on the held-out text", f"{floor:.2f} bits per byte", held_to])
-    runs = [run for arm in report["arms"] for run in arm["runs"]]
-    if most := max((run["epochs"] for run in runs if run["epochs"]), default=None):
-        rows.append(["Training text read, at most", f"{100 * most:.2g} %", "no token is seen twice, or it is red"])
-    hashes = sorted({run["final_sha256"] for run in runs if run["final_sha256"]})
-    if report["race"].get("final_text"):
-        name = e(str(report["race"]["final_text"]))
-        held_to = "verdicts rest on it, and nothing of a run is chosen by it"
-        rows.append(["Final text", f"{name}<br><small>{'<br>'.join(hashes)}</small>", held_to])
+    runs = [run for arm in report["arms"] for run in (*arm["runs"], *arm["trials"], *arm["cosine"])]
+    if most := max((run["epochs"] for run in runs if run.get("epochs")), default=None):
+        rows.append(["Training text read, at most", f"{100 * most:.3g} %", "no token is seen twice, or it is red"])
+    if report["budgets"][-1]["measure"] == "final_bits_per_byte":
+        hashes = sorted({run["final_sha256"] for run in runs if run.get("final_sha256")})
+        name = f"{e(str(report['race'].get('final_text')))}<br><small>{'<br>'.join(map(e, hashes))}</small>"
+        rows.append(["Final text", name, "verdicts rest on it, and nothing of a run is chosen by it"])
     return f"<h2>Checks</h2>{table(['', 'found', 'held to'], rows)}" if rows else ""

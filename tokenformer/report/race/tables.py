@@ -198,9 +198,15 @@ def hyperparameters(report: dict[str, Any]) -> str:
     keys = report["differing_keys"] + differing_keys([each["config"] for each in told])
     flat = [flatten(each["recipe"] | each["config"]) for each in told]
     out = ["<h2>Every hyperparameter</h2>"]
+    shared = {k: v for k, v in flat[0].items() if k not in keys and k.split(".")[0] not in IGNORED} if flat else {}
     values = {key: [f[key] for f in flat if key in f] for key in keys}
     keys = [key for key in keys if any(value not in (None, "") for value in values[key])]
-    common = {k: values[k][0] for k in keys if k.startswith("growth.") and all(v == values[k][0] for v in values[k])}
+    growing = sum(any(key.startswith("growth.0.") for key in f) for f in flat)
+    common = {
+        key: values[key][0]
+        for key in keys
+        if key.startswith("growth.") and len(values[key]) == growing and all(v == values[key][0] for v in values[key])
+    }
     keys = [key for key in keys if key not in common]
     if keys:
         out.append('<p class="small">What differs between the arms, in the recipe of each one’s first seed.</p>')
@@ -208,7 +214,6 @@ def hyperparameters(report: dict[str, Any]) -> str:
     if common:
         title = f"<summary>What all arms that grow share: {len(common)} keys</summary>"
         out.append(f"<details>{title}{pairs(common)}</details>")
-    shared = {k: v for k, v in flat[0].items() if k not in keys and k.split(".")[0] not in IGNORED} if flat else {}
     if shared:
         out.append(f"<details><summary>What all arms share: {len(shared)} keys</summary>{pairs(shared)}</details>")
     return "".join(out)

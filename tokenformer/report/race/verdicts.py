@@ -8,9 +8,9 @@ from ...statistics import false_alarms
 from ..charts import colour_of, shade
 from ..markup import e, name_of, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
-from .controls import best_of_sizes, own_controls, pair_of, sizes_beside
+from .controls import best_of_sizes, pair_of, sizes_beside
 from .numbers import cell_of
-from .words import BY_ITS_LOSS, answered, edge_text, growth_state, ratio_text, share_text, times
+from .words import BY_ITS_LOSS, answered, count_seeds, edge_text, growth_state, ratio_text, share_text, times
 
 CLASSES = {"better": "better", "faster": "better", "worse": "worse", "slower": "worse"}
 SIGNS = {"better": "▲", "worse": "▼"}  # so that a page printed in grey says the same
@@ -152,21 +152,21 @@ def budget_at(report: dict[str, Any], share: float) -> dict[str, Any]:
 
 def own_section(report: dict[str, Any]) -> str:
     """Each growing arm against the controls that are its own, at each budget; gains over scratch compared."""
-    found = report["own_controls"]
-    if not any(row["controls"] for row in found):
-        return ""
-    budget = budget_at(report, found[0]["share"])
-    note = (
-        f'<p class="small">At {budget_name(report, budget)}: the arm’s bits per byte less the control’s, below 0 is '
-        "better. Arms of the same sizes share their controls; dropped is run for one arm.</p>"
-    )
-    out = [f"<h2>Each growing arm against its own controls</h2>{note}{own_table(report, budget, found)}"]
-    for other in reversed(report["budgets"]):
-        rows = own_controls(report, other) if other is not budget else []
-        if any(row["controls"] for row in rows):
-            title = f"<summary>The same at {budget_name(report, other)}</summary>"
-            out.append(f"<details>{title}<div>{own_table(report, other, rows)}</div></details>")
-    return "".join(out) + gains_table(report)
+    out: list[str] = []
+    for budget in reversed(report["budgets"]):
+        rows = [row for row in report["own_controls"] if row["share"] == budget["share"]]
+        if not any(row["controls"] for row in rows):
+            continue
+        name, made = budget_name(report, budget), own_table(report, budget, rows)
+        if out:
+            out.append(f"<details><summary>The same at {name}</summary><div>{made}</div></details>")
+        else:
+            out.append(
+                f'<h2>Each growing arm against its own controls</h2><p class="small">At {name}: the arm’s bits per '
+                "byte less the control’s, below 0 is better. Arms of the same sizes share their controls; dropped is "
+                f"run for one arm.</p>{made}"
+            )
+    return "".join(out) + gains_table(report) if out else ""
 
 
 def own_table(report: dict[str, Any], budget: dict[str, Any], found: list[dict[str, Any]]) -> str:
@@ -255,6 +255,11 @@ def reach_section(report: dict[str, Any]) -> str:
     return f"<h2>FLOPs to reach a loss</h2>{note}{table(head, rows, 'matrix')}"
 
 
+def sunk_about(report: dict[str, Any], sunk: dict[str, Any]) -> str:
+    few = sunk["seeds"] < len(report["race"]["seeds"])
+    return flops_text(sunk["flops"]) + (f", {count_seeds(sunk['seeds'])}" if few else "")
+
+
 def sunk_section(report: dict[str, Any]) -> str:
     if not report["sunk"]:
         return ""
@@ -264,7 +269,7 @@ def sunk_section(report: dict[str, Any]) -> str:
     for arm in dict.fromkeys(arm for arm, _ in found):
         cells = [found.get((arm, budget["share"])) for budget in budgets]
         against = next(s["against"] for s in cells if s)
-        each = [f"{e(ratio_text(s))}{about(flops_text(s['flops']))}" if s else MISSING for s in cells]
+        each = [f"{e(ratio_text(s))}{about(sunk_about(report, s))}" if s else MISSING for s in cells]
         rows.append([named(report, arm), e(against), *each])
     own = {s["own_scratch"] for s in report["sunk"]}
     whose = "its scratch’s" if all(own) else "its scratch’s, else the reference’s," if any(own) else "the reference’s"

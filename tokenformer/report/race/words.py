@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..charts import ARMS_WITH_LEADERS, MANY_ARMS
 from ..units import bits_text, flops_text, gap_text, signed
 from .controls import best_of_sizes, controls_of, pair_of, sizes_beside
 from .numbers import cell_of, mean_of, runs_at
@@ -53,7 +52,7 @@ def ratio_text(ratio: dict[str, Any]) -> str:
         return "beyond the budgets on both sides"
     if ratio["low"] is None:
         return f"{ratio['side']} {value:.2f}".strip()
-    return f"{value:.2f} [{times(ratio['low'])} to {times(ratio['high'])}]"
+    return f"{times(value)} [{times(ratio['low'])} to {times(ratio['high'])}]"
 
 
 def edge_text(best: dict[str, Any]) -> str:
@@ -84,14 +83,14 @@ def answered(report: dict[str, Any]) -> dict[str, Any] | None:
     return full[-1] if full else None
 
 
-def best_arm(report: dict[str, Any], budget: dict[str, Any], grows: bool | None = None) -> dict[str, Any] | None:
-    """The entrant (no control) with the lowest mean; of those that grow, or of all where `grows` is None."""
+def best_arm(report: dict[str, Any], budget: dict[str, Any]) -> dict[str, Any] | None:
+    """The arm with the lowest mean of those that grow; where none does, of all entrants, or of the controls."""
     means = {cell["arm"]: cell["mean"] for cell in budget["arms"]}
-    entrants = [a for a in report["arms"] if a["role"] == "arm" and (grows is None or a["grows"] == grows)]
-    entrants = [a for a in entrants if means[a["name"]] is not None] or (
-        [a for a in report["arms"] if means[a["name"]] is not None and a["role"] != "copy"] if grows is None else []
+    found = [a for a in report["arms"] if means[a["name"]] is not None and a["role"] != "copy"]
+    entrants = [a for a in found if a["role"] == "arm"]
+    return min(
+        [a for a in entrants if a["grows"]] or entrants or found, key=lambda a: means[a["name"]], default=None
     )
-    return min(entrants, key=lambda a: means[a["name"]], default=None)
 
 
 def control_labels(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> dict[str, str]:
@@ -108,7 +107,7 @@ def answer(report: dict[str, Any]) -> list[str]:
     budget = answered(report)
     if budget is None:
         return [f"No answer yet: {progress(report)}."]
-    arm = best_arm(report, budget, grows=True) or best_arm(report, budget)
+    arm = best_arm(report, budget)
     assert arm is not None
     cell = cell_of(budget, arm["name"])
     text = "the final text" if budget["measure"] == "final_bits_per_byte" else "held-out text"
@@ -127,10 +126,14 @@ def answer(report: dict[str, Any]) -> list[str]:
         phrases = counted(budget, arm, others)
     stands = f"is {listed(phrases)}" if phrases else "stands alone"
     all_of_them, more = standings(report, budget, arm), further(report, budget, arm)
-    if arm["grows"] and all_of_them:
+    grown = [row["arm"] for row in report["own_controls"] if row["share"] == budget["share"]]
+    if all_of_them and arm["grows"]:
+        counts = {len(cell_of(budget, name)["seeds"]) for name in grown}
+        over = seeds if len(counts) == 1 else f"{min(counts)} to {max(counts)} seeds"
         best = "; ".join([f"The best of them, **{arm['name']}** ({bits}), {stands}", *more])
-        return [f"{where}over {seeds}: {all_of_them}.", f"{best}."]
+        return [f"{where}over {over}: {all_of_them}.", f"{best}."]
     title = "the growing arm" if arm["grows"] else "the best arm"
+    title = f"the best of {len(grown)} growing arms" if len(grown) > 1 else title
     name, ratio = flops_to_loss(report, budget, arm)
     said = "; ".join(filter(None, [all_of_them, *more]))
     said = said or (f"**{name}** is the reference itself" if name == arm["name"] else "")
@@ -153,33 +156,50 @@ def standings(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any
         others = [a["name"] for a in report["arms"] if a["role"] == "arm" and a["name"] not in (reference, arm["name"])]
         pairs = [pair for name in others if (pair := pair_of(budget, name, reference))]
         who = "other arms" if arm["name"] == reference else "further arms"
-        return f"of {len(pairs)} {who} {told(pairs, f'**{reference}**')}" if len(pairs) > 1 else ""
+        return f"of {len(pairs)} {who} {told(pairs, *[f'**{reference}**'] * 2)}" if len(pairs) > 1 else ""
     parts: list[str] = []
-    for role, whom in (("scratch", "its own scratch"), ("small", "its small size trained longer")):
-        own = [row["controls"].get(role) for row in report["own_controls"]]
-        pairs = [control["pair"] for control in own if control and control["pair"]]
-        names = {pair["other"] for pair in pairs}
-        if len(pairs) > 1:
-            head = "" if parts else f"of {len(pairs)} growing arms "
-            one = f"**{names.pop()}**" if role == "scratch" and len(names) == 1 else whom
-            parts.append(head + told(pairs, one))
+    grown = sum(row["share"] == budget["share"] for row in report["own_controls"])
+    for role, what, theirs in (
+        ("scratch", "scratch", "their own scratch"),
+        ("small", "small size", "their small size trained longer"),
+    ):
+        pairs = own_pairs(report, budget, role)
+        if len(pairs) < 2:
+            continue
+        whom = theirs.replace("their", "its")
+        if len(names := {pair["other"] for pair in pairs}) == 1 and role == "scratch":
+            whom = theirs = f"**{names.pop()}**"
+        head = "" if parts else f"of {grown} growing arms "
+        if len(pairs) < grown:
+            head = f"of {len(pairs)} growing arms ({grown - len(pairs)} more have no {what}) "
+        parts.append(head + told(pairs, whom, theirs))
     return "; ".join(parts)
 
 
-def told(pairs: list[dict[str, Any]], whom: str) -> str:
-    """ "1 is **better** than X (**a** by 0.040 [0.021 to 0.060]) and 4 are **not told apart**", "all are **worse**"."""
+def own_pairs(report: dict[str, Any], budget: dict[str, Any], role: str) -> list[dict[str, Any]]:
+    """Each growing arm and its own control of a role at a budget, best arm first."""
+    own = [row["controls"].get(role) for row in report["own_controls"] if row["share"] == budget["share"]]
+    return [control["pair"] for control in own if control and control["pair"]]
+
+
+def told(pairs: list[dict[str, Any]], whom: str, theirs: str) -> str:
+    """ "1 is **better** than X (**a** by 0.040 [0.021 to 0.060]) and 4 are **not told apart**", "all are **worse**".
+
+    whom, theirs: what they are held against, of one and of several.
+    """
     parts: list[str] = []
     for word, link in (("better", "than"), ("not told apart", "from"), ("worse", "than")):
         found = [pair for pair in pairs if pair["word"] == word]
         if len(found) == len(pairs):
-            return f"all are **{word}** {link} {whom.replace('its ', 'their ')}"
+            return f"all are **{word}** {link} {theirs}"
         by = [f"**{pair['arm']}**" for pair in found]
         if len(found) <= MOST_OTHERS and word != "not told apart":
             by = [f"{name} {by_how_much(pair)}" for name, pair in zip(by, found, strict=True)]
         if found or word == "better":
             count = f"{len(found)} {'is' if len(found) == 1 else 'are'}" if found else "none is"
             named = f" ({listed(by)})" if 0 < len(found) <= (MOST_BETTER if word == "better" else MOST_OTHERS) else ""
-            parts.append(f"{count} **{word}**{'' if parts else f' {link} {whom}'}{named}")
+            held = "" if parts else f" {link} {whom if len(found) < 2 else theirs}"
+            parts.append(f"{count} **{word}**{held}{named}")
     return listed(parts)
 
 
@@ -205,7 +225,7 @@ def count_seeds(n: int) -> str:
 
 
 def further(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> list[str]:
-    """FLOPs to the loss of scratch or the reference, and whose growth gained more over its scratch than whose."""
+    """FLOPs to the loss of scratch or the reference, and who stands better against its own scratch than whom."""
     name, ratio = flops_to_loss(report, budget, arm)
     parts = []
     if bounded(ratio):
@@ -222,11 +242,14 @@ def further(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any])
             more.setdefault(names[0], []).append(f"**{names[1]}**")
     apart = sum(map(len, more.values()))
     if 0 < apart <= MOST_GAINS:
-        said = [f"**{winner}** gained more than {listed(losers)}" for winner, losers in more.items()]
-        parts.append(f"by growing, over its own scratch, {listed(said)}")
+        parts += [
+            f"**{winner}** stands better against its own scratch than {listed(losers)} {'do' if losers[1:] else 'does'}"
+            for winner, losers in more.items()
+        ]
+        parts[-1] += f" ({apart} of {len(gains)} differences)"
     elif gains:
         which = f"of {len(gains)} differences" if len(gains) > 1 else "of one difference"
-        parts.append(f"{which} between what they gained {apart or 'none'} can be told from zero")
+        parts.append(f"{which} between what they gained over their own scratch {apart or 'none'} can be told from zero")
     return parts
 
 
@@ -244,33 +267,13 @@ def bounded(ratio: dict[str, Any]) -> bool:
     return ratio["value"] is not None and ratio["side"] != "unbounded"
 
 
-def foremost(report: dict[str, Any]) -> list[str]:
-    """Of many arms those that charts have in colour: the reference, the arm of the answer, its controls, arms that are
-    better than their scratch, which stands by them, or the reference, and its copies. None where all of them can be.
-    """
-    budget = answered(report)
-    arm = budget and (best_arm(report, budget, grows=True) or best_arm(report, budget))
-    if not budget or not arm or len(report["arms"]) <= MANY_ARMS:
-        return []
-    reference = report["race"]["reference"]
-    copies = [a["name"] for a in report["arms"] if a["role"] == "copy" and a["of"] == reference]
-    if arm["grows"]:
-        own = [row["controls"].get("scratch") for row in report["own_controls"]]
-        pairs = [control["pair"] for control in own if control]
-    else:
-        pairs = [pair_of(budget, a["name"], reference) for a in report["arms"] if a["role"] == "arm"]
-    better = [name for pair in pairs if pair and pair["word"] == "better" for name in (pair["arm"], pair["other"])]
-    names = [reference, arm["name"], *controls_of(report, budget, arm).values(), *better, *copies]
-    return list(dict.fromkeys(names))[:ARMS_WITH_LEADERS]
-
-
 # --- tiles ---
 
 
 def headline(report: dict[str, Any]) -> list[dict[str, str]]:
     budget, tiles = answered(report), []
     if budget is not None:
-        arm = best_arm(report, budget, grows=True) or best_arm(report, budget)
+        arm = best_arm(report, budget)
         if arm is not None:
             cell = cell_of(budget, arm["name"])
             tiles.append(("best growing arm" if arm["grows"] else "best arm", bits_text(cell["mean"]), arm["name"]))
