@@ -10,7 +10,17 @@ from ..markup import e, name_of, table
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, signed, small_text
 from .controls import best_of_sizes, pair_of, sizes_beside
 from .numbers import cell_of
-from .words import BY_ITS_LOSS, answered, count_seeds, edge_text, growth_state, ratio_text, share_text, times
+from .words import (
+    BY_ITS_LOSS,
+    answered,
+    count_seeds,
+    edge_text,
+    growth_state,
+    own_rows,
+    ratio_text,
+    share_text,
+    times,
+)
 
 CLASSES = {"better": "better", "faster": "better", "worse": "worse", "slower": "worse"}
 SIGNS = {"better": "▲", "worse": "▼"}  # so that a page printed in grey says the same
@@ -150,11 +160,16 @@ def budget_at(report: dict[str, Any], share: float) -> dict[str, Any]:
     return next(budget for budget in report["budgets"] if budget["share"] == share)
 
 
+def budgets_at(report: dict[str, Any], shares: set[float]) -> list[dict[str, Any]]:
+    """The budgets of these shares, the largest first, as columns have them."""
+    return [budget for budget in reversed(report["budgets"]) if budget["share"] in shares]
+
+
 def own_section(report: dict[str, Any]) -> str:
     """Each growing arm against the controls that are its own, at each budget; gains over scratch compared."""
     out: list[str] = []
     for budget in reversed(report["budgets"]):
-        rows = [row for row in report["own_controls"] if row["share"] == budget["share"]]
+        rows = own_rows(report, budget)
         if not any(row["controls"] for row in rows):
             continue
         name, made = budget_name(report, budget), own_table(report, budget, rows)
@@ -196,7 +211,7 @@ def gains_table(report: dict[str, Any]) -> str:
     if not report["gains"]:
         return ""
     found = {(gain["arm"], gain["other"], gain["share"]): gain for gain in report["gains"]}
-    budgets = [budget for budget in reversed(report["budgets"]) if budget["share"] in {key[2] for key in found}]
+    budgets = budgets_at(report, {share for _, _, share in found})
     rows = []
     for arm, other in dict.fromkeys(key[:2] for key in found):
         at = [found.get((arm, other, budget["share"])) for budget in budgets]
@@ -264,7 +279,7 @@ def sunk_section(report: dict[str, Any]) -> str:
     if not report["sunk"]:
         return ""
     found = {(s["arm"], s["share"]): s for s in report["sunk"]}
-    budgets = [budget for budget in reversed(report["budgets"]) if any(budget["share"] == share for _, share in found)]
+    budgets = budgets_at(report, {share for _, share in found})
     rows = []
     for arm in dict.fromkeys(arm for arm, _ in found):
         cells = [found.get((arm, budget["share"])) for budget in budgets]

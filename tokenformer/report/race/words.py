@@ -126,7 +126,7 @@ def answer(report: dict[str, Any]) -> list[str]:
         phrases = counted(budget, arm, others)
     stands = f"is {listed(phrases)}" if phrases else "stands alone"
     all_of_them, more = standings(report, budget, arm), further(report, budget, arm)
-    grown = [row["arm"] for row in report["own_controls"] if row["share"] == budget["share"]]
+    grown = [row["arm"] for row in own_rows(report, budget)]
     if all_of_them and arm["grows"]:
         counts = {len(cell_of(budget, name)["seeds"]) for name in grown}
         over = seeds if len(counts) == 1 else f"{min(counts)} to {max(counts)} seeds"
@@ -158,7 +158,7 @@ def standings(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any
         who = "other arms" if arm["name"] == reference else "further arms"
         return f"of {len(pairs)} {who} {told(pairs, *[f'**{reference}**'] * 2)}" if len(pairs) > 1 else ""
     parts: list[str] = []
-    grown = sum(row["share"] == budget["share"] for row in report["own_controls"])
+    grown = len(own_rows(report, budget))
     for role, what, theirs in (
         ("scratch", "scratch", "their own scratch"),
         ("small", "small size", "their small size trained longer"),
@@ -176,9 +176,14 @@ def standings(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any
     return "; ".join(parts)
 
 
+def own_rows(report: dict[str, Any], budget: dict[str, Any]) -> list[dict[str, Any]]:
+    """The growing arms and their own controls at a budget, best arm first."""
+    return [row for row in report["own_controls"] if row["share"] == budget["share"]]
+
+
 def own_pairs(report: dict[str, Any], budget: dict[str, Any], role: str) -> list[dict[str, Any]]:
     """Each growing arm and its own control of a role at a budget, best arm first."""
-    own = [row["controls"].get(role) for row in report["own_controls"] if row["share"] == budget["share"]]
+    own = [row["controls"].get(role) for row in own_rows(report, budget)]
     return [control["pair"] for control in own if control and control["pair"]]
 
 
