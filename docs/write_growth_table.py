@@ -65,6 +65,8 @@ class Notes:
         )
         reason = re.sub(r"^(\w+): (.*); \w+: \2$", r"\1: \2", reason)  # of several axes the first
         reason = re.sub(r"^\d+ is not a multiple of (the model's )?\d+", "the size is no whole multiple", reason)
+        few = "fewer new rows than old ones, and than these are wide"
+        reason = re.sub(r"^\d+ is too small; rotated_keys.*", few, reason)
         reason = re.sub(r": \w+=\d+.*|; for tile, nearest.*|^\d+; ", "", reason)
         return f" <sup>{self.numbers.setdefault(reason, len(self.numbers) + 1)}</sup>"
 

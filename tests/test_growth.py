@@ -30,6 +30,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05}
 TARGETS = {
     "zero_keys": [{"ffn": 50, "qkv": 13, "proj": 8}, {"ffn": 51}, {"ffn": 127, "qkv": 63, "proj": 9}],
     "zero_values": [{"ffn": 50, "qkv": 13, "proj": 8}, {"ffn": 51}, {"ffn": 127, "qkv": 63, "proj": 9}],
+    "rotated_keys": [{"ffn": 60, "qkv": 24, "proj": 15}, {"ffn": 92}, {"ffn": 127, "qkv": 63, "proj": 40}],
     "tile": [{"ffn": 60, "qkv": 36, "proj": 7}, {"ffn": 120}, {"ffn": 240, "qkv": 72, "proj": 14}],
 }
 
@@ -62,10 +63,11 @@ def fitting(option, targets):
 
 
 def fits(option, operator):
-    """Whether the operator grows a model of that theta: not by zero keys where zero is no neutral or a dead score, and
-    by zero values only where no norm runs over the scores."""
+    """Whether the operator grows a model of that theta: not by zero keys where zero is no neutral or a dead score, by
+    zero values only where no norm runs over the scores, by a rotation only if none but their own does."""
     theta = OPTIONS[option].get("theta", "l2_norm_gelu")
-    return {"zero_keys": theta not in ("softmax", "relu2"), "zero_values": theta in WITHOUT_NORM}.get(operator, True)
+    refused = {"zero_keys": ("softmax", "relu2"), "rotated_keys": ("softmax", "gelu_l2_norm")}
+    return theta in WITHOUT_NORM if operator == "zero_values" else theta not in refused.get(operator, ())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -100,14 +102,33 @@ def test_the_published_way_moves_the_logits(option, ids):
 @pytest.mark.parametrize("operator", TARGETS)
 @pytest.mark.parametrize("option", ["published", "gated", "gelu first", "relu2", "silu", "gelu gated"])
 def test_new_rows_are_alive_at_once_and_wholly_after_a_step(option, operator, ids):
-    if not fits(option, operator) or (option, operator) == ("relu2", "tile"):
-        pytest.skip("refused; or copies of rows that no position here wakes")
+    if not fits(option, operator) or (option == "relu2" and operator in ("tile", "rotated_keys")):
+        pytest.skip("refused; or made of rows that no position here wakes")
     model, optimizer = trained(ids, **OPTIONS[option])
     growth = grow(model, operator, TARGETS[operator][0], optimizer=optimizer)
     at_once = live_share(growth, ids)
     assert max(at_once.values()) == 1.0
     step(growth.model, growth.optimizer, ids)
     assert set(live_share(growth, ids).values()) == {1.0}
+
+
+def test_new_keys_are_a_rotation_of_the_old(ids):
+    """By its formula, the sum of squared scores grows as the row count does, whatever x is; old rows keep their scores,
+    the scale is the release's root of the row count, and no two keys are alike. The control: keys as large, but drawn
+    at random, move the logits."""
+    model, _ = trained(ids)
+    grown = grow(model, "rotated_keys", {"ffn": 75, "qkv": 24}, seed=3).model
+    for table, rows in ((grown.model.layers[1].mlp, 30), (grown.model.layers[1].self_attn.q_proj, 12)):
+        key = table.key.detach()
+        gram = key.T @ key
+        torch.testing.assert_close(gram, key[:rows].T @ key[:rows] * (len(key) / rows), rtol=1e-12, atol=1e-12)
+        assert table.scale == pytest.approx(len(key) ** 0.5) and not table.value[rows:].any()
+        assert torch.cdist(key, key).fill_diagonal_(1).min() > 1e-2
+    with torch.no_grad():
+        for layer in grown.model.layers:
+            new = layer.mlp.key[30:]
+            new.copy_(torch.randn_like(new) * new.std())
+    assert largest_logit_change(model, grown, ids) > 1e-3
 
 
 def test_rows_with_zero_keys_and_zero_values_never_wake(ids):
@@ -338,6 +359,7 @@ def test_a_grown_model_is_an_ordinary_model(ids, tmp_path):
         ("zero_keys", "softmax", "zero_keys cannot grow theta=softmax exactly"),
         ("zero_keys", "relu2", "zero_keys would add dead rows to theta=relu2"),
         *(("zero_values", theta, f"zero_values cannot grow theta={theta} exactly") for theta in THETAS[:3]),
+        *(("rotated_keys", theta, f"rotated_keys cannot grow theta={theta} exactly") for theta in THETAS[1:3]),
     ],
 )
 def test_operators_refuse_a_theta_that_they_would_change_or_leave_dead(operator, theta, message, ids):
@@ -362,13 +384,14 @@ def test_a_zero_key_of_a_squared_relu_never_wakes(theta, alive, ids):
 @pytest.mark.parametrize(
     ("operator", "to", "message"),
     [
-        ("nothing", {"ffn": 60}, "operator: 'nothing' is not known; allowed: zero_keys, zero_values, tile, published"),
+        ("nothing", {"ffn": 60}, "operator: 'nothing' is not known; allowed: zero_keys, zero_values, rotated_keys"),
         ("zero_keys", {}, "to: no target size given"),
         ("zero_keys", {"ffn": 29}, "to.ffn: 29 is smaller than the model's 30"),
         ("zero_keys", {"ffn": 30}, "is the size that the model already has"),
         ("zero_keys", {"ffn": 40, "ffn_tokens": 50}, "ffn_tokens is given twice, as 40 and as 50"),
         ("zero_keys", {"tokens": 60}, "to.tokens: tokenformer has no such axis; nearest valid name: qkv_tokens"),
         ("zero_keys", {"hidden_size": 64}, "to.hidden_size: zero_keys does not grow it in tokenformer; zero"),
+        ("rotated_keys", {"ffn": 59}, "to.ffn_tokens: 59 is too small; rotated_keys makes 30 rows 60 or more"),
         ("tile", {"ffn": 50}, "to.ffn_tokens: 50 is not a multiple of the model's 30; for tile, nearest: 30 or 60"),
     ],
 )

@@ -34,6 +34,7 @@ from tokenformer.optim import AdamW
 EXACT = 1e-10
 AT_ONCE = [name for name, each in OPERATORS.items() if not each.carried]  # test_carried.py has the others
 BIASED = ("llama", "llama tied")
+OTHER_NORMS = ("tokenformer softmax", "tokenformer gelu first")  # than one over the scores themselves
 
 # (operators, whether they must refuse a size of a field in a model, what they must say). A size is known by whether it
 # is a whole multiple; axis is the one that the field stands for.
@@ -51,12 +52,14 @@ REFUSALS = [
     ("stack", lambda name, axis, whole: not whole, "stack repeats the whole"),
     ("solar", lambda name, axis, whole: not whole, "solar makes an even number of layers"),
     (
-        "zero_keys zero_values tile published",
+        "zero_keys zero_values rotated_keys tile published",
         lambda name, axis, whole: name == "tokenformer linear" and axis != "ffn_tokens",
         "projections are linear",
     ),
     ("zero_keys", lambda name, axis, whole: name == "tokenformer softmax", r"exp\(0\) = 1 takes weight"),
     ("zero_values", lambda name, axis, whole: name != "tokenformer silu", "enter the norm of the old"),
+    ("rotated_keys", lambda name, axis, whole: name in OTHER_NORMS, "a rotation keeps the sum of squared"),
+    ("rotated_keys", lambda name, axis, whole: not whole, "is too small; rotated_keys makes"),
     ("tile", lambda name, axis, whole: not whole, "is not a multiple of the model's"),
     (
         "ligo",
@@ -235,7 +238,7 @@ def test_gradients_do_not_push_forward_by_other_factors():
 
 
 # Operators that refuse all of a model, though not of every one of its architecture; zero_values where a norm runs.
-NOTHING = [("zero_keys", "tokenformer softmax")]
+NOTHING = [("zero_keys", "tokenformer softmax"), *(("rotated_keys", name) for name in OTHER_NORMS)]
 NOTHING += [("zero_values", name) for name in MODELS if name.startswith("tokenformer") and name != "tokenformer silu"]
 NOTHING += [(each, name) for each in OPERATORS if "mixture" in OPERATORS[each].axes for name in BIASED]
 GROWING = [

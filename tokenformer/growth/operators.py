@@ -109,6 +109,7 @@ class Operator:
 _ALL = (
     Operator("zero_keys", tokens.zero_keys, TOKENS, "exact", "arXiv 2410.23168, with a stored scale"),
     Operator("zero_values", tokens.zero_values, TOKENS, "exact", "arXiv 2308.06103"),
+    Operator("rotated_keys", tokens.rotated_keys, TOKENS, "exact", "this project"),
     Operator("tile", tokens.tile, TOKENS, "exact", "arXiv 2410.23168, with unequal shares"),
     Operator("published", tokens.published, TOKENS, "approximate", "arXiv 2410.23168, the authors' release"),
     Operator(
