@@ -603,6 +603,14 @@ def test_a_real_race_tells_a_handicap_and_no_copy_apart_and_flags_text_that_was_
         return report, page, [note["text"] for note in report["warnings"] if note["level"] == "bad"]
 
     handicapped = {"name": "handicapped", "train": {"weight_decay": 20.0}}  # pulls every weight to nothing
+    left = [tmp_path / "whole" / ".report.tmp-x", headline_runs[-1].parent / ".final.json.tmp-1"]  # by a kill
+    left[0].mkdir(), left[1].touch()
+    tested = headline_runs[-1].parent / jobs.FINAL
+    before = tested.read_bytes()
+    tested.unlink()
+    run_race(recipe, tmp_path / "whole", resume=True)
+    assert tested.read_bytes() == before and not any(path.exists() for path in left)
+
     arms, three = ({"name": "plain"}, handicapped), {**race, "seeds": [0, 1, 2]}
     report, page, red = reported(racing(shared, *arms, race=three, flops=6e7, **often), "race")
     pairs = {(pair["arm"], pair["other"]): pair for pair in report["budgets"][-1]["pairs"]}

@@ -19,6 +19,7 @@ def evaluate_final(recipe: Recipe, folder: Path, text: str, most_tokens: int) ->
     file, whole windows of at most so many tokens."""
     if (folder / FINAL).exists():
         return
+    runs.remove_unfinished(folder)  # a kill while this was written, after which training has nothing to do
     device = choose_device(recipe.train.device, Ranks())
     newest = find_checkpoint(folder)
     model, _ = load_checkpoint(newest)

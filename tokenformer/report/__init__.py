@@ -59,7 +59,8 @@ def write_report(folder: Path | str) -> dict[str, Path]:
     """Writes the page of a run or race into its folder; returns {"html", "png", "json"} -> path.
 
     A report.json of a full race does as well, and the page is written beside it. Each file appears whole or not at
-    all. Raises ValueError as `read_report` does, or where it cannot write.
+    all; what a kill leaves has a name that a race removes as it goes on. Raises ValueError as `read_report` does, or
+    where it cannot write.
     """
     from . import page as simple
     from .png import write_png
@@ -71,7 +72,7 @@ def write_report(folder: Path | str) -> dict[str, Path]:
     layout = full if report.get("race") else simple
     paths = {kind: folder / f"report.{kind}" for kind in ("html", "png", "json")}
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as staging:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".report.tmp-") as staging:
             made = {kind: Path(staging) / path.name for kind, path in paths.items()}
             made["json"].write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             charts = layout.top_charts(report)
