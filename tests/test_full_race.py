@@ -257,11 +257,18 @@ def test_the_page_finds_for_each_arm_the_controls_that_the_race_gave_it(shared: 
         ({"race": {"learning_rates": [0.01, 0.02]}}, "race.learning_rates: .*three or more"),
         ({"race": {"learning_rates": [0.01, 0.02, 0.03]}}, "race.learning_rates: .*constant factor"),
         ({"race": {"budgets": [0.5]}}, "race.budgets: .*end at 1"),
+        # Their folders would have one name.
+        ({"race": {"learning_rates": [0.01, 0.01000001, 0.01000002]}}, "race.learning_rates: .*in six digits"),
+        ({"race": {"budgets": [0.5, 0.50000001, 1.0]}}, "race.budgets: .*in six digits"),
+        ({"race": {"budgets": [0.99999999, 1.0]}}, "race.budgets: .*in six digits"),
         ({"race": {"seeds": [0]}}, "race.seeds: .*two or more"),
         ({"race": {"seeds": [0, 1000]}}, "race.tune_seed: .*no headline runs"),
         ({"race": {"reference": "nobody"}}, "race.reference: 'nobody' is no arm; there are grown"),
         ({"race": {"cosine": ["nobody"]}}, "race.cosine: 'nobody' is no arm"),
         ({"race": {"controls": False, "sizes": [{}]}}, "race.sizes: has no effect"),
+        ({"race": {"cosine": ["scratch", "scratch"]}}, "race.cosine: .*name each arm once"),
+        ({"race": {"final_text": ""}}, "race.final_text: .*not be empty"),
+        ({"race": {"reference": ""}}, "race.reference: .*not be empty"),
         ({"schedule": "cosine"}, "train.schedule: 'cosine' cannot be branched"),
     ],
 )

@@ -156,6 +156,7 @@ def test_a_fraction_that_falls_on_a_boundary_is_that_boundary(recipe: Any) -> No
     ("changes", "message"),
     [
         ({"train": {"steps": None, "flops": 10.0}, "growth": []}, "train.flops = 10 is less than one step"),
+        ({"train": {"steps": None, "flops": 1e40}, "growth": []}, r"train.flops = 1e\+40 comes to more than .* steps"),
         ({"train": {"steps": None, "flops": 4e6}}, r"growth.0 would come at step 6; it must come after step 0 and"),
         ({"growth": [{"at_step": 6, "to": {"fnn": 32}}]}, "growth.0.to.fnn"),
         ({"growth": [{"at_step": 6, "to": {"hidden_size": 32}, "operator": "masked"}]}, "growth.0.options.ramp_steps"),

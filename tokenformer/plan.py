@@ -11,6 +11,7 @@ it is planned anew, once, when it has happened: a plan is a function of the reci
 import bisect
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -125,6 +126,8 @@ def plan(
             raise ValueError(
                 f"train.flops = {recipe.train.flops:g} is less than one step, {costs[0]:.3g} FLOPs{after}"
             )
+        if steps > sys.maxsize:
+            raise ValueError(f"train.flops = {recipe.train.flops:g} comes to more than {sys.maxsize} steps; take fewer")
         said = f"train.flops = {recipe.train.flops:g} ({steps} steps)"
     else:
         assert recipe.train.steps is not None

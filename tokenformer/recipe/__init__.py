@@ -234,18 +234,23 @@ def resolve(table: dict[str, Any], where: Where) -> Recipe:
 
 
 def check_race(recipe: Recipe, where: Where) -> None:
-    """The grid is one, the budgets rise, the seeds are fresh, and the run is of a kind that can be branched."""
+    """The grid is one, the budgets rise, the seeds are fresh, and the run is of a kind that can be branched.
+
+    Rates and budgets name folders, with six digits.
+    """
     race = recipe.race
     if race is None:
         return
-    steps = [b / a for a, b in zip(race.learning_rates, race.learning_rates[1:], strict=False)]
+    rates, budgets = ([float(f"{value:g}") for value in each] for each in (race.learning_rates, race.budgets))
+    steps = [b / a for a, b in zip(rates, rates[1:], strict=False)]
     grid = len(steps) >= 2 and all(step > 1 and abs(step / steps[0] - 1) < 0.01 for step in steps)
-    rising = all(a < b for a, b in zip(race.budgets, race.budgets[1:], strict=False)) and race.budgets[-1:] == [1.0]
+    rising = all(a < b for a, b in zip(budgets, budgets[1:], strict=False)) and race.budgets[-1:] == [1.0]
     several = len(set(race.seeds)) == len(race.seeds) >= 2
     for name, fine, must in (
-        ("learning_rates", grid, "be three or more that rise by a constant factor"),
-        ("budgets", rising, "rise, and end at 1"),
+        ("learning_rates", grid, "be three or more that rise by a constant factor, in six digits"),
+        ("budgets", rising, "rise, in six digits, and end at 1"),
         ("seeds", several, "be two or more, each once"),
+        ("cosine", len(set(race.cosine)) == len(race.cosine), "name each arm once"),
         ("tune_seed", race.tune_seed not in race.seeds, "not be one of race.seeds: trials are no headline runs"),
     ):
         if not fine:

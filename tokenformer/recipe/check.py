@@ -85,6 +85,10 @@ def check_value(dotted: str, value: Any, hint: Any, limits: Any, where: Where) -
 
 def check_plain(dotted: str, value: Any, where: Where) -> Any:
     """A value whose type is not known here; it must be one that JSON can hold (TOML also has dates)."""
+    if isinstance(value, dict | list):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            check_plain(f"{dotted}.{name}", entry, where)
+        return value
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

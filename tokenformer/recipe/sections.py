@@ -80,7 +80,7 @@ class DataSection:
 
 @dataclasses.dataclass
 class TrainSection:
-    steps: int | None = key("optimizer steps; give this or flops", default=None, low=1)
+    steps: int | None = key("optimizer steps; give this or flops", default=None, low=1, high=10**12)
     flops: float | None = key(
         "total training FLOPs, ancestors included; give this or steps", default=None, above=0
     )
@@ -185,7 +185,7 @@ class GrowthSection:
 
 @dataclasses.dataclass
 class ArmSection:
-    name: str = key("its folder's name", pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*")
+    name: str = key("its folder's name", pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
     description: str = key("one line for the report", default="")
     overrides: dict[str, Any] = key(
         "what differs: [arm.model], [arm.data], [arm.train], [[arm.growth]]", factory=dict, rest=ARM_TABLES
@@ -212,13 +212,17 @@ class RaceSection:
         "shares of train.flops that each get a fully decayed run; the last is 1", factory=lambda: [1.0], above=0, high=1
     )
     seeds: list[int] = key("of the headline runs, shared by all arms", factory=lambda: [0, 1, 2], low=0, high=2**31)
-    reference: str | None = key("the arm that others are held against; scratch, or the first", default=None)
+    reference: str | None = key(
+        "the arm that others are held against; scratch, or the first", default=None, pattern=r".+"
+    )
     sizes: list[dict[str, Any]] = key(
         "further sizes from scratch, the best of which is a control: changes of [model]", factory=list
     )
     controls: bool = key("add scratch, small, dropped and the sizes", default=True)
     cosine: list[str] = key("arms that are run on a cosine schedule as well, with the first seed", factory=list)
-    final_text: str | None = key("a text file that headline runs are evaluated on, once, at their end", default=None)
+    final_text: str | None = key(
+        "a text file that headline runs are evaluated on, once, at their end", default=None, pattern=r".+"
+    )
     final_tokens: int = key("of its beginning, at most so many", default=500_000, low=1)
 
 
