@@ -278,6 +278,17 @@ def test_a_race_that_cannot_be_fair_is_refused(shared: Path, changes: dict[str, 
 
 
 @pytest.mark.parametrize(
+def test_a_growth_that_cannot_be_is_refused_by_the_name_of_its_arm(shared: Path) -> None:
+    with pytest.raises(ValueError, match="arm bad: growth.0.to.ffn_tokens: 8 is smaller"):
+        arms_of(racing(shared, GROWN, {"name": "bad", "growth": [{"at_fraction": 0.2, "to": {"ffn_tokens": 8}}]}), 256)
+
+
+def test_a_control_finds_a_name_whatever_arms_are_called(shared: Path) -> None:
+    sizes = {"copy": 16, "copy-copy": 24, "copy-of-copy": 32}
+    arms = [{"name": name, "model": {"ffn_tokens": size}} for name, size in sizes.items()]
+    assert [arm.name for arm in arms_of(racing(shared, *arms), 256)] == [*sizes, "copy-2"]
+
+
     ("arm", "changes", "message"),
     [
         ({}, {"race": {"budgets": [0.01, 1.0]}}, "arm bad: race.budgets: 0.01: .* the warm-up lasts until 2"),

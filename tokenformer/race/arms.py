@@ -55,6 +55,10 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
                              "set race.budgets = [1.0]")
         if arm.recipe.model.checkpoint:
             require_cost(arm, race)
+        try:
+            ends(arm.recipe, vocab_size)
+        except ValueError as error:
+            raise ValueError(f"arm {arm.name}: {error}") from None
     growing = [arm for arm in arms if arm.grows]
     if race.controls:
         for arm in growing:
@@ -132,7 +136,8 @@ def add(
 
 def free_name(arms: list[Arm], name: str, of: str) -> str:
     taken = {arm.name for arm in arms}
-    return name if name not in taken else next(n for n in (f"{name}-{of}", f"{name}-of-{of}") if n not in taken)
+    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+    return next(n for n in (name, f"{name}-{of}", f"{name}-of-{of}", *numbered) if n not in taken)
 
 
 def same_run(a: Recipe, b: Recipe, vocab_size: int) -> bool:
