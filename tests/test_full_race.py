@@ -839,6 +839,13 @@ def test_a_run_is_as_far_as_the_furthest_that_it_has_told(shared: Path) -> None:
         shares.append(child.share_done)
     assert shares == [0.5, 0.5, 0.7, 0.7, 0.7] and child.last_line.startswith("step 3/6")
     progress = processes.Progress(lambda: (1, 100))
+def test_a_name_that_leads_elsewhere_is_no_folder_to_race_in(shared: Path) -> None:
+    for name in ("..", "../elsewhere", "/tmp/elsewhere", "a/b"):
+        given = Namespace(recipe="tiny", overrides=[f"name={name}"], minutes=None, plan=False, out=None)
+        with pytest.raises(ValueError, match=f"name: '{name}' is no name of a folder in runs/; give --out .from tiny"):
+            verbs.race(given)
+
+
     told = progress.line({"published/seed-0": child}, 420.0)
     assert told == "0 of 1 runs · about 3 min left · now published/seed-0 70%"
 

@@ -59,7 +59,7 @@ def race(arguments: Any) -> None:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.minutes is not None and not 0 < arguments.minutes < float("inf"):
-        raise ValueError(f"--minutes {arguments.minutes:g}: must be more than 0")
+        raise ValueError(f"--minutes {arguments.minutes:g}: must be more than 0, and finite")
     if arguments.plan:
         require_texts_of(recipe)
         from .race import plan_race
@@ -67,6 +67,8 @@ def race(arguments: Any) -> None:
         for line in plan_race(recipe, race_jobs(arguments)):
             say(line)
         return
+    if not arguments.out and (Path(recipe.name).name != recipe.name or recipe.name == ".."):
+        raise ValueError(f"name: {recipe.name!r} is no name of a folder in runs/; give --out (from {arguments.recipe})")
     arguments.out = arguments.out or f"runs/{recipe.name}"
     run_race(recipe, arguments, arguments.minutes, began)
 

@@ -105,7 +105,8 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
 def require_file(key: str, text: str) -> None:
     """ValueError where the text that a key of a recipe names is no file."""
     if not Path(text).is_file():
-        raise ValueError(f"{key} = {text!r}: must be one text file")
+        found = "is a folder" if Path(text).is_dir() else "no such file"
+        raise ValueError(f"{key} = {text!r}: {found}; it must be one text file")
 
 
 def require_texts(section: Any) -> None:
