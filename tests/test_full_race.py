@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -456,6 +457,16 @@ def test_the_grid_grows_for_every_arm_where_one_lies_at_its_edge(shared: Path, t
     names = [job.name for job in todo(race)]
     assert names[0] == "grown/seed-0_at-0.5" and "small/seed-0" not in names
     assert not any(name.startswith("small/seed-0_") for name in names)  # it diverged: there is nothing to branch from
+
+    for folder in runs.checkpoints(race.place("grown/seed-0"))[:-2]:
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="is not there any more; put it back, or remove .*seed-0"):
+        todo(race)
+    pretend(race, "grown/seed-0_at-0.5", 2.0)  # one that has ended needs none
+    assert names[1:] == [job.name for job in todo(race)]
+    (race.place("grown/seed-0_at-0.5") / runs.RESULT).write_text('{"status": "finished"}')
+    with pytest.raises(ValueError, match="seed-0_at-0.5/result.json: bits_per_byte must be .* missing"):
+        todo(race)
 
 
 def test_a_tie_or_an_end_within_the_grid_does_not_extend_it(shared: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def bits_of(place: Path, final: bool = False) -> float | None:
         return math.inf
     if result["status"] != "finished" or final and not (place / FINAL).exists():
         return None
-    return float(result["bits_per_byte"])
+    return float(runs.require_object(result, {"bits_per_byte": int | float}, str(place / runs.RESULT))["bits_per_byte"])
 
 
 def todo(race: Race) -> list[Job]:
@@ -170,7 +170,9 @@ def headline_jobs(race: Race, rates: list[float]) -> list[Job]:
             if bits is None:
                 trunks.append(trunk)
             elif math.isfinite(bits):
-                branches += [branch(race, arm, trunk, share) for share in section.budgets[:-1]]
+                final = bool(section.final_text)
+                left = (s for s in section.budgets[:-1] if bits_of(race.place(branch_name(trunk, s)), final) is None)
+                branches += [branch(race, arm, trunk, share) for share in left]
         jobs += branches + trunks
     for name in section.cosine:
         jobs.append(cosine(race, headline(race, by_name[name], section.seeds[0], chosen[name])))
@@ -194,7 +196,10 @@ def branch(race: Race, arm: Arm, trunk: Job, share: float) -> Job:
     train, decay = trunk.recipe.train, trunk.recipe.train.decay_fraction
     assert train.flops is not None
     budget = train.flops * share
-    begin = checkpoint_at(race.place(trunk.name), round(share * (1 - decay) * trunk.flops))
+    planned = race.plan(arm, trunk.recipe)
+    # A growth that waits for a slope moves the boundaries by less than a step, and costs what is not yet spent before.
+    near = 2 * max(phase.flops_per_step for phase in planned.phases) + sum(event.flops for event in planned.events)
+    begin = checkpoint_at(race.place(trunk.name), round(share * (1 - decay) * trunk.flops), near)
     seen = ancestry(begin)
     recipe = replace(
         trunk.recipe,
@@ -204,7 +209,11 @@ def branch(race: Race, arm: Arm, trunk: Job, share: float) -> Job:
         train=replace(train, flops=budget, keep_at=[], warmup_steps=0, decay_fraction=1.0),
         growth=[],
     )
-    return Job(f"{trunk.name}_at-{share:g}", recipe, round(budget - seen["flops"]), trunk.final_text)
+    return Job(branch_name(trunk, share), recipe, round(budget - seen["flops"]), trunk.final_text)
+
+
+def branch_name(trunk: Job, share: float) -> str:
+    return f"{trunk.name}_at-{share:g}"
 
 
 def require_branches(race: Race, arm: Arm) -> None:
@@ -244,13 +253,19 @@ def require_branches(race: Race, arm: Arm) -> None:
             raise ValueError(f"{where} and leave no room for a step; take a larger share, or more train.flops")
 
 
-def checkpoint_at(run: Path, flops: int) -> Path:
-    """The checkpoint of a run that had cost nearest to so many FLOPs."""
+def checkpoint_at(run: Path, flops: int, near: int) -> Path:
+    """The checkpoint of a run that had cost nearest to so many FLOPs; ValueError where none is as near as that."""
 
     def away(folder: Path) -> int:
         return abs(ancestry(folder)["flops"] - flops)
 
-    return min(runs.checkpoints(run), key=away)
+    found = min(runs.checkpoints(run), key=away, default=None)
+    if found is None or away(found) > near:
+        raise ValueError(
+            f"{run / runs.CHECKPOINTS}: the checkpoint at {flops:.3g} FLOPs, where a branch begins, is not there any "
+            f"more; put it back, or remove {run} to have it run again"
+        )
+    return found
 
 
 def cosine(race: Race, trunk: Job) -> Job:
