@@ -22,7 +22,7 @@ from tokenformer.data import prepare
 from tokenformer.growth.operators import OPERATORS
 from tokenformer.models import build_config
 from tokenformer.plan import model_config
-from tokenformer.race import arm_entry, checks, jobs, plan_race, processes, race_of, run_race, settle_moved
+from tokenformer.race import arm_entry, checks, jobs, open_race, plan_race, processes, race_of, run_race, settle_moved
 from tokenformer.race.arms import Arm, arms_of, keeps_moments, parameters_of, same_run, target_of, ungrown
 from tokenformer.race.final import require_another_text
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
@@ -257,19 +257,19 @@ def test_the_page_finds_for_each_arm_the_controls_that_the_race_gave_it(shared: 
     [
         ({"race": {"learning_rates": [0.01, 0.02]}}, "race.learning_rates: .*three or more"),
         ({"race": {"learning_rates": [0.01, 0.02, 0.03]}}, "race.learning_rates: .*constant factor"),
-        ({"race": {"budgets": [0.5]}}, "race.budgets: .*end at 1"),
         # Their folders would have one name.
         ({"race": {"learning_rates": [0.01, 0.01000001, 0.01000002]}}, "race.learning_rates: .*in six digits"),
         ({"race": {"budgets": [0.5, 0.50000001, 1.0]}}, "race.budgets: .*in six digits"),
         ({"race": {"budgets": [0.99999999, 1.0]}}, "race.budgets: .*in six digits"),
+        ({"race": {"budgets": [0.5]}}, "race.budgets: .*end at 1"),
         ({"race": {"seeds": [0]}}, "race.seeds: .*two or more"),
         ({"race": {"seeds": [0, 1000]}}, "race.tune_seed: .*no headline runs"),
         ({"race": {"reference": "nobody"}}, "race.reference: 'nobody' is no arm; there are grown"),
         ({"race": {"cosine": ["nobody"]}}, "race.cosine: 'nobody' is no arm"),
-        ({"race": {"controls": False, "sizes": [{}]}}, "race.sizes: has no effect"),
         ({"race": {"cosine": ["scratch", "scratch"]}}, "race.cosine: .*name each arm once"),
         ({"race": {"final_text": ""}}, "race.final_text: .*not be empty"),
         ({"race": {"reference": ""}}, "race.reference: .*not be empty"),
+        ({"race": {"controls": False, "sizes": [{}]}}, "race.sizes: has no effect"),
         ({"schedule": "cosine"}, "train.schedule: 'cosine' cannot be branched"),
     ],
 )
@@ -278,7 +278,6 @@ def test_a_race_that_cannot_be_fair_is_refused(shared: Path, changes: dict[str, 
         arms_of(racing(shared, **changes), 256)
 
 
-@pytest.mark.parametrize(
 def test_a_growth_that_cannot_be_is_refused_by_the_name_of_its_arm(shared: Path) -> None:
     with pytest.raises(ValueError, match="arm bad: growth.0.to.ffn_tokens: 8 is smaller"):
         arms_of(racing(shared, GROWN, {"name": "bad", "growth": [{"at_fraction": 0.2, "to": {"ffn_tokens": 8}}]}), 256)
@@ -290,6 +289,7 @@ def test_a_control_finds_a_name_whatever_arms_are_called(shared: Path) -> None:
     assert [arm.name for arm in arms_of(racing(shared, *arms), 256)] == [*sizes, "copy-2"]
 
 
+@pytest.mark.parametrize(
     ("arm", "changes", "message"),
     [
         ({}, {"race": {"budgets": [0.01, 1.0]}}, "arm bad: race.budgets: 0.01: .* the warm-up lasts until 2"),
@@ -603,6 +603,14 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
         again = tmp_path / "cut" / path.relative_to(tmp_path / "whole")
         assert runs.read_json(again)["bits_per_byte"] == runs.read_json(path)["bits_per_byte"]
 
+    left = [tmp_path / "whole" / ".report.tmp-x", headline_runs[-1].parent / ".final.json.tmp-1"]  # by a kill
+    left[0].mkdir(), left[1].touch()
+    tested = headline_runs[-1].parent / jobs.FINAL
+    before = tested.read_bytes()
+    tested.unlink()
+    run_race(recipe, tmp_path / "whole", resume=True)
+    assert tested.read_bytes() == before and not any(path.exists() for path in left)
+
     report, compare = tmp_path / "whole" / "report.json", script_of_records("compare").main
     remake = script_of_records("remake_run").main
     for name in ("grown", "copy"):  # one run from its record alone
@@ -632,14 +640,6 @@ def test_a_real_race_tells_a_handicap_and_no_copy_apart_and_flags_text_that_was_
         return report, page, [note["text"] for note in report["warnings"] if note["level"] == "bad"]
 
     handicapped = {"name": "handicapped", "train": {"weight_decay": 20.0}}  # pulls every weight to nothing
-    left = [tmp_path / "whole" / ".report.tmp-x", headline_runs[-1].parent / ".final.json.tmp-1"]  # by a kill
-    left[0].mkdir(), left[1].touch()
-    tested = headline_runs[-1].parent / jobs.FINAL
-    before = tested.read_bytes()
-    tested.unlink()
-    run_race(recipe, tmp_path / "whole", resume=True)
-    assert tested.read_bytes() == before and not any(path.exists() for path in left)
-
     arms, three = ({"name": "plain"}, handicapped), {**race, "seeds": [0, 1, 2]}
     report, page, red = reported(racing(shared, *arms, race=three, flops=6e7, **often), "race")
     pairs = {(pair["arm"], pair["other"]): pair for pair in report["budgets"][-1]["pairs"]}
@@ -839,6 +839,13 @@ def test_the_verb_counts_the_minutes_from_its_own_start(monkeypatch: pytest.Monk
     assert told["minutes"][0] == 10 and before <= told["minutes"][1] <= told["loaded"]
 
 
+def test_a_name_that_leads_elsewhere_is_no_folder_to_race_in(shared: Path) -> None:
+    for name in ("..", "../elsewhere", "/tmp/elsewhere", "a/b"):
+        given = Namespace(recipe="tiny", overrides=[f"name={name}"], minutes=None, plan=False, out=None)
+        with pytest.raises(ValueError, match=f"name: '{name}' is no name of a folder in runs/; give --out .from tiny"):
+            verbs.race(given)
+
+
 def test_a_run_is_as_far_as_the_furthest_that_it_has_told(shared: Path) -> None:
     child = processes.Child(jobs.Job("published/seed-0", tiny(shared), 100), None, None)  # type: ignore[arg-type]
     shares = []
@@ -850,13 +857,6 @@ def test_a_run_is_as_far_as_the_furthest_that_it_has_told(shared: Path) -> None:
         shares.append(child.share_done)
     assert shares == [0.5, 0.5, 0.7, 0.7, 0.7] and child.last_line.startswith("step 3/6")
     progress = processes.Progress(lambda: (1, 100))
-def test_a_name_that_leads_elsewhere_is_no_folder_to_race_in(shared: Path) -> None:
-    for name in ("..", "../elsewhere", "/tmp/elsewhere", "a/b"):
-        given = Namespace(recipe="tiny", overrides=[f"name={name}"], minutes=None, plan=False, out=None)
-        with pytest.raises(ValueError, match=f"name: '{name}' is no name of a folder in runs/; give --out .from tiny"):
-            verbs.race(given)
-
-
     told = progress.line({"published/seed-0": child}, 420.0)
     assert told == "0 of 1 runs · about 3 min left · now published/seed-0 70%"
 
@@ -968,6 +968,28 @@ def test_a_final_text_that_is_the_held_out_text_is_refused_before_anything_runs(
         require_another_text(recipe, str(tmp_path))
     final.write_text("abcdef " * 201)
     require_another_text(recipe, str(final))
+
+
+def test_a_race_does_not_go_on_with_another_text(shared: Path, tmp_path: Path) -> None:
+    text, final = shutil.copy(corpus(shared), tmp_path / "corpus.txt"), tmp_path / "final.txt"
+    final.write_text("abcdef " * 200)
+    table = recipe_to_dict(racing(shared, race={"final_text": str(final)}))
+    table["data"]["source"] = str(text)
+    recipe = recipe_from_dict(table, "the test")
+    (tmp_path / "race").mkdir()
+
+    def opened() -> bytes:
+        open_race(race_of(recipe, tmp_path / "race"), prepare(recipe.data, 0))
+        return (tmp_path / "race" / runs.RACE).read_bytes()
+
+    begun = opened()
+    for path, name in ((final, "race.final_text"), (Path(text), "the (training|held-out) text")):
+        content = path.read_bytes()
+        path.write_bytes(content + b" and more")
+        with pytest.raises(ValueError, match=f"race was begun with another text: {name} had SHA-256 .*; put it back"):
+            opened()
+        path.write_bytes(content)
+        assert opened() == begun
 
 
 class Peeking(torch.nn.Module):

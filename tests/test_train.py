@@ -272,6 +272,20 @@ def test_a_resume_with_another_recipe_names_the_key(shared: Path, whole: Path) -
         train(tiny(shared, train={"learning_rate": 0.02}), whole, resume=True, say=None)
 
 
+def test_a_run_does_not_go_on_with_another_text(shared: Path, tmp_path: Path) -> None:
+    text = Path(shutil.copy(tiny_corpus(shared), tmp_path / "corpus.txt"))
+    recipe, run, content = tiny(shared, data={"source": str(text)}, growth=[]), tmp_path / "run", text.read_bytes()
+    train(recipe, run, say=None)
+    (run / runs.RESULT).unlink()
+    before = {path: path.read_bytes() for path in run.glob("*.json*")}
+    text.write_bytes(content + b" and more")
+    with pytest.raises(ValueError, match="run was begun with another text: the .* text had SHA-256 .*; put it back"):
+        train(recipe, run, resume=True, say=None)
+    assert {path: path.read_bytes() for path in run.glob("*.json*")} == before
+    text.write_bytes(content)
+    assert train(recipe, run, resume=True, say=None)["status"] == "finished"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

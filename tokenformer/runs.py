@@ -190,7 +190,12 @@ def is_begun(name: str) -> bool:
 def open_run(
     folder: Path, recipe: dict[str, Any], data: dict[str, Any], start: dict[str, Any] | None = None
 ) -> None:
-    """Remove what a killed process left half written; write environment.json, data.json, start.json, recipe.json."""
+    """Remove what a killed process left half written; write environment.json, data.json, start.json, recipe.json.
+
+    ValueError, and nothing is touched, where the run was begun on another text.
+    """
+    if (folder / RECIPE).exists() and (folder / DATA).exists():
+        require_same_texts(folder, texts_of(read_object(folder / DATA, {})), texts_of(data))
     remove_unfinished(folder)
     record_environment(folder)
     write_json(folder / DATA, data)
@@ -217,6 +222,22 @@ def require_same_recipe(folder: Path, stored: dict[str, Any], recipe: dict[str, 
     if difference:
         key, old, new = difference
         raise ValueError(f"{folder} was begun with another recipe: {key} is {old!r} there and {new!r} here")
+
+
+def texts_of(data: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 of the tokens that data.json speaks of, trained on and held out; fewer in one of an older version."""
+    files, names = data.get("token_files") or {}, {"the training text": "train.bin", "the held-out text": "valid.bin"}
+    return {name: files[file]["sha256"] for name, file in names.items() if file in files}
+
+
+def require_same_texts(folder: Path, stored: dict[str, str], texts: dict[str, str]) -> None:
+    for name, sha256 in texts.items():
+        before = stored.get(name, sha256)
+        if before != sha256:
+            raise ValueError(
+                f"{folder} was begun with another text: {name} had SHA-256 {before[:12]}… then and has {sha256[:12]}… "
+                "now; put it back, or begin in another folder"
+            )
 
 
 def in_full(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..runs import Say
 from ..train import require_feasible
 from .arms import NOT_SIZES, Arm, arms_of, ends, parameters_of
 from .checks import check_texts, require_causal
-from .final import final_windows, require_another_text
+from .final import final_windows, require_another_text, sha256_of
 from .jobs import Race, all_jobs, bits_of, grid, headline, jobs_of_arms, require_branches, todo, trial
 from .planned import plan_lines, table
 from .processes import Piece, Progress, run_jobs, run_main
@@ -109,12 +109,17 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
 
 
 def open_race(race: Race, corpus: Corpus) -> None:
-    """Remove what a killed process left half written, check the texts, and write race.json unless it is there."""
+    """Remove what a killed process left half written, check the texts, and write race.json unless it is there.
+
+    ValueError where it is there and was begun with other texts.
+    """
     runs.remove_unfinished(race.folder)
     settle_moved(race)
-    path, recipe = race.folder / runs.RACE, race.recipe
+    path, recipe, texts = race.folder / runs.RACE, race.recipe, runs.texts_of(corpus.info)
+    if recipe.race is not None and race.final_text:
+        texts["race.final_text"] = sha256_of(race.final_text[0])
     if path.exists():
-        return
+        return runs.require_same_texts(race.folder, runs.read_json(path).get("texts") or {}, texts)
     written: dict[str, Any] = {
         "name": recipe.name,
         "description": recipe.description,
@@ -126,6 +131,7 @@ def open_race(race: Race, corpus: Corpus) -> None:
             for arm in race.arms
         ],
         "noise": recipe_to_dict(recipe)["noise"],
+        "texts": texts,
     }
     if recipe.race is not None:
         final = None
