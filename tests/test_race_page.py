@@ -17,6 +17,7 @@ from tokenformer.report.race.page import page, top_charts
 from tokenformer.report.race.words import further, ratio_text
 from tokenformer.report.units import flops_text, signed
 from tokenformer.report.verdict import flatten
+from tokenformer.runs import remove_unfinished
 from tokenformer.statistics import spread_of
 
 BUDGETS, SEEDS = (0.25, 0.5, 1.0), (0, 1, 2)
@@ -938,6 +939,29 @@ def test_broken_pieces_give_one_line(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         write_report(folder)
     assert "\n" not in str(error.value) and not list(folder.glob("report.*"))
+
+
+def test_a_trial_without_a_rate_is_named(tmp_path):
+    path = write_full_race(tmp_path / "race") / "arms/grown/tune/lr-0.004/recipe.json"
+    write(path, {})
+    with pytest.raises(ValueError, match="lr-0.004/recipe.json train: learning_rate must be a number, found None"):
+        write_report(tmp_path / "race")
+
+
+def test_what_a_kill_leaves_of_a_report_goes_when_the_race_goes_on(tmp_path, monkeypatch):
+    folder, staging = write_full_race(tmp_path / "race"), []
+    monkeypatch.setattr("tokenformer.report.png.write_png", lambda *at: staging.append(at[-1].parent) or at[-1].touch())
+    write_report(folder)
+    assert not staging[0].exists()
+    staging[0].mkdir()
+    remove_unfinished(folder)
+    assert not staging[0].exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_may_hold_any_character(tmp_path):
+    name = "costs $x_{$ and \\frac{$, \u6587\u5b57, \x01"
+    assert write_report(write_full_race(tmp_path / "race", name=name))["png"].exists()
 
 
 def test_the_page_needs_no_network_escapes_text_and_is_the_same_each_time(tmp_path):

@@ -487,6 +487,16 @@ def test_a_line_cut_off_by_a_kill_is_dropped_and_only_that(tmp_path):
         read_report(folder)
 
 
+def test_metrics_of_a_finished_run_that_end_early_are_refused(tmp_path):
+    folder = write_run(tmp_path / "run")
+    metrics = folder / "metrics.jsonl"
+    read_report(folder)  # the control
+    for kept, said in ((5, "ends at step"), (0, "is empty")):
+        metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:kept]))
+        with pytest.raises(ValueError, match=rf"metrics\.jsonl: {said}.*the run took .*cut short"):
+            read_report(folder)
+
+
 def test_steps_written_again_after_a_resume_count_once(tmp_path):
     folder = write_run(tmp_path / "run")
     metrics, whole = folder / "metrics.jsonl", read_report(folder)["arms"][0]

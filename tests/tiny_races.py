@@ -99,7 +99,7 @@ def write_run(
         lines.append({"kind": "eval", "loss": bits * math.log(2), "bits_per_byte": bits, **at(step)})
 
     end = 2.9 if final is None else final
-    for step in range(start, steps + 1, 20):
+    for step in [*range(start, steps, 20), steps]:
         bits = end + (8.0 - end) * (1 - step / steps) * (1 + step / 12) ** -0.75
         if step > start:
             lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,26 @@ from .charts import (
     x_range,
     y_range,
 )
-from .units import linear_ticks, tick_texts
+from .units import linear_ticks, printable, tick_texts
 
 
 def write_png(report: dict[str, Any], charts: list[Chart], title: str, note: str, path: Path) -> None:
     """The first two charts side by side under the answer, for a README; drawn without a display."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():  # a $ in a name is a $
+        warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font lacks
+        draw_figure(report, charts, title, note, path)
+
+
+def draw_figure(report: dict[str, Any], charts: list[Chart], title: str, note: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.6, 5.6), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     lines = textwrap.wrap(title, 145, max_lines=3, placeholder=" …")
-    figure.text(0.012, 0.955, report["name"], size=16, weight="bold", color="#1a1a1a", va="center")
+    figure.text(0.012, 0.955, printable(report["name"]), size=16, weight="bold", color="#1a1a1a", va="center")
     figure.text(0.012, 0.915, "\n".join(lines), size=11, color="#333333", va="top", linespacing=1.35)
     figure.text(0.012, 0.018, note, size=8.5, color="#666666", va="bottom", linespacing=1.3)
     top = 0.80 - 0.042 * max(0, len(lines) - 1)

@@ -121,6 +121,9 @@ def read_run(folder: Path, name: str | None = None, description: str = "") -> di
     for key in FINISHED_KEYS if status == "finished" else ():
         if not math.isfinite(number(result, key, str(result_path))):
             raise ValueError(f"{result_path}: {key} of a finished run must be finite, found {result[key]}")
+    if status == "finished" and (not lines or lines[-1]["step"] != result["step"]):
+        ends = f"ends at step {lines[-1]['step']}" if lines else "is empty"
+        raise ValueError(f"{folder / 'metrics.jsonl'}: {ends}, and the run took {result['step']}: cut short")
     curves = curves_of(lines)
     last: dict[str, Any] = lines[-1] if lines else {}
     train, model = recipe.get("train") or {}, recipe.get("model") or {}

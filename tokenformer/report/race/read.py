@@ -143,7 +143,11 @@ def is_started(folder: Path) -> bool:
 
 
 def read_trials(tune: Path) -> list[dict[str, Any]]:
-    trials = [(read_piece(found), read_json(found / "recipe.json")) for found in tune.glob("lr-*") if is_started(found)]
+    trials = []
+    for found in filter(is_started, tune.glob("lr-*")):
+        recipe = read_json(found / "recipe.json")
+        number(recipe.get("train") or {}, "learning_rate", f"{found / 'recipe.json'} train")
+        trials.append((read_piece(found), recipe))
     keys = ("status", "error", "learning_rate", "bits_per_byte", "flops", "epochs", "data", "environment")
     read = [{**{key: run[key] for key in keys}, "grew_in_warm_up": in_warm_up(run, recipe)} for run, recipe in trials]
     return sorted(read, key=lambda trial: trial["learning_rate"])
