@@ -317,8 +317,8 @@ def test_training_goes_on_as_if_nothing_had_happened(ids):
     ]
     for label, m, o in runs:
         losses[label] = [step(m, o, ids) for _ in range(4)]
-    assert losses["kept"] == pytest.approx(losses["small"], abs=1e-9)
-    assert losses["dropped"] != pytest.approx(losses["small"], abs=1e-6)
+    assert losses["kept"] == pytest.approx(losses["small"], abs=1e-6)  # transformers takes a loss in float32
+    assert losses["dropped"] != pytest.approx(losses["small"], abs=1e-4)
 
 
 def test_the_old_model_and_optimizer_are_left_alone(ids):
