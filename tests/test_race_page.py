@@ -530,6 +530,17 @@ def test_an_architecture_that_scatters_more_than_the_others_is_said(report, tmp_
     assert not [text for text in equal["changes"] + report["changes"] if text.startswith("Unequal noise")]
 
 
+def test_arms_of_one_start_are_said_to_differ_by_less_only_where_they_do(report):
+    def said(s_same):
+        budgets = [{**b, "s": 0.02, "s_same": 0.01} for b in report["budgets"][:-1]]
+        last = {**report["budgets"][-1], "s": 0.02, "s_same": s_same}
+        text = page_of({**report, "budgets": [*budgets, last]}).split("<h2>Noise</h2>")[1].split("</p>")[0]
+        return text.split("and differ by less.")[1]
+
+    assert said(0.03).startswith(" Not so at ") and said(0.03).count("TFLOP") == 1 and "the whole budget" in said(0.03)
+    assert said(0.01) == said(None) == ""  # the control
+
+
 def test_what_arms_set_apart_of_their_training_is_said(report, tmp_path):
     folder = write_full_race(tmp_path / "race")
     for path in (folder / "arms/small").rglob("recipe.json"):

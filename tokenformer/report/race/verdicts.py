@@ -16,6 +16,7 @@ from .words import (
     count_seeds,
     edge_text,
     growth_state,
+    listed,
     own_rows,
     ratio_text,
     share_text,
@@ -335,6 +336,9 @@ def noise_section(report: dict[str, Any]) -> str:
     if pooled:
         text = "Standard deviation of one run in a difference of two arms. Arms that start as the same model share "
         text += "what a seed’s initial weights do, and differ by less."
+        wider = [budget_name(report, b) for b in report["budgets"] if b["s"] and (b["s_same"] or 0) > b["s"]]
+        if wider:
+            text += f" Not so at {listed(wider)}, where no such effect was found: s of different starts is of all arms."
         out.append(f'<p class="small">{text}</p>')
         out.append(table(["budget", "of", "pooled s", "degrees of freedom"], pooled, "", (2, 3)))
     if rows:
