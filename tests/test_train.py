@@ -513,6 +513,18 @@ def test_a_slope_is_waited_for_between_the_earliest_and_the_latest(
         assert window and 0 <= plan(recipe).flops_at(step) / 7e7 - 0.4 < 0.03 and (step - 3) % window.bin_steps == 0
 
 
+def test_a_kept_checkpoint_stays_where_a_slope_moves_the_step_that_is_kept(shared: Path, tmp_path: Path) -> None:
+    growth = [{"at_slope": -100.0, "at_earliest_fraction": 0.3, "at_latest_fraction": 0.6, "to": {"ffn": 256}}]
+    section = {"steps": None, "flops": 1e7, "keep_at": [0.25], "keep_checkpoints": 1, "checkpoint_every": 1}
+    recipe = tiny(shared, growth=growth, train=section)
+    train(recipe, tmp_path / "run", say=None)
+    [(step, _)] = grown_at(tmp_path / "run")
+    kept, moved = (plan(recipe, grown_at=grown).step_at(0.25) for grown in ([], [step]))
+    assert moved < kept < step  # the control: the plan after the growth no longer names it
+    left = [int(folder.name.partition("-")[2]) for folder in runs.checkpoints(tmp_path / "run")]
+    assert left[-2:] == [kept, plan(recipe, grown_at=[step]).steps]
+
+
 @pytest.mark.parametrize("event", range(6))
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_a_run_stopped_around_a_growth_and_resumed_gives_the_same_bits(

@@ -160,7 +160,10 @@ def save_state(run: Run, state: State) -> Path:
             checkpoint.save_checkpoint(
                 folder, state.model, run.corpus.tokenizer, state.optimizer, trainer, state.lineage, states
             )
-            runs.prune_checkpoints(run.folder, run.recipe.train.keep_checkpoints, kept_steps(run, state))
+            # A growth that waited for a slope moves these steps; a checkpoint that was kept before it stays.
+            plans = [plan_of(run, state.grown_at[:i]) for i in range(state.grown)] if run.recipe.train.keep_at else []
+            kept = {step for each in (*plans, state.plan) for step in kept_steps(run, each)}
+            runs.prune_checkpoints(run.folder, run.recipe.train.keep_checkpoints, kept)
         except (ValueError, OSError) as error:
             raise ValueError(f"{error}; {last_good(run)}") from error
 
@@ -168,9 +171,9 @@ def save_state(run: Run, state: State) -> Path:
     return folder
 
 
-def kept_steps(run: Run, state: State) -> set[int]:
+def kept_steps(run: Run, planned: Plan) -> set[int]:
     """The steps whose checkpoints stay: those of train.keep_at."""
-    return {state.plan.step_at(share) for share in run.recipe.train.keep_at}
+    return {planned.step_at(share) for share in run.recipe.train.keep_at}
 
 
 def load_state(run: Run, folder: Path) -> tuple[State, int]:

@@ -264,7 +264,8 @@ def loop(run: Run, state: State) -> None:
             last = state.step == state.plan.steps
             if last or state.step % section.evaluate_every == 0 or growth_due(run, state):
                 evaluate_now(run, state)
-            if last or stopped_by or state.step % section.checkpoint_every == 0 or state.step in kept_steps(run, state):
+            kept = state.step in kept_steps(run, state.plan)
+            if last or stopped_by or kept or state.step % section.checkpoint_every == 0:
                 save_state(run, state)
             if stopped_by and not last:
                 stop_now(run, state, stopped_by)
