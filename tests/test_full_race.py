@@ -33,7 +33,7 @@ from tokenformer.start import Start
 from tokenformer.state import save_state
 from tokenformer.step import learning_rate_at
 from tokenformer.step import train_step as step
-from tokenformer.train import Diverged, Stopped, train
+from tokenformer.train import Diverged, Stopped, require_feasible, train
 
 GROWN = {"name": "grown", "growth": [{"at_fraction": 0.2, "to": {"ffn_tokens": 32}}]}
 SLOPE: dict[str, Any] = {
@@ -469,6 +469,17 @@ def test_the_grid_grows_for_every_arm_where_one_lies_at_its_edge(shared: Path, t
         todo(race)
 
 
+def test_a_copy_of_the_dropped_arm_takes_the_rate_that_this_one_takes(shared: Path, tmp_path: Path) -> None:
+    race = race_of(racing(shared, race={"reference": "dropped"}), tmp_path)
+    for job in grid(race)[1]:
+        best = 0.01 if job.name.startswith("grown") else 0.005
+        pretend(race, job.name, 2.0 if job.name.endswith(f"{best}") else 3.0)
+    for job in grid(race)[1]:
+        pretend(race, job.name, 3.0)
+    rates = {job.name: job.recipe.train.learning_rate for job in todo(race) if "seed-0" in job.name}
+    assert rates["copy/seed-0"] == rates["dropped/seed-0"] == rates["grown/seed-0"] == 0.01 != rates["small/seed-0"]
+
+
 def test_a_tie_or_an_end_within_the_grid_does_not_extend_it(shared: Path, tmp_path: Path) -> None:
     race = race_of(racing(shared), tmp_path)
     for job in grid(race)[1]:
@@ -544,13 +555,18 @@ MIXTRAL = {**LLAMA["model"], "architecture": "mixtral", "num_key_value_heads": 2
         (MAMBA2, [], {}),  # whose config.json holds an infinity, which is no JSON
         (MIXTRAL, [], {"expert_balance": "loss_free"}),
         ({**LLAMA["model"], "rank": 2}, [{"at_fraction": 0.2, "operator": "rank", "to": {"rank": 4}}], {}),
+        # Before its growth there are no experts to keep in balance.
+        ({**LLAMA["model"], "num_key_value_heads": 2}, [{"at_fraction": 0.5, "operator": "upcycle",
+         "to": {"num_local_experts": 4}}], {"expert_balance": "auxiliary"}),
     ],
 )
-def test_a_branch_starts_from_what_its_trunk_is(
+def test_a_branch_starts_from_what_its_trunk_is_and_reads_on_where_that_was(
     shared: Path, tmp_path: Path, model: dict[str, Any], growth: list[Any], settings: dict[str, Any]
 ) -> None:
     arm = {"name": "arm", "model": model, "growth": growth, "train": settings}
-    race = race_of(racing(shared, arm, race={"controls": False}, evaluate_every=1, flops=3e7), tmp_path)
+    table = recipe_to_dict(racing(shared, arm, race={"controls": False}, evaluate_every=1, flops=3e7))
+    table["data"]["skip_tokens"] = 40  # two and a half windows, of which three are passed over
+    race = race_of(recipe_from_dict(table, "the test"), tmp_path)
     trunk = headline(race, race.arms[0], 0, 0.01)
     train(trunk.recipe, race.place(trunk.name), say=None)
     job = jobs.branch(race, race.arms[0], trunk, 0.5)
@@ -561,6 +577,8 @@ def test_a_branch_starts_from_what_its_trunk_is(
     way = [line for line in runs.read_metrics(race.place(trunk.name)) if line["kind"] == "eval"]
     there = next(line for line in way if line["step"] == begun["step"])
     assert first["bits_per_byte"] == pytest.approx(there["bits_per_byte"], abs=1e-9) != way[0]["bits_per_byte"]
+    before, after = (require_feasible(each.recipe, race.place(each.name), None)[2] for each in (trunk, job))
+    assert torch.equal(after[0], before[begun["step"]]) and not torch.equal(after[0], before[begun["step"] + 1])
 
 
 # --- the whole ---

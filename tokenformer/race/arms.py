@@ -158,7 +158,7 @@ def same_run(a: Recipe, b: Recipe, vocab_size: int) -> bool:
 def ungrown(recipe: Recipe, vocab_size: int) -> Recipe:
     """Without growth; where that alone would have brought experts, there are none to keep in balance."""
     small = replace(recipe, growth=[])
-    if chooses_experts(model_config(small, vocab_size, Start())):
+    if small.train.expert_balance == "none" or chooses_experts(model_config(small, vocab_size, start_of(small))):
         return small
     return replace(small, train=replace(small.train, expert_balance="none"))
 

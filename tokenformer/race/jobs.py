@@ -17,7 +17,7 @@ from ..checkpoint import ancestry
 from ..plan import Plan, plan, ramp_steps, warm_up_after
 from ..recipe import AFRESH, GrowthSection, RaceSection, Recipe
 from ..start import Start
-from .arms import Arm, with_seed
+from .arms import Arm, ungrown, with_seed
 
 FINAL = "final.json"  # what a headline run reaches on race.final_text
 
@@ -160,7 +160,8 @@ def best_rate(race: Race, arm: Arm, rates: list[float]) -> float:
 def headline_jobs(race: Race, rates: list[float]) -> list[Job]:
     """Of each seed every arm's run and, as soon as it has ended, its branches; the cosine checks last."""
     section, by_name = race.section, {arm.name: arm for arm in race.arms}
-    chosen = {arm.name: best_rate(race, by_name[arm.tuned_as], rates) for arm in race.arms}
+    tuned = {arm.name: by_name[arm.tuned_as].tuned_as for arm in race.arms}  # of a copy of dropped, dropped's own arm
+    chosen = {name: best_rate(race, by_name[other], rates) for name, other in tuned.items()}
     jobs: list[Job] = []
     for seed in section.seeds:
         branches, trunks = [], []
@@ -200,15 +201,16 @@ def branch(race: Race, arm: Arm, trunk: Job, share: float) -> Job:
     # A growth that waits for a slope moves the boundaries by less than a step, and costs what is not yet spent before.
     near = 2 * max(phase.flops_per_step for phase in planned.phases) + sum(event.flops for event in planned.events)
     begin = checkpoint_at(race.place(trunk.name), round(share * (1 - decay) * trunk.flops), near)
-    seen = ancestry(begin)
+    seen, data = ancestry(begin), trunk.recipe.data
+    skipped = -(-data.skip_tokens // data.sequence_length) * data.sequence_length  # by the trunk, in whole windows
     recipe = replace(
         trunk.recipe,
         name=f"{trunk.recipe.name}_at-{share:g}",
         model=type(trunk.recipe.model)(checkpoint=str(begin.resolve())),
-        data=replace(trunk.recipe.data, skip_tokens=seen["tokens"]),
+        data=replace(data, skip_tokens=skipped + seen["tokens"]),
         train=replace(train, flops=budget, keep_at=[], warmup_steps=0, decay_fraction=1.0),
-        growth=[],
     )
+    recipe = ungrown(recipe, race.vocab_size)
     return Job(branch_name(trunk, share), recipe, round(budget - seen["flops"]), trunk.final_text)
 
 
