@@ -305,6 +305,8 @@ def test_a_control_finds_a_name_whatever_arms_are_called(shared: Path) -> None:
          "options": {"ramp_steps": 2}}]}, {}, "arm bad: race.budgets: 0.5: .*warm-up or ramp of growth.0 may begin"),
         ({"growth": [{**GROWN["growth"][0], "at_fraction": 0.999}]}, {"decay_fraction": 0.0005}, "arm bad: growth.0"),
         ({}, {"race": {"final_text": "nowhere.txt"}}, "race.final_text.*nowhere.txt: no such file"),
+        # A trial would have text enough.
+        ({}, {"flops": 1e10, "race": {"tune_fraction": 0.01}}, "arm bad: .*data.repeat = true"),
     ],
 )
 def test_what_would_end_a_race_in_its_middle_is_refused_before(
@@ -600,7 +602,7 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
     results = sorted((tmp_path / "whole").rglob(runs.RESULT))
     assert len(results) == 3 * 3 + 5 * 2 * 2  # trials of three arms, two seeds and two budgets of five
     headline_runs = [path for path in results if "seed" in path.parent.name]
-    assert all((path.parent / jobs.FINAL).exists() for path in headline_runs)
+    assert all((path.parent / jobs.FINAL).exists() == (path in headline_runs) for path in results)  # of no trial
     assert not any("sample" in runs.read_json(path) for path in results)  # test_train has the control
 
     def ended(folder: Path, job: jobs.Job) -> bool:
@@ -1018,10 +1020,12 @@ class Peeking(torch.nn.Module):
         return type("Output", (), {"logits": logits})
 
 
-def test_a_model_that_looks_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_looks_ahead_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {key: value for key, value in LLAMA["model"].items() if key != "architecture"}
     config = build_config("llama", None, {"vocab_size": 256, **fields})
     checks.require_causal(config, "llama")
     monkeypatch.setattr(checks, "build_model", lambda config, seed: Peeking())
     with pytest.raises(ValueError, match="arm cheat: its model sees the tokens that it should predict"):
         checks.require_causal(config, "cheat")
+    with pytest.raises(ValueError, match="arm grown: its model sees the tokens"):
+        plan_race(racing(shared))

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import shutil
 
 import pytest
 from scipy import stats
@@ -116,9 +117,24 @@ def test_the_page_shows_the_numbers_of_the_json(race, report):
     assert page.count("✓") == sum(arm["role"] not in ("copy", "dropped") for arm in ARMS.values())
     ratio = report["reach"][1]["ratios"]["grown"]
     assert f"{ratio['value']:.2f} [{ratio['low']:.2f} to {ratio['high']:.2f}]" in page
-    for text in ("tokenformer race fair", "ab" * 32, "0123456789abcdef", "LZMA on the held-out text", "before growth"):
+    told = report["budgets"][-1]["told_apart"]
+    chance = f"21 pairs compared, {told} told apart; chance alone would tell about 1.1 apart"  # 21 * 0.05
+    for text in ("tokenformer race fair", "ab" * 32, "0123456789abcdef", "LZMA on the held-out text", chance):
         assert text in page
+    assert {row[0]: row[-1] for row in cells_of(page, "Cosine check")} == dict.fromkeys(("grown", "scratch"), "+0.010")
     assert not any(f" {bad}" in re.sub("<[^>]*>", " ", page) for bad in ("nan ", "None ", "inf "))
+
+
+def test_parameters_memory_and_seconds_stand_beside_flops(race, report):
+    page = (race / "report.html").read_text()
+    found = {row[0].removesuffix("what grown is"): row[4:] for row in cells_of(page, "Arms")}["grown"]
+    memory = f"{(600_000_000 + 720_000 * 16) / 2**20:,.0f} MiB"
+    assert found[1:4] == ["412 k → 720 k", "32.8 k", "379 k → 687 k"] and "All parameters are active." in page
+    assert found[5:] == ["2.05 M", "2.8", "1.00 GFLOP", memory, "3 min 52 s"]  # 200 s * (0.8 + 720 k / 2 M)
+    mixture = json.loads(json.dumps(report))
+    mixture["arms"][0]["parameters_end"]["active"] = 500_000
+    page = page_of(mixture)
+    assert "All parameters are active." not in page and cells_of(page, "Arms")[0][6] == "412 k → 500 k"
 
 
 def test_the_answer_comes_first_in_two_sentences_with_every_control(race, report):
@@ -309,7 +325,9 @@ def test_a_power_law_is_fitted_where_there_are_four_budgets(report, tmp_path):
     folder = write_full_race(
         tmp_path / "race", budgets=(0.125, 0.25, 0.5, 1.0), loss=lambda *at: plausible(*at, s=0.0002)
     )
-    law = read_report(folder)["power_laws"]["small"]
+    told = read_report(folder)
+    assert [threshold["share"] for threshold in told["reach"]] == [0.125, 0.5, 1.0]  # three of them (rule 22)
+    law = told["power_laws"]["small"]
     assert law["reason"] is None and law["alpha"] == pytest.approx(0.3, abs=0.1)
     assert law["E"] == pytest.approx(2.055, abs=0.15)
 
@@ -801,6 +819,10 @@ def test_streams_that_differ_are_red(tmp_path):
     path = folder / "arms/small/seed-1/data.json"
     write(path, json.loads(path.read_text()) | {"sha256": "cd" * 32})
     assert any("same token stream" in text for text in reds(read_report(folder)))
+    folder = write_full_race(tmp_path / "held_out")
+    path = folder / "arms/small/seed-1/data.json"
+    write(path, json.loads(path.read_text()) | {"token_files": {"valid.bin": {"sha256": "cd" * 32}}})
+    assert any("not evaluated on the same held-out text" in text for text in reds(read_report(folder)))
     folder = write_full_race(tmp_path / "order")
     path = folder / "arms/small/seed-0/recipe.json"
     stored = json.loads(path.read_text())
@@ -822,6 +844,9 @@ def test_a_best_rate_at_the_edge_is_flagged_and_a_trial_that_diverged_is_not_the
     assert any("lower learning rate may suit **small**" in text for text in told["changes"])
     page = page_of(read_report(folder))
     assert "diverged" in page and "at the lowest of the grid" in page
+    assert not any("equally many trials" in text for text in ambers(told))
+    shutil.rmtree(folder / "arms/small/tune/lr-0.008")
+    assert any("equally many trials" in text for text in ambers(read_report(folder)))
 
 
 # --- final text, races in progress, broken pieces ---

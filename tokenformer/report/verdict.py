@@ -313,6 +313,6 @@ def judge(report: dict[str, Any]) -> dict[str, Any]:
         "status_warnings": status_warnings(report["arms"]),
         "warnings": doubts,
         "differing_keys": differing_keys(
-            [a["recipe"] for a in report["arms"] if a["recipe"]], ("name", "description", "arms")
+            [a["recipe"] for a in report["arms"] if a["recipe"]], ("name", "description", "arm")
         ),
     }

@@ -18,6 +18,7 @@ from ..verdict import (
 from .charts import foremost
 from .controls import controls_of, gains, own_controls, pair_of, sunk_costs
 from .numbers import starts_of, values_at
+from .tables import IGNORED
 from .words import answer, answered, best_arm, edge_text, headline, listed, progress, share_text
 
 OVERLAPS = (
@@ -303,9 +304,7 @@ def fewer_alarms(budget: dict[str, Any]) -> list[str]:
 
 def judge_race(report: dict[str, Any]) -> dict[str, Any]:
     """The calculated report with answer, warnings and what would change the answer (names between **)."""
-    keys = differing_keys(
-        [arm["recipe"] for arm in report["arms"] if arm["recipe"]], ("name", "description", "arms", "race", "noise")
-    )
+    keys = differing_keys([arm["recipe"] for arm in report["arms"] if arm["recipe"]], IGNORED)
     found = {"status_warnings": status_warnings(report), "warnings": warnings(report), "differing_keys": keys}
     for arm in report["arms"]:  # said once: environment and data stand at the head of the report and in the run folders
         for run in (*arm["runs"], *arm["trials"], *arm["cosine"]):

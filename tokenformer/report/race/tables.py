@@ -20,7 +20,7 @@ ROLES = {
     "size": "control: another size",
     "copy": "control: copy, for the noise",
 }
-IGNORED = ("name", "description", "arms", "race", "noise")  # of a recipe: what is no hyperparameter of a run
+IGNORED = ("name", "description", "arm", "race", "noise")  # of a recipe: what is no hyperparameter of a run
 OF_ATTENTION = ("qkv_tokens", "proj_tokens", "qkv_scale", "proj_scale")  # of no effect where attention is linear
 
 
