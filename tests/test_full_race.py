@@ -20,7 +20,7 @@ from tiny_runs import corpus, tiny
 from tokenformer import runs, verbs
 from tokenformer.data import prepare
 from tokenformer.growth.operators import OPERATORS
-from tokenformer.models import build_config
+from tokenformer.models import build_config, build_model
 from tokenformer.plan import model_config
 from tokenformer.race import arm_entry, checks, jobs, open_race, plan_race, processes, race_of, run_race, settle_moved
 from tokenformer.race.arms import Arm, arms_of, keeps_moments, parameters_of, same_run, target_of, ungrown
@@ -503,6 +503,22 @@ def test_runs_of_one_seed_share_text_and_differ_between_seeds_and_copies(shared:
     tuned = trial(race, arms["grown"], 0.01).recipe
     assert tuned.data.seed == tuned.train.seed == 1000 and tuned.train.flops == pytest.approx(0.3 * 9e7)
     assert tuned.growth[0].at_fraction == 0.2
+
+
+def test_arms_of_another_theta_draw_the_same_weights_up_to_a_factor_of_each_table(shared: Path, tmp_path: Path) -> None:
+    def drawn(seed: int, **fields: Any) -> dict[str, torch.Tensor]:
+        arm = {"name": "arm", "model": {"initialization": "residual", **fields}}
+        config = model_config(race_of(racing(shared, arm), tmp_path).arms[0].recipe, 256, Start())
+        return {name: p.detach() for name, p in build_model(config, seed).named_parameters()}
+
+    def proportional(one: torch.Tensor, other: torch.Tensor) -> bool:
+        return bool(torch.allclose(one * other.norm() / one.norm(), other, rtol=1e-4, atol=1e-7))
+
+    gelu, silu, control = drawn(0, theta="gelu"), drawn(0, theta="silu"), drawn(1, theta="silu")
+    scaled = {name for name in gelu if not torch.equal(gelu[name], silu[name])}
+    assert scaled and all(name.endswith("value") for name in scaled)
+    assert all(proportional(gelu[name], silu[name]) for name in scaled)
+    assert not any(proportional(gelu[name], control[name]) for name in scaled)
 
 
 def test_a_trial_does_not_grow_in_its_warm_up(shared: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from ...statistics import (
 
 FROM_SCRATCH = ("scratch", "small", "size")  # roles that the compute-optimal size is chosen among
 THRESHOLDS = 3
-# Of a recipe's model: what its initial weights do not depend on.
+# Of a recipe's model: what its initial weights do not depend on, but for a factor of all values of a table (theta).
 NOT_IN_WEIGHTS = (
     "theta",
     "hidden_act",
