@@ -1,5 +1,4 @@
-"""What the numbers of a race support: the arithmetic of docs/fairness.md, rules 10, 11 and 19 to 24. Numbers in, numbers
-out.
+"""What the numbers of a race support: the arithmetic of docs/fairness.md, rules 10, 11 and 19 to 24.
 
 A table is {arm: {seed: y}}, y a loss, and lower is better. A cell that is missing, of a run that failed or has not
 ended, is not in it: its arm is then compared over the seeds that both arms have. All intervals are two-sided, 95 %.
