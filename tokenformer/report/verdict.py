@@ -18,6 +18,7 @@ from .units import bits_text, count_text, flops_text, gap_text, seconds_text, sm
 EQUAL_FLOPS = 0.01  # budgets within this share of each other count as one: arms stop at whole steps
 IMPLAUSIBLE_BITS_PER_BYTE = 0.5  # text is not that predictable: repeated or leaked text is
 EXACT_LOGIT_CHANGE = 1e-4  # float32 rounding of logits up to 25 or so; tiling reaches 4e-5 on a trained model
+IGNORED = ("name", "description", "arm", "race", "noise")  # of a recipe: what is no hyperparameter of a run
 NO_RULES = (
     "A race without a [race] table is a look, no verdict: rates are not tuned, and controls and checks are those of "
     "its recipe (docs/fairness.md)."
@@ -312,7 +313,5 @@ def judge(report: dict[str, Any]) -> dict[str, Any]:
         "noise_threshold_bits_per_byte": threshold,
         "status_warnings": status_warnings(report["arms"]),
         "warnings": doubts,
-        "differing_keys": differing_keys(
-            [a["recipe"] for a in report["arms"] if a["recipe"]], ("name", "description", "arm")
-        ),
+        "differing_keys": differing_keys([a["recipe"] for a in report["arms"] if a["recipe"]], IGNORED),
     }

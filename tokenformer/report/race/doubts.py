@@ -7,6 +7,7 @@ from typing import Any
 from ...statistics import seeds_needed, unequal_scatter
 from ..units import bits_text, flops_text, gap_text, signed
 from ..verdict import (
+    IGNORED,
     differing_keys,
     environment_doubts,
     equal_budget,
@@ -18,7 +19,6 @@ from ..verdict import (
 from .charts import foremost
 from .controls import controls_of, gains, own_controls, pair_of, sunk_costs
 from .numbers import starts_of, values_at
-from .tables import IGNORED
 from .words import answer, answered, best_arm, edge_text, headline, listed, progress, share_text
 
 OVERLAPS = (

@@ -8,7 +8,7 @@ from ...statistics import NO_RISE, mean_sd
 from ..markup import e, name_of, pairs, table
 from ..tables import architecture_html, differing_table, linear_attention
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text, signed, small_text
-from ..verdict import differing_keys, flatten
+from ..verdict import IGNORED, differing_keys, flatten
 from .charts import trunks
 from .words import growth_state, share_text
 
@@ -20,7 +20,6 @@ ROLES = {
     "size": "control: another size",
     "copy": "control: copy, for the noise",
 }
-IGNORED = ("name", "description", "arm", "race", "noise")  # of a recipe: what is no hyperparameter of a run
 OF_ATTENTION = ("qkv_tokens", "proj_tokens", "qkv_scale", "proj_scale")  # of no effect where attention is linear
 
 
