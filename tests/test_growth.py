@@ -112,6 +112,33 @@ def test_new_rows_are_alive_at_once_and_wholly_after_a_step(option, operator, id
     assert set(live_share(growth, ids).values()) == {1.0}
 
 
+@pytest.mark.parametrize(
+    ("fields", "to", "operator"),
+    [
+        ({"theta": "silu"}, {"ffn": 31}, "zero_values"),
+        ({"theta": "relu2", "norm": "rmsnorm"}, {"ffn": 31, "hidden_size": 40}, "zero_values+zero"),
+        ({}, {"ffn": 60}, "rotated_keys"),
+        ({}, {"ffn": 59}, "zero_keys"),  # too few for a rotation
+        ({}, {"ffn": 60, "qkv": 13}, "zero_keys"),
+        ({"theta": "gelu_l2_norm"}, {"ffn": 60}, "zero_keys"),
+        ({"theta": "softmax"}, {"ffn": 60}, "tile"),
+        ({"norm": "rmsnorm"}, {"hidden_size": 40, "num_hidden_layers": 3}, "zero"),
+    ],
+)
+def test_an_operator_that_is_not_named_is_the_best_of_the_exact_ones(ids, fields, to, operator):
+    model, _ = trained(ids, **fields)
+    growth = grow(model, to=to)
+    assert growth.event["operator"] == operator
+    if "hidden_size" not in to:
+        assert largest_logit_change(model, growth.model, ids) < 1e-10
+
+
+def test_where_no_exact_operator_fits_the_one_that_is_not_named_says_why(ids):
+    model, _ = trained(ids, theta="softmax")
+    with pytest.raises(ValueError, match="theta=softmax exactly.*tile can, by whole multiples"):
+        grow(model, to={"ffn": 61})
+
+
 def test_new_keys_are_a_rotation_of_the_old(ids):
     """By its formula, the sum of squared scores grows as the row count does, whatever x is; old rows keep their scores,
     the scale is the release's root of the row count, and no two keys are alike. The control: keys as large, but drawn

@@ -162,7 +162,7 @@ def test_a_fraction_that_falls_on_a_boundary_is_that_boundary(recipe: Any) -> No
         ({"growth": [{"at_step": 6, "to": {"hidden_size": 32}, "operator": "masked"}]}, "growth.0.options.ramp_steps"),
         (
             {"growth": [{"at_step": 6, "to": {"ffn": 32}, "options": {"share": 1}}]},
-            "growth.0.options.share: zero_keys has no such option",
+            "growth.0.options.share: rotated_keys has no such option",
         ),
         ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 8}}]}, "growth.0.to.ffn_tokens: 8 is smaller"),
         ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 24}, "operator": "tile"}]}, "24 is not a multiple"),

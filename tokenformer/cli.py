@@ -314,8 +314,9 @@ def parser() -> Parser:
     )
     sub.add_argument(
         "--operator",
+        default="default",
         metavar="NAME[+NAME]",
-        help="of `tokenformer operators` (zero_keys for parameter tokens, zero for the rest)",
+        help="of `tokenformer operators` (without it an exact one for parameter tokens, zero for the rest)",
     )
     sub.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the operator; repeatable")
     sub.add_argument("--dry-run", action="store_true", help="print the plan and write nothing; needs no OUT")

@@ -26,7 +26,7 @@ __all__ = ["grow_checkpoint", "plan_lines", "prepare"]
 def grow_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
-    operator: str | None,
+    operator: str,
     to: dict[str, int],
     moments: str = "keep",
     seed: int = 0,
@@ -36,6 +36,8 @@ def grow_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Grow the model in `checkpoint` (a folder, a run's newest, or a name on the hub) into the new folder `out`.
+
+    operator, to, moments, seed, options: as in `grow`.
 
     Each weight keeps the dtype that it is stored in. Moments, if the checkpoint has them, grow with the weights; the
     lineage gets one entry. What the growth did is measured on random tokens, said, and written down: with `measure`

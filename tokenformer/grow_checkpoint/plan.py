@@ -15,14 +15,13 @@ from .. import checkpoint as files
 from .. import hub, runs
 from ..growth import freeze_as_grown
 from ..growth.engine import event_of
-from ..growth.operators import require_done_at_once, steps_of, takers
+from ..growth.operators import DEFAULT, require_done_at_once, settled_operator, steps_of
 from ..growth.tensors import TensorMaps
 from ..growth.weights import is_trained
 from ..models.tables import TABLES
 from .names import how_stored, parts_of
 from .shards import Size, Stored, stored_tensors
 
-DEFAULT_OPERATORS = "zero_keys+zero"  # each for the axes that it has
 HUB_WEIGHTS = ("model*.safetensors",)
 
 
@@ -52,14 +51,14 @@ class Prepared:
 @files.quiet()
 def prepare(
     checkpoint: str | Path,
-    operator: str | None,
+    operator: str,
     to: dict[str, int],
     moments: str = "keep",
     seed: int = 0,
     options: dict[str, Any] | None = None,
 ) -> Prepared:
     """Everything about a growth but the growth itself; reads no weights. ValueError if it cannot be done."""
-    if operator:
+    if operator != DEFAULT:
         require_done_at_once(operator)
     folder = find_or_download(checkpoint)
     require_supported(folder)
@@ -68,7 +67,7 @@ def prepare(
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder / 'config.json'}: the weights are quantised; growth takes those that are not")
     stored = stored_tensors(files.weight_files(folder))
-    operator = operator or takers(config, DEFAULT_OPERATORS, to)
+    operator = settled_operator(config, operator, to)
     steps = steps_of(config, operator, to, seed, options)
     if any(plan.learning is not None for _, _, plan in steps):
         raise ValueError(

@@ -17,7 +17,7 @@ from .exactness import moments_are_exact, why_not_exact
 from .experts import PhaseIn, TrainsOnly
 from .ligo import Batches, learn
 from .moments import grow_optimizer
-from .operators import Operator, steps_of, target_sizes
+from .operators import DEFAULT, Operator, settled_operator, steps_of, target_sizes
 from .plan import Plan
 from .tensors import TensorMaps
 from .weights import carry_entries, grow_weights
@@ -61,7 +61,7 @@ class Growth:
 
 def grow(
     model: PreTrainedModel,
-    operator: str = "zero_keys",
+    operator: str = DEFAULT,
     to: dict[str, int] | None = None,
     optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None,
     seed: int = 0,
@@ -71,7 +71,8 @@ def grow(
 ) -> Growth:
     """A larger model made from `model` by the operator of that name; nothing that is passed in is altered.
 
-    operator: one of OPERATORS, or several joined by + ("lemon+llama_pro"), applied one after another.
+    operator: one of OPERATORS, or several joined by + ("lemon+llama_pro"), applied one after another; "default" takes
+    an exact one for parameter tokens (settled_operator), zero for the rest.
     to: field -> new size, with the configuration's names (hidden_size, ffn_tokens) or short ones (ffn, qkv, proj).
     optimizer: one over the model's parameters, or a list of several that share them (Muon for matrices, AdamW for the
     rest); the answer holds one of its class over the new parameters, or a list of such, the moments of old entries
@@ -90,6 +91,7 @@ def grow(
     if moments not in ("keep", "drop"):
         raise ValueError(f"moments: {moments!r} is not known; allowed: keep, drop")
     carried = carried_of(model)
+    operator = settled_operator(model.config, operator, to or {})
     low_rank = ("rank", "relora")
     if operator in low_rank and (carried is None or carried.kind in low_rank):
         from .lowrank_growth import grow_low_rank

@@ -173,6 +173,8 @@ _ALL = (
     Operator("ligo", ligo.ligo, (*WIDTHS, *TOKENS, "layers"), "approximate", "arXiv 2303.00980", cost=ligo.cost),
 )
 OPERATORS = {operator.name: operator for operator in _ALL}
+DEFAULT = "default"
+ROWS = ("zero_values", "rotated_keys", "zero_keys", "tile")  # the exact ways to add rows, as records/ rank them
 
 
 def operators_of(text: str) -> list[Operator]:
@@ -229,6 +231,16 @@ def taker_of(mixture: list[Operator], field: str, table: Table) -> Operator | No
     """Which operator of a mixture grows a field: of those that do, the one that grows the fewest, then the first."""
     able = [each for each in mixture if field in each.fields(table)]
     return min(able, key=lambda each: len(each.fields(table)), default=None)
+
+
+def settled_operator(config: PreTrainedConfig, operator: str, to: dict[str, int]) -> str:
+    """What "default" stands for: for parameter tokens the first of ROWS that grows them exactly, for the rest zero."""
+    if operator != DEFAULT:
+        return operator
+    fields = OPERATORS[ROWS[0]].fields(table_of(config))
+    sizes = {field_of(config, name): size for name, size in to.items()}
+    rows = {field: size for field, size in sizes.items() if field in fields}
+    return takers(config, next((name for name in ROWS if OPERATORS[name]._fits(config, rows)), ROWS[0]) + "+zero", to)
 
 
 def takers(config: PreTrainedConfig, operator: str, to: dict[str, int]) -> str:
