@@ -121,8 +121,8 @@ def test_dropped_stands_beside_an_arm_whose_operator_keeps_moments(shared: Path)
 
 SHIPPED = {name: path for name, path in shipped_recipes().items() if name.endswith(("_cpu", "_gpu"))}
 DROPPED = {"architectures": None, "fresh_seeds": None, "growth_fresh": "zero", "growth_llama": "zero",
-           "growth_rest": "fpi", "growth_rotated": "rotated_keys", "growth_steps": "early", "growth_tokens": "zero_keys",
-           "growth_tokens_long": "grown", "mirror": "modern",
+           "growth_rest": "fpi", "growth_rotated": "rotated_keys", "growth_steps": "early",
+           "growth_tokens": "zero_keys", "growth_tokens_long": "grown", "mirror": "modern",
            "rivals_fresh": None, "schedules": "early"}
 
 

@@ -133,6 +133,40 @@ def test_an_operator_that_is_not_named_is_the_best_of_the_exact_ones(ids, fields
         assert largest_logit_change(model, growth.model, ids) < 1e-10
 
 
+def as_feed_forward(model):
+    """The same model with two ordinary matrices around a GELU, and no scale, in the place of every feed-forward."""
+    plain = copy.deepcopy(model)
+    for layer in plain.model.layers:
+        (tokens, width), narrow = layer.mlp.key.shape, layer.mlp.value.shape[1]
+        matrices = torch.nn.Linear(width, tokens, bias=False), torch.nn.Linear(tokens, narrow, bias=False)
+        for matrix, weight in zip(matrices, (layer.mlp.key, layer.mlp.value.T), strict=True):
+            matrix.weight = torch.nn.Parameter(weight.detach().clone())
+        layer.mlp = torch.nn.Sequential(matrices[0], torch.nn.GELU(), matrices[1])
+    return plain
+
+
+def test_without_a_norm_growing_parameter_tokens_is_growing_a_feed_forward(ids):
+    def losses(theta):
+        model, _ = trained(ids, attention_projections="linear", theta=theta)
+        plain = as_feed_forward(model)
+        grown = grow(model, "zero_values", {"ffn": 51}).model if theta == "gelu" else model
+        for layer, new in zip(plain.model.layers, grown.model.layers, strict=True):
+            first, _, second = layer.mlp  # new units with random inputs, which nothing reads: a feed-forward's "zero"
+            added = new.mlp.key.shape[0] - first.weight.shape[0]
+            first.weight = torch.nn.Parameter(torch.cat((first.weight, new.mlp.key[first.weight.shape[0] :])).detach())
+            second.weight = torch.nn.Parameter(torch.nn.functional.pad(second.weight, (0, added)).detach())
+        return [
+            [step(each, optimizer, ids) for _ in range(4)]
+            for each in (grown, plain)
+            for optimizer in [AdamW(parameter_groups(each, 0.1), lr=1e-2)]
+        ]
+
+    tokens, feed_forward = losses("gelu")
+    assert tokens == pytest.approx(feed_forward, abs=1e-10) and tokens[-1] < tokens[0]
+    tokens, feed_forward = losses("l2_norm_gelu")  # the control: the norm over scores is what sets the two apart
+    assert abs(tokens[0] - feed_forward[0]) > 1e-4
+
+
 def test_where_no_exact_operator_fits_the_one_that_is_not_named_says_why(ids):
     model, _ = trained(ids, theta="softmax")
     with pytest.raises(ValueError, match="theta=softmax exactly.*tile can, by whole multiples"):
