@@ -120,6 +120,7 @@ def test_new_rows_are_alive_at_once_and_wholly_after_a_step(option, operator, id
         ({}, {"ffn": 60}, "rotated_keys"),
         ({}, {"ffn": 59}, "zero_keys"),  # too few for a rotation
         ({}, {"ffn": 60, "qkv": 13}, "zero_keys"),
+        ({}, {"ffn": 60, "qkv": 12}, "rotated_keys"),  # as many as there are
         ({"theta": "gelu_l2_norm"}, {"ffn": 60}, "zero_keys"),
         ({"theta": "softmax"}, {"ffn": 60}, "tile"),
         ({"norm": "rmsnorm"}, {"hidden_size": 40, "num_hidden_layers": 3}, "zero"),

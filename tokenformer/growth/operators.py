@@ -238,9 +238,9 @@ def settled_operator(config: PreTrainedConfig, operator: str, to: dict[str, int]
     if operator != DEFAULT:
         return operator
     fields = OPERATORS[ROWS[0]].fields(table_of(config))
-    sizes = {field_of(config, name): size for name, size in to.items()}
-    rows = {field: size for field, size in sizes.items() if field in fields}
-    return takers(config, next((name for name in ROWS if OPERATORS[name]._fits(config, rows)), ROWS[0]) + "+zero", to)
+    rows = {field: size for field, size in target_sizes(config, to).items() if field in fields}
+    fitting = (name for name in ROWS if rows and OPERATORS[name]._fits(config, rows))
+    return takers(config, f"{next(fitting, ROWS[0])}+zero", to)
 
 
 def takers(config: PreTrainedConfig, operator: str, to: dict[str, int]) -> str:

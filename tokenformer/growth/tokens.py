@@ -79,6 +79,7 @@ def rotated_keys(config: PreTrainedConfig, sizes: Sizes) -> Plan:
             f"operator: rotated_keys cannot grow theta={config.theta} exactly, since a rotation keeps the sum of "
             "squared scores, and its norm is another; tile can, by whole multiples"
         )
+    sizes = {axis: size for axis, size in sizes.items() if size > getattr(config, axis)}
     scales: dict[str, float] = {}
     for axis, size in sizes.items():
         old = getattr(config, axis)
