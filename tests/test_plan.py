@@ -162,11 +162,11 @@ def test_a_fraction_that_falls_on_a_boundary_is_that_boundary(recipe: Any) -> No
         ({"growth": [{"at_step": 6, "to": {"hidden_size": 32}, "operator": "masked"}]}, "growth.0.options.ramp_steps"),
         (
             {"growth": [{"at_step": 6, "to": {"ffn": 32}, "options": {"share": 1}}]},
-            "growth.0.options.share: rotated_keys has no such option",
+            "growth.0.options.share: zero_keys has no such option",
         ),
         ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 8}}]}, "growth.0.to.ffn_tokens: 8 is smaller"),
         ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 24}, "operator": "tile"}]}, "24 is not a multiple"),
-        ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 33}}], "model": {"theta": "softmax"}}, "softmax"),
+        ({"growth": [{"at_step": 6, "to": {"ffn_tokens": 32}}], "model": {"theta": "softmax"}}, "softmax"),
         (
             {"growth": [{"at_step": 5, "to": {"ffn": 32}}, {"at_fraction": 0.01, "to": {"ffn": 64}}]},
             "growth.1 would come at step 5; it must come after step 5",

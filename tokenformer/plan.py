@@ -20,7 +20,7 @@ from typing import Any
 from .flops import low_rank_training_flops, training_flops
 from .growth.lowrank import Ranks, matrices, settled_ranks
 from .growth.lowrank_growth import next_ranks
-from .growth.operators import options_of, settled_operator, steps_of, takers, target_sizes
+from .growth.operators import options_of, steps_of, takers, target_sizes
 from .growth.plan import Plan as Change
 from .growth.tensors import TensorMaps
 from .growth.weights import trained_layers
@@ -226,10 +226,8 @@ def phase_configs(recipe: Recipe, vocab_size: int, start: Start) -> tuple[list[E
                 parts = expand(section, {axis: size_of(config, axis) for axis in target}, target)
                 changes, flops = [], []
                 for k, part in enumerate(parts):
-                    operator = settled_operator(config, part.operator, part.to)
                     if len(parts) > 1:  # a part may have nothing to grow for some operator of a mixture
-                        operator = takers(config, operator, part.to)
-                    part = parts[k] = dataclasses.replace(part, operator=operator)
+                        part = parts[k] = dataclasses.replace(part, operator=takers(config, part.operator, part.to))
                     steps = steps_of(config, part.operator, part.to, part.seed, part.options)
                     changes += [change for *_, change in steps]
                     flops.append(sum(each.cost(before, change, length, batch) for each, before, change in steps))

@@ -91,7 +91,6 @@ def grow(
     if moments not in ("keep", "drop"):
         raise ValueError(f"moments: {moments!r} is not known; allowed: keep, drop")
     carried = carried_of(model)
-    operator = settled_operator(model.config, operator, to or {})
     low_rank = ("rank", "relora")
     if operator in low_rank and (carried is None or carried.kind in low_rank):
         from .lowrank_growth import grow_low_rank
@@ -99,6 +98,7 @@ def grow(
         return grow_low_rank(model, operator, to or {}, optimizer, seed, moments == "drop", options or {})
     if carried is not None and (operator in low_rank or not isinstance(carried, LossFree)):
         raise ValueError(f"operator: {operator} cannot grow a model that carries {carried.kind}")
+    operator = settled_operator(model.config, operator, to or {})
     before, optimizers = model, []
     if optimizer is not None:
         optimizers = optimizer if isinstance(optimizer, list) else [optimizer]

@@ -174,7 +174,7 @@ _ALL = (
 )
 OPERATORS = {operator.name: operator for operator in _ALL}
 DEFAULT = "default"
-ROWS = ("zero_values", "rotated_keys", "zero_keys", "tile")  # the exact ways to add rows, as records/ rank them
+ROWS = ("zero_values", "rotated_keys", "zero_keys", "tile")  # exact ways to add rows; the first two led in records/
 
 
 def operators_of(text: str) -> list[Operator]:
@@ -239,7 +239,9 @@ def settled_operator(config: PreTrainedConfig, operator: str, to: dict[str, int]
         return operator
     fields = OPERATORS[ROWS[0]].fields(table_of(config))
     rows = {field: size for field, size in target_sizes(config, to).items() if field in fields}
-    fitting = (name for name in ROWS if rows and OPERATORS[name]._fits(config, rows))
+    if not rows:
+        return "zero"
+    fitting = (name for name in ROWS if OPERATORS[name]._fits(config, rows))
     return takers(config, f"{next(fitting, ROWS[0])}+zero", to)
 
 

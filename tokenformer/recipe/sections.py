@@ -165,9 +165,8 @@ class GrowthSection:
         choices=("together", "one_by_one"),
     )
     operator: str = key(
-        "how; `tokenformer operators` lists all; several joined by + are applied one after another; default: an exact "
-        "one for parameter tokens, zero for the rest",
-        default="default",
+        "how; `tokenformer operators` lists all; several joined by + are applied one after another",
+        default="zero_keys",
         pattern=r"[a-z0-9_]+(\+[a-z0-9_]+)*",
     )
     options: dict[str, Any] = key("the operator's own, { noise = 0.1 }", factory=dict)
