@@ -683,8 +683,7 @@ def seventh_step(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, torch.Tens
 def test_a_policy_slows_the_rows_that_it_names_and_no_others(shared: Path, tmp_path: Path) -> None:
     moved = {}
     for policy in ("keep", "rewarm_new", "rewarm_all"):
-        event = {"at_step": 6, "operator": "zero_keys", "to": {"ffn_tokens": 32}}
-        growth = [event | {"learning_rate": policy, "rewarm_steps": 5}]
+        growth = [{"at_step": 6, "to": {"ffn_tokens": 32}, "learning_rate": policy, "rewarm_steps": 5}]
         changes = {"checkpoint_every": 1, "keep_checkpoints": 12, "schedule": "constant", "evaluate_every": 100}
         moved[policy] = seventh_step(tiny(shared, growth=growth, train=changes), tmp_path / policy)
     old, new = moved["keep"]

@@ -63,7 +63,7 @@ def tiny(folder: Path, **changes: Any) -> Recipe:
             "threads": 1,
             "device": "cpu",
         },
-        "growth": [{"at_step": 6, "to": {"ffn_tokens": 32}, "operator": "zero_keys"}],
+        "growth": [{"at_step": 6, "to": {"ffn_tokens": 32}}],
     }
     for section, values in changes.items():
         table[section] = {**table[section], **values} if isinstance(table.get(section), dict) else values
