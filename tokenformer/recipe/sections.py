@@ -165,7 +165,8 @@ class GrowthSection:
         choices=("together", "one_by_one"),
     )
     operator: str = key(
-        "how; `tokenformer operators` lists all; several joined by + are applied one after another",
+        "how; `tokenformer operators` lists all; zero_values without a norm and rotated_keys under one ended ahead of "
+        "zero_keys in the records; several joined by + are applied one after another",
         default="zero_keys",
         pattern=r"[a-z0-9_]+(\+[a-z0-9_]+)*",
     )
