@@ -194,9 +194,9 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
         figure.legend([handle], [text], **where)
     note = (
         "95 % intervals of three paired seeds. An arrow: only a bound is known. Published: at the papers' own scale, in"
-        " FLOPs, tokens or time; a line to 1 is “up to”. Dashed: this project's aim, 0.7.\nBlue: to the final loss of the"
-        " arm's own size from scratch; grey: what that needs to the grown model's loss. Grown once, at a tenth of the"
-        " budget."
+        " FLOPs, tokens or time; a line to 1 is “up to”. Dashed: this project's aim, 0.7.\nBlue: to the final loss of"
+        " the arm's own size from scratch; grey: what that needs to the grown model's loss. Grown once, at a tenth of"
+        " the budget."
     )
     figure.text(0.012, 0.012, note, size=8.5, color="#666666", linespacing=1.4)
     figure.savefig(path, format="png", metadata={"Software": None})
