@@ -85,7 +85,8 @@ RIVALS: list[tuple[str, str, list[tuple[str, str, str]]]] = [
 ]
 SHARE = ("value", "side", "low", "high", "own_low", "own_high", "word")
 BITS = ("value", "low", "high", "own_low", "own_high", "word")
-HALF, FIFTEEN, PAID, PUBLISHED = "#1d4ed8", "#7fa8ee", "#8a8a8a", "#b45309"
+BLUES = {0.5: "#1d4ed8", 0.15: "#7fa8ee"}  # by the share of the length that rates were tuned at
+PAID, PUBLISHED = "#8a8a8a", "#b45309"
 
 
 def picked(found: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
@@ -163,8 +164,8 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
         rows.append((claim["claim"], True))
         for here in claim["here"]:
             if here["paid_at_half"]:
-                point(left, here["paid_at_half"], len(rows) + 0.22, PAID, "white")
-            point(left, here["share"], len(rows) - 0.12, *[HALF if here["tuned_at"] == 0.5 else FIFTEEN] * 2)
+                point(left, here["paid_at_half"], len(rows) + 0.22, PAID, hollow=True)
+            point(left, here["share"], len(rows) - 0.12, BLUES[here["tuned_at"]])
             rows.append((f"{here['arm']}, {short(here['record'])}", False))
     left.axvline(1, color="#333333", lw=1)
     left.axvline(0.7, color="#333333", lw=0.8, ls=(0, (4, 3)))
@@ -174,8 +175,7 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
     for claim in numbers["architectures"]:
         rows.append((claim["claim"], True))
         for here in claim["here"]:
-            color = HALF if here["tuned_at"] == 0.5 else FIFTEEN
-            point(right, {**here["bits"], "side": ""}, len(rows), color, color)
+            point(right, {**here["bits"], "side": ""}, len(rows), BLUES[here["tuned_at"]])
             rows.append((f"{here['arm']} − {here['rival']}, {short(here['record'])}", False))
     right.axvline(0, color="#333333", lw=1)
     label(right, rows, "bits per byte, difference (left of 0: better)")
@@ -184,8 +184,8 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
         figure.text(x, 0.915, text, size=12, weight="bold", color="#333333")
     legend = [
         ("D", PUBLISHED, PUBLISHED, "published"),
-        ("o", HALF, HALF, "here, rates tuned at half of the length; all FLOPs counted"),
-        ("o", FIFTEEN, FIFTEEN, "the same, tuned at 15 %: too short"),
+        ("o", BLUES[0.5], BLUES[0.5], "here, rates tuned at half of the length; all FLOPs counted"),
+        ("o", BLUES[0.15], BLUES[0.15], "the same, tuned at 15 %: too short"),
         ("o", PAID, "white", "the small model taken as paid, half of the budget"),
     ]
     for place, (mark, edge, face, text) in zip((0, 0.1, 0.46, 0.70), legend, strict=True):
@@ -206,15 +206,15 @@ def short(record: str) -> str:
     return record[11:].replace("_", " ")
 
 
-def point(axes: Any, found: dict[str, Any], place: float, edge: str, face: str) -> None:
+def point(axes: Any, found: dict[str, Any], place: float, color: str, hollow: bool = False) -> None:
     """A value with its interval, or arrows from it where only a bound is known."""
     value = found["value"]
     for step in {"more than": (0.08,), "less than": (-0.08,), "unbounded": (0.08, -0.08)}.get(found["side"], ()):
-        arrow = {"arrowstyle": "->", "color": edge, "lw": 1.3}
+        arrow = {"arrowstyle": "->", "color": color, "lw": 1.3}
         axes.annotate("", (value + step, place), (value, place), arrowprops=arrow)
     if not found["side"] and found["low"] is not None:
-        axes.plot([found["low"], found["high"]], [place, place], color=edge, lw=1.6)
-    axes.plot([value], [place], "o", color=edge, mfc=face, ms=5)
+        axes.plot([found["low"], found["high"]], [place, place], color=color, lw=1.6)
+    axes.plot([value], [place], "o", color=color, mfc="white" if hollow else color, ms=5)
 
 
 def label(axes: Any, rows: list[tuple[str, bool]], text: str) -> None:
