@@ -44,6 +44,16 @@ def test_every_record_of_many_runs_can_be_held_against_another(compare: Any, tmp
         capsys.readouterr()
 
 
+def test_published_claims_stand_as_the_other_records_measured(monkeypatch: Any) -> None:
+    claims = RECORDS / "2026-11-28_published_claims"
+    remake = script_of_records(f"{claims.name}/remake")
+    measured = json.loads((claims / "report.json").read_text())
+    assert json.loads(json.dumps(remake.measure())) == measured
+    first = remake.SAVINGS[0]
+    monkeypatch.setattr(remake, "SAVINGS", [(*first[:3], first[3][::-1]), *remake.SAVINGS[1:]])
+    assert json.loads(json.dumps(remake.measure())) != measured  # the control: records change places
+
+
 def test_every_record_says_what_it_is() -> None:
     folders = [path for path in RECORDS.iterdir() if path.is_dir() and not path.name.startswith("_")]
     assert folders
