@@ -169,6 +169,7 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
             rows.append((f"{here['arm']}, {short(here['record'])}", False))
     left.axvline(1, color="#333333", lw=1)
     left.axvline(0.7, color="#333333", lw=0.8, ls=(0, (4, 3)))
+    left.axvline(0.8, color=PAID, lw=0.8, ls=(0, (1, 2)))
     left.set_xlim(0.2, 1.35)
     label(left, rows, "share of scratch's FLOPs (left of 1: saved)")
     rows = []
@@ -195,8 +196,8 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
     note = (
         "95 % intervals of three paired seeds. An arrow: only a bound is known. Published: at the papers' own scale, in"
         " FLOPs, tokens or time; a line to 1 is “up to”. Dashed: this project's aim, 0.7.\nBlue: to the final loss of"
-        " the arm's own size from scratch; grey: what that needs to the grown model's loss. Grown once, at a tenth of"
-        " the budget."
+        " the arm's own size from scratch; grey: from the growth on, over what that needs to the grown model's loss;"
+        " 0.8, dotted, where nothing is gained. Grown once, at a tenth of the budget."
     )
     figure.text(0.012, 0.012, note, size=8.5, color="#666666", linespacing=1.4)
     figure.savefig(path, format="png", metadata={"Software": None})
