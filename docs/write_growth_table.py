@@ -43,11 +43,12 @@ COLUMNS = {
 LEGEND = """
 Each cell is two growths of a tiny model in float64, by a whole multiple and by none, norms, rotary positions and
 routers in float64 too, which transformers works in float32. `exact`: the logits of both are at most 1e-10 from the
-old ones. `multiples`: so for whole multiples, and refused for other sizes. `together`: exact with
+old ones. `multiples`: so for whole multiples (of `rotated_keys`: for enough new rows), and
+refused for other sizes. `together`: exact with
 all widths at once, refused alone. `~0.4`: the logits move by that part of the largest of them; of two numbers the first
 is for a whole multiple. `no`: refused. Small numbers are the reasons, below. Empty: no such thing to grow. TokenFormer
 is as published (LayerNorm, tied head), then with RMSNorm and gated feed-forward, with linear attention projections and
-RMSNorm, and with a softmax over its tokens.
+RMSNorm, with a softmax over its tokens, and with SiLU without a norm.
 LiGO's numbers are those of its maps before they have learned anything.
 """
 

@@ -181,6 +181,7 @@ def test_ranking_leaves_the_model_as_it_was() -> None:
 GROWTHS: list[tuple[str, str, dict[str, int], Any]] = [
     ("tokenformer", "zero_keys", {"ffn": 60, "qkv": 24, "proj": 14}, 0.5),
     ("tokenformer", "zero_keys", {"ffn": 40}, {"ffn": 0.75}),
+    ("tokenformer", "rotated_keys", {"ffn": 60, "qkv": 24, "proj": 14}, 0.5),
     ("tokenformer gelu first", "zero_keys", {"ffn": 60, "qkv": 24, "proj": 14}, 0.5),
     ("tokenformer silu", "zero_values", {"ffn": 60, "qkv": 24, "proj": 14}, 0.5),
     ("tokenformer linear", "zero_keys", {"ffn": 60}, 0.5),

@@ -70,9 +70,10 @@ TEXTS = {
         "grow a checkpoint of any supported architecture, optimizer state included",
         """
         CHECKPOINT is a checkpoint, a run folder (then its newest checkpoint) or a name on the Hugging Face hub.
-        OUT is a new checkpoint of the same architecture with the larger sizes; the old one is not touched. Weights
-        pass tensor by tensor and keep their dtype. Prints the plan first, and at the end what it measured: how far
-        the logits moved, which new entries get gradient, how many are copies. --dry-run prints the plan alone.
+        OUT is a new checkpoint with the larger sizes, of the same architecture (a Mixtral, where a dense model is
+        given experts); the old one is not touched. Weights pass tensor by tensor and keep their dtype. Prints the
+        plan first, and at the end what it measured: how far the logits moved, which new entries get gradient, how
+        many are copies. --dry-run prints the plan alone.
 
           tokenformer grow runs/first runs/grown --to ffn=256,qkv=64,proj=64
           tokenformer grow org/llama grown --operator lemon+llama_pro --to hidden_size=3072 --to num_hidden_layers=24

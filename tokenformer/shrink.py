@@ -4,7 +4,7 @@ Every memory keeps as many of its rows as the others of its kind, each by its ow
 which they stood. What is left is an ordinary model with smaller numbers in its configuration. A Pattention with a norm
 gets a new stored scale, scale(k) = scale(n) s(k) / s(n) with s that of a new layer, which is the rule of nested
 training. Rows with a zero key add nothing to an L2 norm and are not counted: so to cut by order what a growth by zero
-keys has added gives back the model that was grown, bit for bit.
+keys, zero values or rotated keys has added gives back the model that was grown, bit for bit.
 """
 
 from __future__ import annotations

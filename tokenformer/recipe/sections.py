@@ -54,7 +54,8 @@ class ModelSection:
 @dataclasses.dataclass
 class DataSection:
     source: str = key(
-        '"embedded" (the source of the running Python), a text file or folder, or "hf:NAME/CONFIG"',
+        '"embedded" (the source of the running Python), a text file or folder, "hf:NAME", "hf:OWNER/NAME" or '
+        '"hf:OWNER/NAME/CONFIG"',
         default="embedded",
         pattern=r".+",
     )
