@@ -356,6 +356,18 @@ def test_a_rewind_may_not_bring_the_decay_forward(shared: Path, growth: list[Any
     assert min(stable) == pytest.approx(peak)  # what a branch and a later growth find before the decay's usual place
 
 
+def test_a_second_rewind_is_held_against_where_the_first_left_the_schedule(shared: Path) -> None:
+    def grown(to: float) -> Recipe:
+        first = {**GROWN["growth"][0], "at_fraction": 0.2, "learning_rate": "rewind", "rewind_to": 0.1}
+        second = {**first, "at_fraction": 0.5, "rewind_to": to, "to": {"ffn_tokens": 64}}
+        return racing(shared, {"name": "bad", "growth": [first, second]})
+
+    # At 0.5 the schedule stands at 0.1 + 0.9 (0.5 - 0.2) / 0.8 = 0.4375 of its course.
+    with pytest.raises(ValueError, match=r"arm bad: growth.1.rewind_to = 0.45: must be at most 0.4375; "):
+        grown(0.45)
+    grown(0.4375)
+
+
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
@@ -1040,6 +1052,7 @@ def test_a_model_that_looks_ahead_is_refused(shared: Path, monkeypatch: pytest.M
     fields = {key: value for key, value in LLAMA["model"].items() if key != "architecture"}
     config = build_config("llama", None, {"vocab_size": 256, **fields})
     checks.require_causal(config, "llama")
+    checks.require_causal(config, "llama", 1)  # of the shortest windows that a recipe may have
     monkeypatch.setattr(checks, "build_model", lambda config, seed: Peeking())
     with pytest.raises(ValueError, match="arm cheat: its model sees the tokens that it should predict"):
         checks.require_causal(config, "cheat")

@@ -242,6 +242,26 @@ def test_arms_stop_when_their_race_is_killed(stand_in: Any, tmp_path: Path) -> N
     assert all((tmp_path / "arms" / name / "stopped").exists() for name in tables)
 
 
+def race_of_one_long_run(table: dict[str, Any], folder: Path) -> None:
+    run_arms({"long": recipe_from_dict(table, "the test")}, folder, 1, lambda line: None)
+
+
+def test_a_run_whose_race_was_killed_keeps_all_that_it_did(shared: Path, tmp_path: Path) -> None:
+    often = {"steps": 100_000, "flops": None, "log_every": 1, "evaluate_every": 100_000, "checkpoint_every": 100_000}
+    recipe = tiny(shared, data={"repeat": True}, train=often)
+    parent = start_child(race_of_one_long_run, recipe_to_dict(recipe), tmp_path)
+    run, ends = tmp_path / "arms" / "long", time.monotonic() + 60
+    told = run / runs.METRICS
+    while time.monotonic() < ends and not (told.exists() and '"train"' in told.read_text()):
+        time.sleep(0.02)
+    os.kill(parent.pid, signal.SIGKILL)
+    assert ended(parent) == -signal.SIGKILL
+    while time.monotonic() < ends and not (run / runs.RESULT).exists():
+        time.sleep(0.02)
+    result = runs.read_object(run / runs.RESULT, {"status": str, "step": int})  # nobody reads what it says any more
+    assert result["status"] == "stopped" and runs.checkpoints(run)[-1].name == f"step-{result['step']:08}"
+
+
 def test_an_arm_that_was_begun_keeps_its_number_of_threads(shared: Path, tmp_path: Path) -> None:
     arm = tiny(shared, train={"threads": 0})
     assert with_threads(arm, tmp_path, 1).train.threads == environment.usable_cores()

@@ -800,6 +800,11 @@ def test_runs_that_cannot_come_any_more_are_failed_and_so_is_tuning_that_only_di
     assert [run["status"] for run in small["runs"]].count("failed") == 3
     assert not any("not finished" in text for text in ambers(told))
     assert any("Every trial of **small** failed" in text for text in reds(told))
+    result = tmp_path / "race/arms/small/seed-2/result.json"
+    write(result, json.loads(result.read_text()) | {"diverged": False, "error": "No space left on device"})
+    full = read_report(tmp_path / "race")  # a disk: it will be resumed, and what branches off it will come
+    assert any("not finished" in text for text in ambers(full))
+    assert not any("**small** failed" in text and "seed 2 at the whole" in text for text in reds(full))
     waiting = read_report(write_full_race(tmp_path / "waiting", skip=skip))  # the control: its trunk has not failed
     assert any("The race is not finished" in text for text in ambers(waiting)) and reds(waiting) == []
 

@@ -249,6 +249,7 @@ MISTAKES = [
     ("train..steps=1", "an override is written key=value"),
     ("arm=[{name='a/b'}]", 'arm.0.name: "a/b" is not allowed'),
     ("arm=[{name='a'},{name='a'}]", "arm: two arms are named a"),
+    ("arm=[{name='a'},{name='A'}]", "arm: two arms are named a"),
     ("arm=[{name='a', train={stps=1}}]", "train.stps: unknown key in arm a of run; nearest valid key: steps"),
     ("arm=[{name='a', overrides={}}]", "arm.0.overrides: unknown key"),
 ]

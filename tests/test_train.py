@@ -26,6 +26,7 @@ from tokenformer.data import Batches
 from tokenformer.grow_checkpoint import grow_checkpoint
 from tokenformer.models import build_model
 from tokenformer.plan import Event, Phase, Plan, model_config, plan
+from tokenformer.race.jobs import bits_of
 from tokenformer.recipe import GrowthSection, Recipe, recipe_from_dict, recipe_to_dict
 from tokenformer.report import write_report
 from tokenformer.start import start_of
@@ -359,6 +360,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(shared: Path
     assert f"the last good checkpoint is {newest}" in result["error"]
     assert result["step"] == int(newest.name[5:])
     checkpoint.load_checkpoint(newest)  # which refuses NaN
+
+
+def test_a_run_that_diverges_in_its_last_step_is_no_result(shared: Path, tmp_path: Path) -> None:
+    recipe = tiny(shared, growth=[], train={"steps": 1, "learning_rate": 1e30, "clip_norm": 0.0, "warmup_steps": 0})
+    with pytest.raises(Diverged, match="step 1: the held-out loss is (nan|inf); "):
+        train(recipe, tmp_path / "run", say=None)
+    assert bits_of(tmp_path / "run") == math.inf
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(

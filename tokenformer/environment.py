@@ -1,4 +1,7 @@
-"""Where something ran: the machine, the versions, the commit and the command, for environment.json and races."""
+"""Where something ran: the machine, the versions, the commit and the command, for environment.json and races.
+
+And `say`, by which a process tells a line to whoever reads it.
+"""
 
 import contextlib
 import datetime
@@ -10,6 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+
+def say(line: str) -> None:
+    """Print at once. When the reader has gone (`tokenformer train ... | head`) fall silent: the work goes on."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def environment() -> dict[str, Any]:

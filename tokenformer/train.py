@@ -12,6 +12,7 @@ are in the checkpoint too, and all follows from them.
 
 import contextlib
 import dataclasses
+import math
 import signal
 from collections.abc import Iterator
 from fractions import Fraction
@@ -43,6 +44,7 @@ from .state import (
     State,
     build_optimizer,
     kept_steps,
+    last_good,
     load_state,
     plan_of,
     position,
@@ -275,6 +277,8 @@ def evaluate_now(run: Run, state: State) -> None:
     rows, dtype = rows_at_once(run), run.recipe.train.dtype
     state.evaluation = evaluate(state.model, run.windows, rows, run.device, dtype, run.ranks)
     values = {key: state.evaluation[key] for key in ("loss", "bits_per_byte")}
+    if not math.isfinite(values["loss"]):
+        raise Diverged(f"step {state.step}: the held-out loss is {values['loss']}; {last_good(run)}")
     told = f"step {state.step}/{state.plan.steps}: {values['bits_per_byte']:.4f} bits per byte held out"
     record(run, state, "eval", values, told)
 

@@ -17,18 +17,12 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
+from .environment import say
+
 LARGEST_SEED = 2**32 - 1  # as in recipes
 LARGEST_SIZE = 10**12 - 1  # beyond any memory, and the products of sizes still fit 64 bits
 NEW_TOKENS = 256
 LEAST_TEMPERATURE = 0.001  # logits over less than this could leave the range of float32
-
-
-def say(line: str) -> None:
-    """Print at once. When the reader has gone (`tokenformer train ... | head`) fall silent: the work goes on."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def quickstart(arguments: Any) -> None:

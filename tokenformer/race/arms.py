@@ -147,7 +147,7 @@ def same_run(a: Recipe, b: Recipe, vocab_size: int) -> bool:
         table = recipe_to_dict(recipe)
         config = ends(recipe, vocab_size)[0].to_dict()
         parts = (table[key] for key in ("data", "train", "growth"))
-        return [config, recipe.model.rank, recipe.model.checkpoint, *parts]
+        return [config, recipe.model.rank, recipe.model.rank_start, recipe.model.checkpoint, *parts]
 
     return trained(a) == trained(b)
 

@@ -86,6 +86,7 @@ def check_texts(corpus: Corpus, final: np.ndarray | None) -> dict[str, Any]:
 
 def require_causal(config: Any, name: str, length: int = 32) -> None:
     """ValueError if a model's logits at a position change with tokens after it, in texts of `length` tokens."""
+    length = max(2, length)  # one that sees and one that is seen
     model = build_model(config, 0).eval()
     generator = torch.Generator().manual_seed(0)
     first = torch.randint(config.vocab_size, (2, length), generator=generator)

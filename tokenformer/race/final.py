@@ -25,7 +25,8 @@ def evaluate_final(recipe: Recipe, folder: Path, text: str, most_tokens: int) ->
     model, _ = load_checkpoint(newest)
     restore_carried(newest, model)
     windows = final_windows(recipe, text, most_tokens)
-    measured = evaluate(model.to(device), windows, recipe.data.batch_size, device, recipe.train.dtype)
+    rows = max(1, recipe.data.batch_size // recipe.train.accumulation_steps)  # what fits into its memory
+    measured = evaluate(model.to(device), windows, rows, device, recipe.train.dtype)
     runs.write_json(folder / FINAL, {"text_sha256": sha256_of(text), **measured})
 
 

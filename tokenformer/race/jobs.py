@@ -129,18 +129,18 @@ def grid(race: Race) -> tuple[list[float], list[Job]]:
     rates = list(section.learning_rates)
     factor = rates[1] / rates[0]
     tuned = [arm for arm in race.arms if arm.tuned_as == arm.name]
-    for extension in range(section.most_extensions + 1):
+    left = section.most_extensions
+    while True:
         jobs = [trial(race, arm, rate) for rate in rates for arm in tuned]
         waiting = [job for job in jobs if bits_of(race.place(job.name)) is None]
-        if waiting or extension == section.most_extensions:
+        if waiting or not left:
             return rates, waiting
         best = {best_rate(race, arm, rates) for arm in tuned}
         lower = [rounded(rates[0] / factor)] if rates[0] in best else []
         higher = [rounded(rates[-1] * factor)] if rates[-1] in best else []
         if not lower and not higher:
             return rates, []
-        rates = [*lower, *rates, *higher]
-    return rates, []
+        rates, left = [*lower, *rates, *higher], left - 1
 
 
 def rounded(rate: float) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from ..distributed import Ranks, choose_device
+from ..environment import usable_cores
 from ..evaluate import autocast, cross_entropy
 from ..flops import training_flops
 from ..models import build_model
@@ -52,7 +53,8 @@ def plan_lines(race: Race, slots: int) -> list[str]:
         )
         seconds += planned.flops * seconds_per_flop(race, arm, slots)
         headline_flops += planned.flops
-    whole = flops / headline_flops * seconds / slots
+    cores = usable_cores() if choose_device(race.recipe.train.device, Ranks()).type == "cpu" else slots
+    whole = flops / headline_flops * seconds / min(slots, count, cores)
     lines = [*table(rows), ""]
     if race.recipe.race is not None:
         section = race.section
@@ -70,7 +72,8 @@ def seconds_per_flop(race: Race, arm: Arm, slots: int) -> float:
     recipe = with_threads(arm.recipe, race.place(arm.name), slots)
     threads = torch.get_num_threads()
     config = ends(arm.recipe, race.vocab_size)[0]
-    length, batch = recipe.data.sequence_length, recipe.data.batch_size
+    length = recipe.data.sequence_length
+    batch = max(1, recipe.data.batch_size // recipe.train.accumulation_steps)  # what fits into its memory
     try:
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import environment, runs
+from ..environment import say
 from ..recipe import Recipe, recipe_from_dict, recipe_to_dict
 from ..train import Diverged, Stopped, stop_signals, train
 from .final import evaluate_final
@@ -241,23 +242,19 @@ def run_main() -> int:
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
         recipe = recipe_from_dict(request["recipe"], "the race")
-        train(recipe, request["folder"], resume=True, say=say_at_once, sample=request["sample"])
+        train(recipe, request["folder"], resume=True, say=say, sample=request["sample"])
         if request["final_text"]:
             evaluate_final(recipe, Path(request["folder"]), *request["final_text"])
     except Stopped as stopped:
-        say_at_once(str(stopped))
+        say(str(stopped))
         return stopped.exit_code
     except Diverged as error:
-        say_at_once(str(error))
+        say(str(error))
         return DIVERGED
     except (ValueError, OSError) as error:
-        say_at_once(" ".join(str(error).split()))
+        say(" ".join(str(error).split()))
         return 2
     return 0
-
-
-def say_at_once(line: str) -> None:
-    print(line, flush=True)
 
 
 def stop_with_parent() -> None:

@@ -226,7 +226,7 @@ def resolve(table: dict[str, Any], where: Where) -> Recipe:
     check_race(recipe, where)
     names = [arm.name for arm in recipe.arms]
     for name in names:
-        if names.count(name) > 1:
+        if [other.casefold() for other in names].count(name.casefold()) > 1:  # a folder each, on any disk
             raise ValueError(f"arm: two arms are named {name} (from {where('arm')})")
     for arm in recipe.arms:
         arm_recipe(recipe, arm)  # a mistake in the last arm is found before the first one has run
@@ -277,6 +277,7 @@ def check_race(recipe: Recipe, where: Where) -> None:
                 f"arm {arm.name}: train.decay_fraction = {decay:g}: must be above 0 and below 1 in a race with [race], "
                 f"whose runs all have a stable phase and a decay (from {where('arm')})"
             )
+        begin = since = 0.0  # the schedule that runs: where in its course it began, and at which share of the FLOPs
         for i, event in enumerate(own.growth):
             latest = event.until_fraction or event.at_fraction or event.at_latest_fraction or 0.0
             if event.learning_rate not in AFRESH and latest > 1 - decay:
@@ -290,13 +291,16 @@ def check_race(recipe: Recipe, where: Where) -> None:
                     f"of the FLOPs, the same in shorter runs; use at_fraction (from {where('arm')})"
                 )
             earliest = event.at_earliest_fraction if event.at_fraction is None else event.at_fraction
-            furthest = min(earliest, round(1 - decay, 9))
+            stands = begin + (1 - begin) * ((earliest or 0.0) - since) / (1 - since)
+            furthest = round(min(stands, 1 - decay), 9)
             if event.rewind_to is not None and event.rewind_to > furthest:
                 raise ValueError(
                     f"arm {arm.name}: growth.{i}.rewind_to = {event.rewind_to:g}: must be at most {furthest:g}; in a "
-                    f"race with [race] a rewind goes neither forward from where the growth may come, {earliest:g}, nor "
+                    f"race with [race] a rewind goes neither forward from where its schedule stands, {stands:g}, nor "
                     f"into the decay, which begins at {1 - decay:g} (from {where('arm')})"
                 )
+            if event.learning_rate in AFRESH:
+                begin, since = event.rewind_to or 0.0, latest
 
 
 def check_nested(recipe: Recipe, where: Where) -> None:

@@ -253,7 +253,8 @@ def more_seeds(budget: dict[str, Any], arm: str, other: str) -> list[str]:
     pair = pair_of(budget, arm, other)
     if pair is None or pair["low"] is None or pair["word"] != "not told apart":
         return []
-    (s, df), n, half = noise_of(budget, pair), len(pair["seeds"]), (pair["high"] - pair["low"]) / 2
+    (s, df), half = noise_of(budget, pair), (pair["high"] - pair["low"]) / 2
+    n = max(len(each["seeds"]) for each in budget["pairs"])  # that the degrees of freedom come from
     needed = seeds_needed(pair["value"], s, df / (n - 1)) if pair["value"] and s and n > 1 else None
     what = f"about {needed} seeds" if needed and needed <= WORTH_SEEDS else f"more than {WORTH_SEEDS} seeds"
     return [

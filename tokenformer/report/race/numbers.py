@@ -259,8 +259,8 @@ def judge_trials(arm: dict[str, Any]) -> None:
     best = min(trials, key=lambda t: t["bits_per_byte"], default=None)
     arm["best_rate"] = best["learning_rate"] if best else None
     rates = sorted(t["learning_rate"] for t in arm["trials"])
-    edge = "" if best is None or len(rates) < 2 else "lowest" if best["learning_rate"] == rates[0] else ""
-    arm["edge"] = "highest" if best and len(rates) > 1 and best["learning_rate"] == rates[-1] else edge
+    edges = {rates[0]: "lowest", rates[-1]: "highest"} if len(rates) > 1 else {}
+    arm["edge"] = edges.get(arm["best_rate"], "")
 
 
 def note_growths(arm: dict[str, Any]) -> None:
@@ -268,7 +268,7 @@ def note_growths(arm: dict[str, Any]) -> None:
     for run in arm["runs"]:
         if not run["curve"]:
             continue
-        points = [p for p in zip(*(run["curve"][k] for k in ("step", "flops", "bits_per_byte")), strict=True)]
+        points = list(zip(*(run["curve"][k] for k in ("step", "flops", "bits_per_byte")), strict=True))
         ends = [event["step"] for event in run["growth"][1:]] + [math.inf]
         for event, until in zip(run["growth"], ends, strict=False):
             at = [p for p in points if p[0] == event["step"]]  # one before the growth, one right after it

@@ -170,6 +170,8 @@ def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:
         empty |= {"parameters": {}, "data": {}, "environment": {}, "final_bits_per_byte": None, "final_sha256": None}
         return {**labels, **empty, "status": "not started", "curve": None}
     run = read_run(folder)
+    if run["status"] == "failed" and not read_json(folder / "result.json").get("diverged", True):
+        run["status"] = "stopped"  # by a full disk, say: it will be resumed
     curve = {key: run["curves"]["eval"][key] for key in ("step", "flops", "seconds", "tokens", "bits_per_byte")}
     path = folder / "final.json"
     stored = read_json(path) if path.exists() else {}

@@ -349,7 +349,7 @@ def noise_section(report: dict[str, Any]) -> str:
 
 
 def law_section(report: dict[str, Any]) -> str:
-    laws = {name: law for name, law in report["power_laws"].items()}
+    laws = report["power_laws"]
     fitted = {name: law for name, law in laws.items() if not law["reason"]}
     if not fitted:
         reasons = sorted({law["reason"] for law in laws.values()})

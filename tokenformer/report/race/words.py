@@ -299,6 +299,7 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
             text, _, interval = ratio_text(ratio).partition(" [")
             note = f"{ratio['word']}{rests}" + (f"; {interval.removesuffix(']')}" if interval else "")
             tiles.append((f"FLOPs to the loss of {name}", f"{text}\N{NO-BREAK SPACE}×", note))
-        spent = mean_of([run for a in report["arms"] for run in runs_at(a, budget["share"])], "flops")
+        ended = [run for a in report["arms"] for run in runs_at(a, budget["share"]) if run["status"] == "finished"]
+        spent = mean_of(ended, "flops")
         tiles.append(("training FLOPs per run", flops_text(spent), "ancestors included"))
     return [{"label": label, "text": text, "note": note} for label, text, note in tiles]
