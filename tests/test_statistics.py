@@ -164,6 +164,18 @@ def test_a_shared_start_is_taken_out_as_in_a_nested_analysis_of_variance():
     assert (one.s, one.s_same, one.df_same) == (None, pytest.approx(alone.s), alone.df)
 
 
+def test_runs_that_are_the_same_to_the_bit_are_one_look_at_the_noise():
+    rng = np.random.default_rng(RNG_SEED)
+    table = {arm: dict(enumerate(rng.normal(0, 1, 3))) for arm in "abcd"}
+    starts = {"a": 1, "b": 1, "c": 1, "d": 2}
+    again = {**table, **{f"a{i}": dict(table["a"]) for i in range(4)}}  # before they grow
+    same = st.spread_of(again, {**starts, **{f"a{i}": 1 for i in range(4)}})
+    once = st.spread_of(table, starts)
+    assert (same.s, same.df, same.s_same, same.df_same) == (once.s, once.df, once.s_same, once.df_same)
+    apart = st.spread_of(again, {**starts, **{f"a{i}": 3 + i for i in range(4)}})
+    assert apart.df > once.df  # the control: of other starts it is chance, and counts
+
+
 def test_a_start_that_does_nothing_leaves_the_pooled_spread():
     rest = np.array([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, 1.0]])  # the groups' means: no rest at all
     table = {arm: dict(enumerate(row)) for arm, row in zip("abcd", rest.tolist(), strict=True)}

@@ -69,7 +69,8 @@ def spread_of(table: Table, starts: dict[str, Hashable] | None = None) -> Spread
     of freedom, and s_same^2 = v. Where v_g comes out below zero, s is that of y = arm + seed + rest.
     """
     starts = starts or {}
-    cells = [(arm, seed, y) for arm, row in table.items() for seed, y in row.items()]
+    once = distinct(table, starts)
+    cells = [(arm, seed, y) for arm, row in once.items() for seed, y in row.items()]
     if not cells:
         return Spread(None, 0, starts=starts)
     y = np.array([y for _, _, y in cells])
@@ -93,6 +94,13 @@ def spread_of(table: Table, starts: dict[str, Hashable] | None = None) -> Spread
     parts = [(mean_square / k, df_starts), (v * (1 - 1 / k), df_same)]
     total = sum(part for part, _ in parts)
     return Spread(math.sqrt(total), total**2 / sum(p**2 / d for p, d in parts), s_same, df_same, starts)
+
+
+def distinct(table: Table, starts: dict[str, Hashable]) -> Table:
+    """Without the arms whose runs are, to the bit, those of another arm of their start, as before a growth: they are no
+    second look at the noise."""
+    rows = {(starts.get(arm, (arm,)), *sorted(row.items())): arm for arm, row in reversed(table.items())}
+    return {arm: row for arm, row in table.items() if arm in rows.values()}
 
 
 def unequal_scatter(
