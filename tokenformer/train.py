@@ -274,7 +274,7 @@ def loop(run: Run, state: State) -> None:
 
 
 def evaluate_now(run: Run, state: State) -> None:
-    rows, dtype = rows_at_once(run), run.recipe.train.dtype
+    rows, dtype = rows_at_once(run.recipe, run.ranks), run.recipe.train.dtype
     state.evaluation = evaluate(state.model, run.windows, rows, run.device, dtype, run.ranks)
     values = {key: state.evaluation[key] for key in ("loss", "bits_per_byte")}
     if not math.isfinite(values["loss"]):
@@ -283,9 +283,9 @@ def evaluate_now(run: Run, state: State) -> None:
     record(run, state, "eval", values, told)
 
 
-def rows_at_once(run: Run) -> int:
+def rows_at_once(recipe: Recipe, ranks: Ranks) -> int:
     """Sequences that one rank passes through the model at a time, which is what fits into its memory."""
-    return max(1, run.recipe.data.batch_size // (run.ranks.world * run.recipe.train.accumulation_steps))
+    return max(1, recipe.data.batch_size // (ranks.world * recipe.train.accumulation_steps))
 
 
 def stop_now(run: Run, state: State, signal_number: int) -> None:
@@ -347,7 +347,7 @@ def grow_now(run: Run, state: State) -> None:
     event, due, steps = state.plan.events[state.grown], growth_due(run, state), state.plan.steps
     section = event.section
     # In float32, with a gradient and two models: half of what a step passes at a time must do.
-    probe = run.windows[0][: max(1, min(PROBE_WINDOWS, rows_at_once(run) // 2)), :-1]
+    probe = run.windows[0][: max(1, min(PROBE_WINDOWS, rows_at_once(run.recipe, run.ranks) // 2)), :-1]
     grown = grow_measured(
         state.model,
         section.operator,
@@ -396,7 +396,7 @@ def past_batches(run: Run, step: int) -> Iterator[list[Tensor]]:
     text that the run has trained on, so that none is used up, and that a resumed run has as well."""
     while True:
         for past in reversed(range(step)):
-            yield list(run.batches[past].split(rows_at_once(run)))
+            yield list(run.batches[past].split(rows_at_once(run.recipe, run.ranks)))
 
 
 # --- the end ---

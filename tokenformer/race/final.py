@@ -11,6 +11,7 @@ from ..data import load_tokenizer, require_file, text_windows
 from ..distributed import Ranks, choose_device
 from ..evaluate import evaluate
 from ..recipe import Recipe
+from ..train import rows_at_once
 from .jobs import FINAL
 
 
@@ -25,7 +26,7 @@ def evaluate_final(recipe: Recipe, folder: Path, text: str, most_tokens: int) ->
     model, _ = load_checkpoint(newest)
     restore_carried(newest, model)
     windows = final_windows(recipe, text, most_tokens)
-    rows = max(1, recipe.data.batch_size // recipe.train.accumulation_steps)  # what fits into its memory
+    rows = rows_at_once(recipe, Ranks())
     measured = evaluate(model.to(device), windows, rows, device, recipe.train.dtype)
     runs.write_json(folder / FINAL, {"text_sha256": sha256_of(text), **measured})
 

@@ -12,6 +12,7 @@ from ..flops import training_flops
 from ..models import build_model
 from ..optim import AdamW, parameter_groups
 from ..report.units import count_text
+from ..train import rows_at_once
 from .arms import Arm, ends, parameters_of
 from .jobs import Race, all_jobs, jobs_of_arms
 from .processes import clock, with_threads
@@ -73,7 +74,7 @@ def seconds_per_flop(race: Race, arm: Arm, slots: int) -> float:
     threads = torch.get_num_threads()
     config = ends(arm.recipe, race.vocab_size)[0]
     length = recipe.data.sequence_length
-    batch = max(1, recipe.data.batch_size // recipe.train.accumulation_steps)  # what fits into its memory
+    batch = rows_at_once(recipe, Ranks())
     try:
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
