@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,18 @@ from tokenformer.data import prepare
 from tokenformer.growth.operators import OPERATORS
 from tokenformer.models import build_config, build_model
 from tokenformer.plan import model_config
-from tokenformer.race import arm_entry, checks, jobs, open_race, plan_race, processes, race_of, run_race, settle_moved
+from tokenformer.race import (
+    arm_entry,
+    checks,
+    jobs,
+    open_race,
+    plan_race,
+    processes,
+    race_of,
+    require_all_feasible,
+    run_race,
+    settle_moved,
+)
 from tokenformer.race.arms import Arm, arms_of, keeps_moments, parameters_of, same_run, target_of, ungrown
 from tokenformer.race.final import require_another_text
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
@@ -305,6 +317,9 @@ def test_a_control_finds_a_name_whatever_arms_are_called(shared: Path) -> None:
          "options": {"ramp_steps": 2}}]}, {}, "arm bad: race.budgets: 0.5: .*warm-up or ramp of growth.0 may begin"),
         ({"growth": [{**GROWN["growth"][0], "at_fraction": 0.999}]}, {"decay_fraction": 0.0005}, "arm bad: growth.0"),
         ({}, {"race": {"final_text": "nowhere.txt"}}, "race.final_text.*nowhere.txt: no such file"),
+        # Of a small model that grows a lot, the branch reads more than the trunk; here no control reads as much.
+        ({"growth": [{"at_fraction": 0.31, "to": {"ffn_tokens": 4096}}]}, {"flops": 8e9, "race": {"controls": False}},
+         "arm bad: 3,390 steps ask for 216,960 training tokens.*data.repeat = true"),
         # A trial would have text enough.
         ({}, {"flops": 1e10, "race": {"tune_fraction": 0.01}}, "arm bad: .*data.repeat = true"),
     ],
@@ -314,6 +329,27 @@ def test_what_would_end_a_race_in_its_middle_is_refused_before(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plan_race(racing(shared, {"name": "bad", **arm}, **changes))
+
+
+def test_arms_read_one_streamed_text_though_they_need_more_or_less_of_it(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenformer.data.cache.BLOCK", 4000)  # of text that is read at a time
+    texts = corpus(shared).read_text(encoding="utf-8").split("\f")
+    rows = [{"text": text} for text in texts]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *args, **options: iter(rows)))
+    arms: tuple[dict[str, Any], ...] = {"name": "large", "model": {"ffn_tokens": 256}}, {"name": "small"}
+    table = recipe_to_dict(racing(shared, *arms, flops=9e8))
+    table["data"]["source"] = "hf:tiny"
+    race = race_of(recipe_from_dict(table, "the test"), Path())
+
+    def streams() -> list[str]:
+        first = [headline(race, arm, 0, 0.01) for arm in race.arms]
+        return [require_feasible(job.recipe, race.place(job.name), None)[1].info["sha256"] for job in first]
+
+    assert len(set(streams())) > 1  # the control
+    whole = require_all_feasible(race, None)
+    assert set(streams()) == {whole.info["sha256"]} and whole.info["documents"] < len(texts)
 
 
 @pytest.mark.parametrize(
@@ -419,6 +455,15 @@ def test_an_arm_may_start_from_a_checkpoint_whose_cost_is_known(
     assert spent["old"] == pytest.approx([2e7] * 2, rel=0.1) and spent["scratch"] == pytest.approx([2e7] * 2, rel=0.1)
     own = told["old"]["runs"][0]["curve"]["flops"][0]
     assert own == runs.read_json(known / "trainer.json")["flops"] > 0  # its ancestor's are in it
+    moved = {"name": "old", "model": {"checkpoint": str(folder)}}  # the newest of a run, which may go on
+    begun = race_of(racing(shared, GROWN, moved, race=once, flops=2e7), tmp_path / "moved")
+    begun.folder.mkdir()
+    open_race(begun, require_all_feasible(begun, None))
+    later = runs.checkpoint_folder(folder, 9)
+    shutil.copytree(known, later)
+    for place, found in (("moved", known), ("afresh", later)):
+        again = race_of(racing(shared, GROWN, moved, race=once, flops=2e7), tmp_path / place)
+        assert {a.recipe.model.checkpoint for a in again.arms if a.name == "old"} == {str(found.resolve())}
     with pytest.raises(ValueError, match="race.reference: 'old' starts from model.checkpoint"):
         arms_of(racing(shared, *arms, race={"budgets": [1.0], "reference": "old"}), 256)
     with pytest.raises(ValueError, match="has cost .* FLOPs, and a trial of its rate has 0.001 of the budget of 2e"):

@@ -1002,6 +1002,19 @@ def test_text_that_an_ancestor_saw_is_not_seen_again(
     assert not (tmp_path / "on").exists()
 
 
+@pytest.mark.parametrize(
+    ("data", "again"),
+    [({"repeat": True}, True), ({"repeat": True, "skip_tokens": 768}, False), ({"skip_tokens": 768}, False)],
+)
+def test_a_result_says_whether_an_ancestor_had_read_its_text(
+    data: dict[str, Any], again: bool, shared: Path, whole: Path, tmp_path: Path
+) -> None:
+    table = recipe_to_dict(tiny(shared)) | {"model": {"checkpoint": str(whole)}, "growth": []}
+    table["data"] |= data
+    table["train"] |= {"steps": 2, "warmup_steps": 0}
+    assert train(recipe_from_dict(table, "test"), tmp_path / "on", say=None)["reads_again"] is again
+
+
 def test_a_checkpoint_brings_the_whole_model(shared: Path, whole: Path) -> None:
     table = recipe_to_dict(tiny(shared))
     table["model"]["checkpoint"] = str(whole)

@@ -14,7 +14,7 @@ def section(source: Any, **changes: Any) -> SimpleNamespace:
     fields = {
         "source": str(source), "tokenizer": "bytes", "text_field": "text", "split": "train",
         "document_separator": "", "sequence_length": 16, "batch_size": 4, "valid_fraction": 0.2, "valid_source": None,
-        "valid_tokens": 10**6, "repeat": False, "seed": 0,
+        "valid_tokens": 10**6, "stream_tokens": 0, "repeat": False, "seed": 0,
     }  # fmt: skip
     return SimpleNamespace(**fields | changes)
 

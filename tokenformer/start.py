@@ -149,6 +149,15 @@ def streams_with(ancestors: list[Stream], mine: Stream, tokens: int) -> list[Str
     return [*others, {**mine, "tokens": max([tokens, *before])}]
 
 
+def reads_again(data: DataSection, ancestors: list[Stream], mine: Stream, corpus: Corpus) -> bool:
+    """Whether the run reads text that an ancestor has read, which only data.repeat allows."""
+    try:
+        require_unseen(dataclasses.replace(data, repeat=False), ancestors, mine, corpus)
+    except ValueError:
+        return True
+    return False
+
+
 def require_unseen(data: DataSection, ancestors: list[Stream], mine: Stream, corpus: Corpus) -> None:
     """ValueError when the run would train on text that an ancestor saw, or be measured on it.
 

@@ -18,7 +18,7 @@ from .plan import Plan, plan
 from .random_states import rng_state
 from .recipe import GrowthSection, Recipe
 from .runs import Say
-from .start import Start, stream_of, streams_with
+from .start import Start, reads_again, stream_of, streams_with
 
 
 @dataclasses.dataclass
@@ -231,6 +231,7 @@ def result_of(run: Run, state: State, status: str, **more: Any) -> dict[str, Any
     """What result.json says: how the run ended, what it cost and what it saw."""
     here = position(run, state)
     complete = runs.checkpoints(run.folder)
+    mine = stream_of(run.recipe.data, run.corpus, run.batches.first)
     phase = max((p for p in state.plan.phases if p.first_step <= state.step), key=lambda p: p.first_step)
     return {
         "name": run.recipe.name,
@@ -243,6 +244,7 @@ def result_of(run: Run, state: State, status: str, **more: Any) -> dict[str, Any
         "tokens": here["tokens"],
         "unique_tokens": run.batches.unique_tokens(state.step),
         "epochs": run.batches.epochs(state.step),
+        "reads_again": reads_again(run.recipe.data, run.start.streams, mine, run.corpus),
         "seconds": here["seconds"],
         "peak_memory_bytes": peak_memory_bytes(run, state),
         "parameters": count_parameters(state.model),

@@ -149,24 +149,26 @@ def prepare_run(recipe: Recipe, folder: Path, say: Say, ranks: Ranks, device: to
 
 
 def require_feasible(
-    recipe: Recipe, folder: Path, say: Say
+    recipe: Recipe, folder: Path, say: Say, steps: int = 0
 ) -> tuple[Start, Corpus, Batches, tuple[Tensor, Tensor]]:
     """Start, corpus, batches and held-out windows of a run in `folder`; ValueError if they do not go together.
 
-    The corpus has text for the longest run that the recipe can mean, in which every growth comes at the latest.
+    The corpus has text for the longest run that the recipe can mean, in which every growth comes at the latest, and for
+    `steps` steps at least.
     """
     data, tokenizer = recipe.data, load_tokenizer(recipe.data.tokenizer)
     start = start_of(recipe, folder)
     if not is_begun(folder):
         require_same_tokenizer(start, tokenizer, data.tokenizer)
     planned = plan(recipe, tokenizer.vocab_size, start)
-    corpus = prepare(data, data.skip_tokens + planned.tokens, progress=say)
+    steps = max(steps, planned.steps)
+    corpus = prepare(data, data.skip_tokens + steps * planned.tokens_per_step, progress=say)
     first = first_token(data, start.streams, corpus)
     require_unseen(data, start.streams, stream_of(data, corpus, first), corpus)
     batches = Batches(
         corpus.train, data.sequence_length, data.batch_size, data.seed, data.repeat, data.skip_tokens, first
     )
-    batches.require(planned.steps)
+    batches.require(steps)
     return start, corpus, batches, eval_windows(corpus, data.sequence_length)
 
 

@@ -65,12 +65,12 @@ class Corpus:
 def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress: Say | None = None) -> Corpus:
     """The corpus that `section` (a recipe's data section) describes, from the cache or else built there.
 
-    A local source is taken whole. A streamed one is read until it has given `train_tokens` (and the one
-    after, which the last window looks ahead to) and `data.valid_tokens` held-out tokens, or has ended: the
-    held-out text does not depend on the training budget. The cache is `cache`, else $TOKENFORMER_CACHE, else
-    ~/.cache/tokenformer; its files are checked against their size and SHA-256 whenever they are opened, and
-    built again if they differ. Building holds about 100 bytes of memory per document. Processes that build
-    the same corpus at once all do the work, and one result is kept; what killed ones left in the cache is
+    A local source is taken whole. A streamed one is read until it has given `train_tokens`, or `data.stream_tokens` if
+    those are more (and the one after, which the last window looks ahead to), and `data.valid_tokens` held-out tokens,
+    or has ended: the held-out text does not depend on the training budget. The cache is `cache`, else
+    $TOKENFORMER_CACHE, else ~/.cache/tokenformer; its files are checked against their size and SHA-256 whenever they
+    are opened, and built again if they differ. Building holds about 100 bytes of memory per document. Processes that
+    build the same corpus at once all do the work, and one result is kept; what killed ones left in the cache is
     removed a day later. `progress(text)` hears about long work.
     Raises ValueError, in one line, for a source, tokenizer or cache that cannot be used.
     """
@@ -80,7 +80,7 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
         raise ValueError(f"data.valid_tokens = {section.valid_tokens}: 1 or more is allowed")
     say = progress or (lambda text: None)
     try:
-        source, held_out = Source(section, train_tokens), held_out_source(section)
+        source, held_out = Source(section, max(train_tokens, section.stream_tokens)), held_out_source(section)
         identity = source.identity() + ([] if held_out is None else held_out.identity())
     except OSError as error:
         raise ValueError(f"data.source = {section.source!r} cannot be read: {error}") from error

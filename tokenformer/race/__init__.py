@@ -11,7 +11,10 @@ final.py      headline runs on text that nothing of a run was chosen by
 planned.py    what a race comes to, before anything is trained
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from ..train import require_feasible
 from .arms import NOT_SIZES, Arm, arms_of, ends, parameters_of
 from .checks import check_texts, require_causal
 from .final import final_windows, require_another_text, sha256_of
-from .jobs import Race, all_jobs, bits_of, grid, headline, jobs_of_arms, require_branches, todo, trial
+from .jobs import Job, Race, all_jobs, bits_of, grid, headline, jobs_of_arms, require_branches, todo, trial
 from .planned import plan_lines, table
 from .processes import Piece, Progress, run_jobs, run_main
 
@@ -81,31 +84,59 @@ def race_of(recipe: Recipe, folder: Path) -> Race:
     if not recipe.arms:
         raise ValueError(f"{recipe.name}: has no [[arm]], so there is nothing to race")
     vocab_size = load_tokenizer(recipe.data.tokenizer).vocab_size
-    return Race(recipe, folder, arms_of(recipe, vocab_size), vocab_size)
+    begun = runs.read_json(folder / runs.RACE) if (folder / runs.RACE).exists() else {}
+    return Race(recipe, folder, arms_of(recipe, vocab_size, begun.get("checkpoints")), vocab_size)
 
 
 def require_all_feasible(race: Race, say: Say) -> Corpus:
-    """ValueError, naming the arm, unless every arm can be run to its end; returns the text that all of them read."""
+    """ValueError, naming the arm, unless every arm can be run to its end; returns the text that all of them read.
+
+    Of a streamed text all read as much as the longest run of any, and so in one order.
+    """
     if race.recipe.race is not None and race.final_text:
         final_windows(race.recipe, *race.final_text)
         require_another_text(race.recipe, race.final_text[0])
+    steps = {}
     for arm in race.arms:
-        try:
-            named = [(arm.name, arm.recipe)]
-            if race.recipe.race is not None:
-                rate = race.section.learning_rates[0]
-                first = (trial(race, arm, rate), headline(race, arm, race.section.seeds[0], rate))
-                named = [(job.name, job.recipe) for job in first]
-                require_branches(race, arm)
-            for name, recipe in named:
-                _, corpus, _, _ = require_feasible(recipe, race.place(name), say)
+        with by_name(arm):
+            longest = 0 if race.recipe.race is None else require_branches(race, arm)
+            steps[arm.name] = max(longest, *(race.plan(arm, job.recipe).steps for job in first_jobs(race, arm)))
+    race.arms = [reading_alike(arm, max(steps.values())) for arm in race.arms]
+    for arm in race.arms:
+        with by_name(arm):
+            for job in first_jobs(race, arm):
+                _, corpus, _, _ = require_feasible(job.recipe, race.place(job.name), say, steps[arm.name])
             if race.recipe.race is not None:
                 for config in ends(arm.recipe, race.vocab_size)[:2]:
-                    require_causal(config, arm.name, min(32, recipe.data.sequence_length))
-        except ValueError as error:
-            text = str(error)
-            raise ValueError(text if text.startswith("arm ") else f"arm {arm.name}: {text}") from None
+                    require_causal(config, arm.name, min(32, arm.recipe.data.sequence_length))
     return corpus
+
+
+def first_jobs(race: Race, arm: Arm) -> list[Job]:
+    """A run of each kind that the arm has and that does not hang on the result of another."""
+    if race.recipe.race is None:
+        return [Job(arm.name, arm.recipe, 0)]
+    rate = race.section.learning_rates[0]
+    return [trial(race, arm, rate), headline(race, arm, race.section.seeds[0], rate)]
+
+
+def reading_alike(arm: Arm, steps: int) -> Arm:
+    """The arm with a streamed text as long as `steps` steps need."""
+    data = arm.recipe.data
+    if not data.source.startswith("hf:"):
+        return arm
+    tokens = max(data.stream_tokens, data.skip_tokens + steps * data.batch_size * data.sequence_length)
+    return replace(arm, recipe=replace(arm.recipe, data=replace(data, stream_tokens=tokens)))
+
+
+@contextlib.contextmanager
+def by_name(arm: Arm) -> Iterator[None]:
+    """What is wrong with the arm begins with its name."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("arm ") else f"arm {arm.name}: {text}") from None
 
 
 def open_race(race: Race, corpus: Corpus) -> None:
@@ -132,6 +163,7 @@ def open_race(race: Race, corpus: Corpus) -> None:
         ],
         "noise": recipe_to_dict(recipe)["noise"],
         "texts": texts,
+        "checkpoints": {a.name: a.recipe.model.checkpoint for a in race.arms if a.recipe.model.checkpoint},
     }
     if recipe.race is not None:
         final = None

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..checkpoint import find_checkpoint
 from ..flops import count_parameters, parameters
 from ..growth.lowrank import Ranks, factorise, settled_ranks
 from ..models import build_model
@@ -43,16 +44,21 @@ class Arm:
         return bool(self.recipe.growth)
 
 
-def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
-    """The recipe's arms, then the controls that none of them is already. ValueError where a recipe cannot be raced."""
+def arms_of(recipe: Recipe, vocab_size: int, checkpoints: dict[str, str] | None = None) -> list[Arm]:
+    """The recipe's arms, then the controls that none of them is already. ValueError where a recipe cannot be raced.
+
+    `checkpoints`: those that arms started from when the race was begun, by their names.
+    """
+    race, known = recipe.race, checkpoints or {}
     arms = [Arm(each.name, each.description, "arm", None, arm_recipe(recipe, each)) for each in recipe.arms]
-    race = recipe.race
+    for i, arm in enumerate(arms):
+        if arm.recipe.model.checkpoint and race is not None and len(race.budgets) > 1:
+            raise ValueError(f"arm {arm.name}: starts from model.checkpoint, whose cost no smaller budget holds; "
+                             "set race.budgets = [1.0]")
+        arms[i] = replace(arm, recipe=settled(arm.recipe, arm.name, known.get(arm.name)))
     if race is None:
         return arms
     for arm in arms:
-        if arm.recipe.model.checkpoint and len(race.budgets) > 1:
-            raise ValueError(f"arm {arm.name}: starts from model.checkpoint, whose cost no smaller budget holds; "
-                             "set race.budgets = [1.0]")
         if arm.recipe.model.checkpoint:
             require_cost(arm, race)
         try:
@@ -94,6 +100,18 @@ def arms_of(recipe: Recipe, vocab_size: int) -> list[Arm]:
     copy = replace(reference.recipe, name=f"{recipe.name}/copy")
     words = f"{reference.name} again with other initial weights: what lies between them is noise"
     return [*arms, Arm(free_name(arms, "copy", reference.name), words, "copy", reference.name, copy)]
+
+
+def settled(recipe: Recipe, name: str, checkpoint: str | None) -> Recipe:
+    """model.checkpoint as one that does not change while a race runs, as the newest of a run folder may."""
+    place = recipe.model.checkpoint
+    if not place:
+        return recipe
+    try:
+        found = checkpoint or str(find_checkpoint(place).resolve())
+    except ValueError as error:
+        raise ValueError(f"arm {name}: model.checkpoint: {error}") from None
+    return replace(recipe, model=replace(recipe.model, checkpoint=found))
 
 
 def require_cost(arm: Arm, race: RaceSection) -> None:

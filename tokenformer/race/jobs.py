@@ -218,8 +218,9 @@ def branch_name(trunk: Job, share: float) -> str:
     return f"{trunk.name}_at-{share:g}"
 
 
-def require_branches(race: Race, arm: Arm) -> None:
-    """ValueError unless each smaller budget's branch begins in the stable phase and has a step to decay in.
+def require_branches(race: Race, arm: Arm) -> int:
+    """ValueError unless each smaller budget's branch begins in the stable phase and has a step to decay in. Returns the
+    step that the longest ends at: one of the small model takes more than its trunk, where this grows a lot.
 
     A growth that waits for a slope is planned for the latest that it may come; its warm-up or ramp may lie anywhere
     between the earliest and the end of the latest. That no rewind brings the decay forward is seen to in the recipe.
@@ -235,6 +236,7 @@ def require_branches(race: Race, arm: Arm) -> None:
                 f"{event.name}: comes at step {step}, and the warm-up before it lasts until "
                 f"{phase.first_step + steps}: it belongs to the stable phase, or restarts the schedule"
             )
+    longest = 0
     for share in race.section.budgets[:-1]:
         begin = rounded(share * (1 - decay))
         step = planned.step_at(begin)
@@ -251,8 +253,11 @@ def require_branches(race: Race, arm: Arm) -> None:
                     f"{where}, at {begin:g} of the FLOPs, and the warm-up or ramp of {event.name} may begin from "
                     f"{earliest:g} on and last until step {grown + steps}, as the slope has it"
                 )
-        if arm.recipe.train.flops * share - planned.flops_at(step, index) < phase.flops_per_step:
+        steps = int((arm.recipe.train.flops * share - planned.flops_at(step, index)) // phase.flops_per_step)
+        if steps < 1:
             raise ValueError(f"{where} and leave no room for a step; take a larger share, or more train.flops")
+        longest = max(longest, step + steps)
+    return longest
 
 
 def checkpoint_at(run: Path, flops: int, near: int) -> Path:

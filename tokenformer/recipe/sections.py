@@ -74,6 +74,9 @@ class DataSection:
         "a text file or folder that is held out instead of a share of `source`", default=None, pattern=r".+"
     )
     valid_tokens: int = key("at most so many held-out tokens are evaluated", default=100_000, low=1)
+    stream_tokens: int = key(
+        "hf only: read so many at least; runs that read as many have them in one order", default=0, low=0
+    )
     skip_tokens: int = key("pass over so many: an ancestor of this run has seen them", default=0, low=0)
     repeat: bool = key("allow more than one pass over the data", default=False)
     seed: int = key("order of the sequences", default=0, low=0, high=2**32 - 1)

@@ -154,6 +154,7 @@ def read_run(folder: Path, name: str | None = None, description: str = "") -> di
         "tokens": ended("tokens"),
         "unique_tokens": result.get("unique_tokens"),
         "epochs": result.get("epochs"),
+        "reads_again": bool(result.get("reads_again")),
         "seconds": ended("seconds"),
         "peak_memory_bytes": result.get("peak_memory_bytes"),
         "growth": [
@@ -189,7 +190,7 @@ def absent_arm(name: str, description: str) -> dict[str, Any]:
         "flops",
         "flops_budget",
     )
-    more = ("flops_per_token", "tokens", "unique_tokens", "epochs", "seconds", "sample", "checkpoint")
+    more = ("flops_per_token", "tokens", "unique_tokens", "epochs", "reads_again", "seconds", "sample", "checkpoint")
     empty = dict.fromkeys(keys + more)
     rest: dict[str, Any] = {"shape": {}, "parameters": {}, "growth": [], "curves": curves_of([]), "step": 0}
     files: dict[str, Any] = {"recipe": {}, "environment": {}, "data": {}}

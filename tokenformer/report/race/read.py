@@ -29,6 +29,7 @@ RUN_KEYS = (
     "tokens",
     "unique_tokens",
     "epochs",
+    "reads_again",
     "seconds",
     "parameters",
     "peak_memory_bytes",
@@ -148,7 +149,8 @@ def read_trials(tune: Path) -> list[dict[str, Any]]:
         recipe = read_json(found / "recipe.json")
         number(recipe.get("train") or {}, "learning_rate", f"{found / 'recipe.json'} train")
         trials.append((read_piece(found), recipe))
-    keys = ("status", "error", "learning_rate", "bits_per_byte", "flops", "epochs", "data", "environment")
+    keys = ("status", "error", "learning_rate", "bits_per_byte", "flops", "epochs")
+    keys += ("reads_again", "data", "environment")
     read = [{**{key: run[key] for key in keys}, "grew_in_warm_up": in_warm_up(run, recipe)} for run, recipe in trials]
     return sorted(read, key=lambda trial: trial["learning_rate"])
 
