@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_races import plausible, script_of_records, write_run
+from tiny_races import plausible, script_of_records, write, write_run
 from tiny_runs import corpus, tiny
 
 from tokenformer import runs, verbs
+from tokenformer.checkpoint import load_checkpoint
 from tokenformer.data import prepare
+from tokenformer.evaluate import evaluate
 from tokenformer.growth.operators import OPERATORS
 from tokenformer.models import build_config, build_model
 from tokenformer.plan import model_config
@@ -36,7 +38,7 @@ from tokenformer.race import (
     settle_moved,
 )
 from tokenformer.race.arms import Arm, arms_of, keeps_moments, parameters_of, same_run, target_of, ungrown
-from tokenformer.race.final import require_another_text
+from tokenformer.race.final import STRETCHES, final_windows, note_judged, require_another_text
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
 from tokenformer.race.planned import plan_lines
 from tokenformer.recipe import Recipe, arm_recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
@@ -703,6 +705,11 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
     tested.unlink()
     run_race(recipe, tmp_path / "whole", resume=True)
     assert tested.read_bytes() == before and not any(path.exists() for path in left)
+    told, model = runs.read_json(tested), load_checkpoint(runs.checkpoints(tested.parent)[-1])[0]
+    at_once = evaluate(model, final_windows(recipe, race["final_text"], 400))  # 25 windows, in 20 stretches
+    assert {key: told[key] for key in at_once} == pytest.approx(at_once, rel=1e-6) and at_once["tokens"] == 400
+    each = told["stretches"]
+    assert len(each) == STRETCHES and min(each) < told["bits_per_byte"] < max(each)
 
     report, compare = tmp_path / "whole" / "report.json", script_of_records("compare").main
     remake = script_of_records("remake_run").main
@@ -765,6 +772,8 @@ def ends_at_once(fails: str) -> Any:
             changes = ended if job.name == fails else {}
             bits = None if changes else plausible(name, job.recipe.train.learning_rate, job.recipe.data.seed, 1.0)
             write_run(place, name, arm, job.recipe.train.learning_rate, job.recipe.data.seed, 0.5, bits, **changes)
+            if job.final_text:
+                write(place / jobs.FINAL, {"bits_per_byte": 2.0, "text_sha256": "ef" * 32})
             checkpoint = runs.checkpoint_folder(place, 1)
             checkpoint.mkdir(parents=True)
             cost = {"flops": 27_000_000, "tokens": 64, "seconds": 0.0, "streams": []}
@@ -1046,6 +1055,29 @@ def test_a_final_text_that_was_tuned_by_is_refused(shared: Path) -> None:
     for taken, fresh, share in ((32, 0, "100%"), (20, 300, "62%"), (4, 3, "57%")):
         with pytest.raises(ValueError, match=f"race.final_text: {share} of its stretches .* in the held-out text"):
             checks.check_texts(corpus, final(taken, fresh))
+
+
+def test_a_race_says_which_races_its_final_text_has_judged_before(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenformer.race.run_jobs", ends_at_once("nothing"))
+    for name in ("final.txt", "other.txt"):
+        (tmp_path / name).write_text(f"{name} " * 400)
+
+    def raced(folder: str, text: str, tested: bool = True) -> tuple[list[str], str]:
+        recipe = racing(shared, race={"final_text": str(tmp_path / text)})
+        recipe = replace(recipe, name=folder)
+        with monkeypatch.context() as patch:
+            patch.setattr("tokenformer.race.note_judged", note_judged if tested else lambda race: None)
+            page = run_race(recipe, tmp_path / folder).read_text(encoding="utf-8")
+        return runs.read_json(tmp_path / folder / runs.RACE)["race"]["judged_before"], page
+
+    first = raced("first", "final.txt")
+    assert first[0] == [] and "had judged races" not in first[1] and "kept since" in first[1]
+    again, page = raced("second", "final.txt")
+    said = "The final text had judged races on this machine before this one began (first)"
+    assert again == ["first"] and said in page
+    assert raced("third", "other.txt")[0] == []  # the control
 
 
 def test_a_final_text_that_is_the_held_out_text_is_refused_before_anything_runs(shared: Path, tmp_path: Path) -> None:

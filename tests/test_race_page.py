@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import statistics
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -13,6 +15,7 @@ from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
 from tokenformer.report import read_report, write_report
 from tokenformer.report.charts import QUIET
 from tokenformer.report.markup import name_of
+from tokenformer.report.race.controls import pair_of
 from tokenformer.report.race.doubts import nearest, put_in_words
 from tokenformer.report.race.page import page, top_charts
 from tokenformer.report.race.words import further, ratio_text
@@ -296,6 +299,7 @@ def test_the_compute_optimal_size_is_found_and_an_edge_is_said(report, tmp_path)
         "loss": 0,
         "sizes": 2,
         "edge": "largest",
+        "of": ["scratch", "small"],
     }
     said = "is not bracketed: **scratch** is the largest of 2 sizes, and a larger one may be better still."
     assert [text.endswith(said) for text in told["changes"]].count(True) == 1
@@ -316,8 +320,51 @@ def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many,
     head = page.split("Each growing arm against its own controls")[1].split("<tbody>")[0]
     assert "the best of the sizes from scratch" in head
     assert {row[1]: row[5] for row in cells_of(page, "Compute-optimal size")} == {
-        "tokenformer": "not bracketed: the smallest of 2 sizes", "llama": "not bracketed: the only size"
+        "tokenformerscratch, size 560 k": "not bracketed: the smallest of 2 sizes",
+        "llamasmall": "not bracketed: the only size",
     }
+
+
+def test_sizes_are_compared_with_those_of_their_own_kind(tmp_path):
+    kinds: dict[str, dict[str, Any]] = {"small": {"theta": "gelu"}, "size 560 k": {"theta": "gelu"}}
+
+    def told(more: dict[str, Any]) -> list[list[str]]:
+        arms = {
+            name: {**arm, "config": {"ffn_tokens": 10, **kinds.get(name, {"theta": "softmax"}), **more}}
+            for name, arm in ARMS.items()
+        }
+        report = read_report(write_full_race(tmp_path / str(len(more)), arms, budgets=(1.0,)))
+        rows = {row["arm"]: row["controls"]["optimal"]["name"] for row in report["own_controls"]}
+        assert rows["grown"] == "size 560 k"  # of its small model's kind
+        return [best["of"] for best in report["budgets"][-1]["compute_optimal"]]
+
+    assert told({}) == [["scratch"], ["small", "size 560 k"]]
+    assert told({"theta": "gelu", "initializer_range": 0.05}) == [["scratch", "small", "size 560 k"]]  # the control
+
+
+def test_a_difference_has_an_interval_over_stretches_of_the_final_text_too(tmp_path):
+    folder = write_full_race(tmp_path / "race", final=lambda *at: plausible(*at) - 0.05)
+    before = read_report(folder)
+    assert not any("text_low" in p for p in before["budgets"][-1]["pairs"]) and "text −" not in page_of(before)
+    for path in folder.rglob("final.json"):
+        told = json.loads(path.read_text())
+        tilt = 0.5 if "/grown/" in str(path) else 0.0  # better in some stretches, worse in others
+        told["stretches"] = [told["bits_per_byte"] + 0.1 * k + tilt * (k % 2 - 0.5) for k in range(20)]
+        path.write_text(json.dumps(told))
+    report = read_report(folder)
+    found = pair(report, "grown", "small")
+    values = [found["value"] + 0.5 * (k % 2 - 0.5) * (1 if found["arm"] == "grown" else -1) for k in range(20)]
+    half = stats.t.ppf(0.975, 19) * statistics.stdev(values) / math.sqrt(20)
+    interval = found["value"] - half, found["value"] + half
+    assert (found["text_low"], found["text_high"]) == pytest.approx(interval, abs=1e-9)
+    assert found["word"] in ("better", "worse") and found["text_low"] < 0 < found["text_high"]
+    turned = pair_of(report["budgets"][-1], found["other"], found["arm"])
+    assert (turned["text_low"], turned["text_high"]) == (-found["text_high"], -found["text_low"])
+    [said] = [text for text in report["changes"] if text.startswith("Another text: ")]
+    assert "**grown** is not told apart from" in said and "**small** (" in said
+    assert "of their mean over seeds in stretches of the text" in page_of(report)
+    even = pair(report, "scratch", "small")  # the control: alike in every stretch
+    assert even["text_low"] == pytest.approx(even["value"]) == pytest.approx(even["text_high"])
 
 
 def test_a_power_law_is_fitted_where_there_are_four_budgets(report, tmp_path):

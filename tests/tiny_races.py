@@ -189,6 +189,7 @@ def write_full_race(
                 "of": arm.get("of"),
                 "folder": f"arms/{name}",
                 "architecture": arm.get("architecture", "tokenformer"),
+                "config": arm.get("config", {}),
                 "grows": bool(arm.get("grows")),
                 "parameters": start,
                 "parameters_end": end,

@@ -56,6 +56,7 @@ from .state import (
 )
 from .step import Diverged, train_step, wrap
 
+AFTER_GROWTH = (5, 20, 60)  # steps after a growth at which the held-out loss is evaluated too: it may rise and fall
 PROBE_WINDOWS = 4  # held-out windows on which a growth is measured, if so many fit
 GROWTH_KEYS = ("operator", "from", "to", "promise", "max_logit_change", "parameters_before", "parameters_after")
 
@@ -266,7 +267,8 @@ def loop(run: Run, state: State) -> None:
             if carry_on(run, state):
                 wrapped = wrap(run, state.model)
             last = state.step == state.plan.steps
-            if last or state.step % section.evaluate_every == 0 or growth_due(run, state):
+            grown = state.step - state.grown_at[-1] in AFTER_GROWTH if state.grown_at else False
+            if last or grown or state.step % section.evaluate_every == 0 or growth_due(run, state):
                 evaluate_now(run, state)
             kept = state.step in kept_steps(run, state.plan)
             if last or stopped_by or kept or state.step % section.checkpoint_every == 0:

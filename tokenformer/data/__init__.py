@@ -86,7 +86,7 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
         raise ValueError(f"data.source = {section.source!r} cannot be read: {error}") from error
     tokenizer = load_tokenizer(section.tokenizer)
     key = [FORMAT, identity, tokenizer.identity(), section.valid_fraction, section.valid_tokens]
-    root = Path(cache or os.environ.get("TOKENFORMER_CACHE") or "~/.cache/tokenformer").expanduser()
+    root = cache or cache_root()
     folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     dtype = token_dtype(tokenizer.vocab_size)
     try:
@@ -100,6 +100,10 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
             "room for the token files; TOKENFORMER_CACHE names another"
         ) from error
     return Corpus(train, valid, valid_bytes, tokenizer, info)
+
+
+def cache_root() -> Path:
+    return Path(os.environ.get("TOKENFORMER_CACHE") or "~/.cache/tokenformer").expanduser()
 
 
 def require_file(key: str, text: str) -> None:

@@ -28,7 +28,7 @@ from ..runs import Say
 from ..train import require_feasible
 from .arms import NOT_SIZES, Arm, arms_of, ends, parameters_of
 from .checks import check_texts, require_causal
-from .final import final_windows, require_another_text, sha256_of
+from .final import final_windows, judged, note_judged, require_another_text, sha256_of
 from .jobs import Job, Race, all_jobs, bits_of, grid, headline, jobs_of_arms, require_branches, todo, trial
 from .planned import plan_lines, table
 from .processes import Piece, Progress, run_jobs, run_main
@@ -64,7 +64,10 @@ def run_race(
         for arm in race.arms if recipe.race is None else []:
             if runs.finished_result(race.place(arm.name)):
                 tell(f"{arm.name}: finished before")
-        run_jobs(lambda: todo(race), folder, jobs, tell, progress, piece)
+        try:
+            run_jobs(lambda: todo(race), folder, jobs, tell, progress, piece)
+        finally:
+            note_judged(race)
         if recipe.race is not None:
             note_rates(race)
         paths = write_report(folder)
@@ -172,6 +175,7 @@ def open_race(race: Race, corpus: Corpus) -> None:
         flops = recipe.train.flops or 0.0
         whole = {"flops": flops, "tune_flops": flops * recipe.race.tune_fraction}
         written["race"] = {**recipe_to_dict(recipe)["race"], **whole}
+        written["race"]["judged_before"] = sorted({entry["race"] for entry in judged(texts.get("race.final_text"))})
         written["checks"] = check_texts(corpus, final)
         written["arms"] = [arm_entry(race, arm) for arm in race.arms]
     runs.write_json(path, written)

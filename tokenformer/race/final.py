@@ -1,18 +1,23 @@
 """What a headline run reaches on text that nothing of a run was chosen by (docs/fairness.md, rule 26)."""
 
 import hashlib
+import math
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from .. import runs
 from ..checkpoint import find_checkpoint, load_checkpoint, restore_carried
-from ..data import load_tokenizer, require_file, text_windows
+from ..data import cache_root, load_tokenizer, require_file, text_windows
 from ..distributed import Ranks, choose_device
 from ..evaluate import evaluate
 from ..recipe import Recipe
 from ..train import rows_at_once
-from .jobs import FINAL
+from .jobs import FINAL, Race
+
+JUDGED = "judged.json"  # in the cache: final text -> the races that it has judged
+STRETCHES = 20  # of the final text, alike in length, over which a difference is a sample of differences
 
 
 def evaluate_final(recipe: Recipe, folder: Path, text: str, most_tokens: int) -> None:
@@ -25,14 +30,50 @@ def evaluate_final(recipe: Recipe, folder: Path, text: str, most_tokens: int) ->
     newest = find_checkpoint(folder)
     model, _ = load_checkpoint(newest)
     restore_carried(newest, model)
-    windows = final_windows(recipe, text, most_tokens)
-    rows = rows_at_once(recipe, Ranks())
-    measured = evaluate(model.to(device), windows, rows, device, recipe.train.dtype)
-    runs.write_json(folder / FINAL, {"text_sha256": sha256_of(text), **measured})
+    model, rows, measured = model.to(device), rows_at_once(recipe, Ranks()), []
+    for part in zip(*(each.tensor_split(STRETCHES) for each in final_windows(recipe, text, most_tokens)), strict=True):
+        if len(part[0]):
+            measured.append(evaluate(model, part, rows, device, recipe.train.dtype))
+    runs.write_json(folder / FINAL, {"text_sha256": sha256_of(text), **together(measured)})
+
+
+def together(measured: list[dict[str, float]]) -> dict[str, Any]:
+    """What `evaluate` finds of a text, from what it found of its stretches, and the bits per byte of these."""
+    tokens, size = (sum(part[key] for part in measured) for key in ("tokens", "bytes"))
+    nats = math.fsum(part["loss"] * part["tokens"] for part in measured)
+    bits = [part["bits_per_byte"] for part in measured]
+    return {
+        "loss": nats / tokens,
+        "bits_per_byte": nats / math.log(2) / size,
+        "tokens": tokens,
+        "bytes": size,
+        "stretches": bits if len(bits) == STRETCHES else None,
+    }
 
 
 def sha256_of(text: str) -> str:
     return hashlib.sha256(Path(text).read_bytes()).hexdigest()
+
+
+def judged(sha256: str | None) -> list[dict[str, str]]:
+    """The races that a final text has judged on this machine: name, and when each began."""
+    path = cache_root() / JUDGED
+    found = runs.read_json(path) if path.exists() else {}
+    return list(found.get(sha256, [])) if sha256 else []
+
+
+def note_judged(race: Race) -> None:
+    """Keep that the race's final text has judged it, once a headline run has been evaluated on it."""
+    if race.recipe.race is None or not race.final_text or not any(race.place("").rglob(FINAL)):
+        return
+    began = runs.read_json(race.folder / runs.RACE)
+    mine = {"race": race.recipe.name, "began": str(began["environment"]["started"])}
+    text = began["texts"]["race.final_text"]
+    before = judged(text)
+    if mine not in before:
+        path = cache_root() / JUDGED
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(path, {**(runs.read_json(path) if path.exists() else {}), text: [*before, mine]})
 
 
 def require_another_text(recipe: Recipe, text: str) -> None:

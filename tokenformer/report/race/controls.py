@@ -93,9 +93,9 @@ def made_controls(report: dict[str, Any], arm: dict[str, Any]) -> dict[str, dict
 
 
 def sizes_beside(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> list[dict[str, Any]]:
-    """The best size from scratch of each architecture that a growing arm or a control of its own is of."""
-    kinds = {arm["architecture"], *(control["architecture"] for control in made_controls(report, arm).values())}
-    return [best for best in budget["compute_optimal"] if best["architecture"] in kinds]
+    """The best size from scratch of each kind of model that a growing arm's own scratch and small are of."""
+    own = {control["name"] for control in made_controls(report, arm).values()}
+    return [best for best in budget["compute_optimal"] if own.intersection(best["of"])]
 
 
 def best_of_sizes(sizes: list[dict[str, Any]]) -> str:
@@ -112,9 +112,9 @@ def pair_of(budget: dict[str, Any], arm: str, other: str) -> dict[str, Any] | No
         if (pair["arm"], pair["other"]) == (other, arm):
             turned = {"better": "worse", "worse": "better"}
             flipped = {**pair, "arm": arm, "other": other, "value": -pair["value"]}
-            for low, high in (("low", "high"), ("own_low", "own_high")):
-                flipped[low] = None if pair[high] is None else -pair[high]
-                flipped[high] = None if pair[low] is None else -pair[low]
+            for low, high in (("low", "high"), ("own_low", "own_high"), ("text_low", "text_high")):
+                if low in pair:
+                    flipped[low], flipped[high] = (None if pair[end] is None else -pair[end] for end in (high, low))
             return {**flipped, "word": turned.get(pair["word"], pair["word"])}
     return None
 

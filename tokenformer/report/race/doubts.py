@@ -155,6 +155,12 @@ def soft_doubts(report: dict[str, Any]) -> list[str]:
         f"The arms do not share {key}: {value!r}, but {listed(others)}. Rule 15: only what an architecture needs."
         for key, value, others in train_differences(report)
     ]
+    before = report["race"].get("judged_before")
+    if before:
+        warn.append(
+            f"The final text had judged races on this machine before this one began ({listed(before)}): what was "
+            "chosen after them was not chosen without it (rule 26)."
+        )
     learned = [a for a in growing if any(event.get("operator") == "ligo" for event in a["recipe"].get("growth", ()))]
     if learned:
         names = listed([f"**{arm['name']}**" for arm in learned])
@@ -192,7 +198,7 @@ def changes(report: dict[str, Any]) -> list[str]:
         )
     own = dict.fromkeys(controls_of(report, budget, arm).values())
     names = list(own) or [a["name"] for a in report["arms"] if a is not arm]
-    out += nearest(budget, arm["name"], names)
+    out += nearest(budget, arm["name"], names) + other_text(budget, arm["name"], names)
     for name in names:
         out += more_seeds(budget, arm["name"], name) + trend(report, budget, arm["name"], name)
     for best in budget["compute_optimal"]:
@@ -240,6 +246,19 @@ def nearest(budget: dict[str, Any], arm: str, names: list[str]) -> list[str]:
     return [
         f"More noise: **{arm}** against **{pair['other']}** {which} no longer be told apart if runs scattered "
         f"{times:.2f} times as much as they did (s = {gap_text(noise_of(budget, pair)[0])})."
+    ]
+
+
+def other_text(budget: dict[str, Any], arm: str, names: list[str]) -> list[str]:
+    """The others that an arm is told apart from by its seeds, but not by stretches of the text that judged it."""
+    found = [pair for name in names if (pair := pair_of(budget, arm, name)) is not None]
+    mixed = [pair for pair in found if pair["word"] in ("better", "worse") and (pair.get("text_low") or 0) <= 0]
+    mixed = [pair for pair in mixed if (pair.get("text_high") or -1) >= 0]
+    if not mixed:
+        return []
+    others = [f"**{pair['other']}** ({signed(pair['text_low'])} to {signed(pair['text_high'])})" for pair in mixed]
+    return [
+        f"Another text: over stretches of the one that judged them, **{arm}** is not told apart from {listed(others)}."
     ]
 
 

@@ -23,6 +23,7 @@ from ...statistics import (
     false_alarms,
     flops_ratios,
     mean_sd,
+    own_interval,
     power_law,
     recovery,
     spread_of,
@@ -95,6 +96,20 @@ def values_at(report: dict[str, Any], share: float) -> Table:
     return table
 
 
+def text_interval(report: dict[str, Any], share: float, pair: Difference) -> dict[str, float]:
+    """95 % interval of a pair's difference over the stretches of the final text, which are its sample: each the mean of
+    the seeds that both have. Empty where runs were not judged in stretches."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for arm in report["arms"]:
+        if arm["name"] in (pair.arm, pair.other):
+            found[arm["name"]] = {run["seed"]: run.get("final_stretches") or [] for run in runs_at(arm, share)}
+    apart = [
+        [a - b for a, b in zip(found[pair.arm][seed], found[pair.other][seed], strict=True)] for seed in pair.seeds
+    ]
+    _, low, high = own_interval([sum(of) / len(of) for of in zip(*apart, strict=True)])
+    return {} if low is None or high is None else {"text_low": low, "text_high": high}
+
+
 def mean_of(runs: list[dict[str, Any]], key: str) -> float | None:
     return mean_sd([run[key] for run in runs if run[key] is not None])[0]
 
@@ -156,7 +171,7 @@ def budget_of(report: dict[str, Any], share: float) -> dict[str, Any]:
         "s_same": spread.s_same,
         "df_same": spread.df_same,
         "arms": cells,
-        "pairs": [asdict(d) for d in compared],
+        "pairs": [{**asdict(d), **text_interval(report, share, d)} for d in compared],
         "told_apart": sum(d.word != "not told apart" for d in compared),
         "expected_false_alarms": false_alarms(len(compared)),
         "compute_optimal": optimal_sizes(report, cells),
@@ -168,13 +183,20 @@ def cell_of(budget: dict[str, Any], arm: str) -> dict[str, Any]:
 
 
 def optimal_sizes(report: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per architecture, the best of the sizes trained from scratch."""
-    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    """Per kind of model, the best of the sizes trained from scratch."""
+    groups: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     for arm, cell in zip(report["arms"], cells, strict=True):
         if arm["role"] in FROM_SCRATCH and cell["mean"] is not None and cell["parameters"]:
-            groups.setdefault(arm["architecture"], {})[arm["name"]] = (cell["parameters"], cell["mean"])
-    found = [(architecture, compute_optimal(sizes)) for architecture, sizes in groups.items()]
-    return [{"architecture": architecture, **best} for architecture, best in found if best]
+            groups.setdefault(kind_of(arm), {})[arm["name"]] = (cell["parameters"], cell["mean"])
+    found = [(kind, sizes, compute_optimal(sizes)) for kind, sizes in groups.items()]
+    return [{"architecture": kind[0], "of": list(sizes), **best} for kind, sizes, best in found if best]
+
+
+def kind_of(arm: dict[str, Any]) -> tuple[str, str]:
+    """What models of several sizes have in common: all of a configuration but numbers, which may follow from sizes."""
+    config, numbers = (arm.get("config") or {}).items(), int | float | list
+    chosen = {key: value for key, value in config if isinstance(value, bool) or not isinstance(value, numbers)}
+    return arm["architecture"], json.dumps(chosen, sort_keys=True)
 
 
 # --- FLOPs: to reach a loss, as a power law ---

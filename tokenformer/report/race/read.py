@@ -149,7 +149,7 @@ def read_trials(tune: Path) -> list[dict[str, Any]]:
         recipe = read_json(found / "recipe.json")
         number(recipe.get("train") or {}, "learning_rate", f"{found / 'recipe.json'} train")
         trials.append((read_piece(found), recipe))
-    keys = ("status", "error", "learning_rate", "bits_per_byte", "flops", "epochs")
+    keys: tuple[str, ...] = ("status", "error", "learning_rate", "bits_per_byte", "flops", "epochs")
     keys += ("reads_again", "data", "environment")
     read = [{**{key: run[key] for key in keys}, "grew_in_warm_up": in_warm_up(run, recipe)} for run, recipe in trials]
     return sorted(read, key=lambda trial: trial["learning_rate"])
@@ -170,6 +170,7 @@ def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:
     if not is_started(folder):
         empty: dict[str, Any] = {**dict.fromkeys(RUN_KEYS), "growth": [], "step": 0}
         empty |= {"parameters": {}, "data": {}, "environment": {}, "final_bits_per_byte": None, "final_sha256": None}
+        empty["final_stretches"] = None
         return {**labels, **empty, "status": "not started", "curve": None}
     run = read_run(folder)
     if run["status"] == "failed" and not read_json(folder / "result.json").get("diverged", True):
@@ -179,4 +180,5 @@ def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:
     stored = read_json(path) if path.exists() else {}
     final = number(stored, "bits_per_byte", str(path)) if path.exists() else None
     tested = {"final_bits_per_byte": final, "final_sha256": stored.get("text_sha256")}
+    tested["final_stretches"] = stored.get("stretches")
     return {**labels, **{key: run[key] for key in RUN_KEYS}, **tested, "curve": curve}

@@ -61,9 +61,13 @@ def half_width(pair: dict[str, Any]) -> str:
 
 
 def pair_cell(pair: dict[str, Any], about: str = "") -> str:
-    """A difference with its pooled interval, and in small the pair's own."""
-    own = "" if pair["own_low"] is None else f"own {signed(pair['own_low'])} to {signed(pair['own_high'])}"
-    return verdict_cell(pair["word"], signed(pair["value"]) + half_width(pair), own, about)
+    """A difference with its pooled interval, and in small the pair's own and that over stretches of the text."""
+    small = [
+        f"{side} {signed(pair[f'{side}_low'])} to {signed(pair[f'{side}_high'])}"
+        for side in ("own", "text")
+        if pair.get(f"{side}_low") is not None
+    ]
+    return verdict_cell(pair["word"], signed(pair["value"]) + half_width(pair), *small, about)
 
 
 def ratio_cell(ratio: dict[str, Any], state: str = "") -> str:
@@ -101,10 +105,13 @@ def matrix(report: dict[str, Any], budget: dict[str, Any]) -> str:
     pairs = len(budget["pairs"])
     spread = "".join(f"s = {e(gap_text(s))} of {of}, with {df:.3g} degrees of freedom. " for of, s, df in noise(budget))
     text = "the final text" if budget["measure"] == "final_bits_per_byte" else "the held-out text"
+    stretches = any(pair.get("text_low") is not None for pair in budget["pairs"])
+    beneath = ", and of their mean over seeds in stretches of the text" if stretches else ""
     note = (
         f'<p class="small">The row’s bits per byte less the column’s, on {text}, ± the pooled 95 % interval; beneath '
-        f"it the interval of the pair’s own differences. {spread}{pairs} pairs compared, {budget['told_apart']} told "
-        f"apart; chance alone would tell about {budget['expected_false_alarms']:.1f} apart.</p>"
+        f"it the interval of the pair’s own differences{beneath}. {spread}{pairs} pairs compared, "
+        f"{budget['told_apart']} told apart; chance alone would tell about {budget['expected_false_alarms']:.1f} "
+        "apart.</p>"
     )
     return table(["", *(tagged(report, budget, name) for name in columns)], rows, "matrix") + note
 
@@ -305,14 +312,15 @@ def optimal_section(report: dict[str, Any]) -> str:
             bracket = f"bracketed, of {best['sizes']}"
             if best["edge"]:
                 bracket = f'<span class="tag warn">not bracketed: {edge_text(best)}</span>'
-            row = [flops_text(budget["flops"]), e(best["architecture"]), named(report, best["arm"])]
+            of = f"{e(best['architecture'])}{about(e(', '.join(best['of'])))}"
+            row = [flops_text(budget["flops"]), of, named(report, best["arm"])]
             rows.append([*row, count_text(best["parameters"]), bits_text(best["loss"]), bracket])
     if not rows:
         return ""
     head = ["budget", "architecture", "lowest mean", "parameters", "bits per byte", "is it the optimum?"]
     note = (
         '<p class="small">The best of the sizes that were tried, which may differ in shape as well as in parameters. '
-        "Bracketed: a smaller and a larger one of its architecture were tried.</p>"
+        "Bracketed: a smaller and a larger one of its kind were tried.</p>"
     )
     title = "<h2>Compute-optimal size, found among those from scratch</h2>"
     return f"{title}{note}{table(head, rows, '', (0, 3, 4))}"
