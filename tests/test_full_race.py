@@ -711,6 +711,15 @@ def test_a_race_in_pieces_ends_as_one_that_was_not_cut(
     each = told["stretches"]
     assert len(each) == STRETCHES and min(each) < told["bits_per_byte"] < max(each)
 
+    other, out = str(tmp_path / "other.txt"), tmp_path / "other.json"
+    Path(other).write_text("fedcba " * 200)
+    script_of_records("judge_again").main(str(tmp_path / "whole"), other, str(out))
+    again, bits = runs.read_json(out), evaluate(model, final_windows(recipe, other, 10**9))["bits_per_byte"]
+    name, seed = tested.parts[-3], int(tested.parent.name.removeprefix("seed-"))
+    mine = again["arms"][name]["seeds"][recipe.race.seeds.index(seed)]
+    assert mine == pytest.approx(bits, rel=1e-6) and abs(mine - told["bits_per_byte"]) > 1e-3
+    assert again["arms"].keys() == {arm.name for arm in arms_of(recipe, 256)} and "text_low" in again["pairs"][0]
+
     report, compare = tmp_path / "whole" / "report.json", script_of_records("compare").main
     remake = script_of_records("remake_run").main
     for name in ("grown", "copy"):  # one run from its record alone

@@ -363,6 +363,10 @@ def test_a_difference_has_an_interval_over_stretches_of_the_final_text_too(tmp_p
     [said] = [text for text in report["changes"] if text.startswith("Another text: ")]
     assert "**grown** is not told apart from" in said and "**small** (" in said
     assert "of their mean over seeds in stretches of the text" in page_of(report)
+    path = next(folder.glob("arms/scratch/seed-1/final.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stretches": None}))  # judged by an older version
+    mixed = read_report(folder)
+    assert "text_low" not in pair(mixed, "scratch", "small") and "text_low" in pair(mixed, "grown", "small")
     even = pair(report, "scratch", "small")  # the control: alike in every stretch
     assert even["text_low"] == pytest.approx(even["value"]) == pytest.approx(even["text_high"])
 

@@ -21,11 +21,15 @@ STRETCHES = 20  # of the final text, alike in length, over which a difference is
 
 
 def evaluate_final(recipe: Recipe, folder: Path, text: str, most_tokens: int) -> None:
-    """Write RUN/final.json, unless it is there: bits per byte of the run's last checkpoint on the beginning of a text
-    file, whole windows of at most so many tokens."""
-    if (folder / FINAL).exists():
-        return
-    runs.remove_unfinished(folder)  # a kill while this was written, after which training has nothing to do
+    """Write RUN/final.json, unless it is there: what `judge` finds."""
+    if not (folder / FINAL).exists():
+        runs.remove_unfinished(folder)  # a kill while this was written, after which training has nothing to do
+        runs.write_json(folder / FINAL, judge(recipe, folder, text, most_tokens))
+
+
+def judge(recipe: Recipe, folder: Path, text: str, most_tokens: int) -> dict[str, Any]:
+    """Bits per byte of a run's last checkpoint on the beginning of a text file, whole windows of at most so many
+    tokens, and in its stretches."""
     device = choose_device(recipe.train.device, Ranks())
     newest = find_checkpoint(folder)
     model, _ = load_checkpoint(newest)
@@ -34,7 +38,7 @@ def evaluate_final(recipe: Recipe, folder: Path, text: str, most_tokens: int) ->
     for part in zip(*(each.tensor_split(STRETCHES) for each in final_windows(recipe, text, most_tokens)), strict=True):
         if len(part[0]):
             measured.append(evaluate(model, part, rows, device, recipe.train.dtype))
-    runs.write_json(folder / FINAL, {"text_sha256": sha256_of(text), **together(measured)})
+    return {"text_sha256": sha256_of(text), **together(measured)}
 
 
 def together(measured: list[dict[str, float]]) -> dict[str, Any]:

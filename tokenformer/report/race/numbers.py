@@ -103,9 +103,10 @@ def text_interval(report: dict[str, Any], share: float, pair: Difference) -> dic
     for arm in report["arms"]:
         if arm["name"] in (pair.arm, pair.other):
             found[arm["name"]] = {run["seed"]: run.get("final_stretches") or [] for run in runs_at(arm, share)}
-    apart = [
-        [a - b for a, b in zip(found[pair.arm][seed], found[pair.other][seed], strict=True)] for seed in pair.seeds
-    ]
+    both = [(found[pair.arm][seed], found[pair.other][seed]) for seed in pair.seeds]
+    if len({len(bits) for of in both for bits in of}) > 1:  # some of the runs were judged by an older version
+        return {}
+    apart = [[a - b for a, b in zip(*of, strict=True)] for of in both]
     _, low, high = own_interval([sum(of) / len(of) for of in zip(*apart, strict=True)])
     return {} if low is None or high is None else {"text_low": low, "text_high": high}
 
