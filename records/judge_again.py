@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenformer import runs
-from tokenformer.race.final import judge
+from tokenformer.race.final import judge, note_judged, sha256_of
 from tokenformer.recipe import recipe_from_dict
 from tokenformer.report.race.numbers import budget_of
 from tokenformer.report.race.read import read_full_race
@@ -30,7 +30,11 @@ def main(race: str, text: str, out: str) -> None:
     budget = budget_of(report, share)
     said = {key: found[key] for key in ("text_sha256", "tokens", "bytes")} | {"s": budget["s"], "df": budget["df"]}
     said["arms"] = {cell["arm"]: {"mean": cell["mean"], "seeds": cell["values"]} for cell in budget["arms"]}
+    for arm in report["arms"]:
+        each = [run["final_stretches"] for run in arm["runs"] if run["share"] == share and run["final_stretches"]]
+        said["arms"][arm["name"]]["stretches"] = [sum(bits) / len(bits) for bits in zip(*each, strict=True)]
     runs.write_json(Path(out), {**said, "pairs": budget["pairs"]})
+    note_judged(Path(race), sha256_of(text))
 
 
 if __name__ == "__main__":

@@ -196,6 +196,13 @@ def test_hf_stream_is_read_only_as_far_as_needed_and_holds_out_the_same_text(tmp
     assert little.info["documents"] < more.info["documents"] < 3000
 
 
+def test_a_length_of_a_stream_is_refused_where_nothing_is_streamed(cache, tmp_path):
+    folder = write_folder(tmp_path / "texts", texts(40))
+    with pytest.raises(ValueError, match=r"data.stream_tokens = 5 has no effect with data.source = '.*texts'"):
+        prepare(section(folder, stream_tokens=5), 100, cache)
+    assert len(prepare(section(folder), 100, cache).train) > 100  # the control
+
+
 def test_hub_names_become_dataset_and_config(monkeypatch):
     asked: list[Any] = []
 

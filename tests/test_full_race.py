@@ -20,15 +20,17 @@ from tiny_runs import corpus, tiny
 
 from tokenformer import runs, verbs
 from tokenformer.checkpoint import load_checkpoint
-from tokenformer.data import prepare
+from tokenformer.data import cache_root, prepare
 from tokenformer.evaluate import evaluate
 from tokenformer.growth.operators import OPERATORS
 from tokenformer.models import build_config, build_model
 from tokenformer.plan import model_config
 from tokenformer.race import (
     arm_entry,
+    checkpoints_of,
     checks,
     jobs,
+    note_final_text,
     open_race,
     plan_race,
     processes,
@@ -38,7 +40,7 @@ from tokenformer.race import (
     settle_moved,
 )
 from tokenformer.race.arms import Arm, arms_of, keeps_moments, parameters_of, same_run, target_of, ungrown
-from tokenformer.race.final import STRETCHES, final_windows, note_judged, require_another_text
+from tokenformer.race.final import JUDGED, STRETCHES, final_windows, require_another_text, sha256_of
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
 from tokenformer.race.planned import plan_lines
 from tokenformer.recipe import Recipe, arm_recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
@@ -463,9 +465,14 @@ def test_an_arm_may_start_from_a_checkpoint_whose_cost_is_known(
     open_race(begun, require_all_feasible(begun, None))
     later = runs.checkpoint_folder(folder, 9)
     shutil.copytree(known, later)
+    recipe = racing(shared, GROWN, moved, race=once, flops=2e7)
     for place, found in (("moved", known), ("afresh", later)):
-        again = race_of(racing(shared, GROWN, moved, race=once, flops=2e7), tmp_path / place)
-        assert {a.recipe.model.checkpoint for a in again.arms if a.name == "old"} == {str(found.resolve())}
+        again = race_of(recipe, tmp_path / place, checkpoints_of(tmp_path / place, recipe))
+        assert {a.recipe.model.checkpoint for a in again.arms if a.name == "old"} == {str(found)}
+    written = runs.read_json(tmp_path / "moved" / runs.RACE)
+    del written["checkpoints"]  # as older versions wrote it: its runs were begun with the arm's as it stands there
+    runs.write_json(tmp_path / "moved" / runs.RACE, written)
+    assert checkpoints_of(tmp_path / "moved", recipe) == {"old": str(folder)}
     with pytest.raises(ValueError, match="race.reference: 'old' starts from model.checkpoint"):
         arms_of(racing(shared, *arms, race={"budgets": [1.0], "reference": "old"}), 256)
     with pytest.raises(ValueError, match="has cost .* FLOPs, and a trial of its rate has 0.001 of the budget of 2e"):
@@ -1074,12 +1081,9 @@ def test_a_race_says_which_races_its_final_text_has_judged_before(
     for name in ("final.txt", "other.txt"):
         (tmp_path / name).write_text(f"{name} " * 400)
 
-    def raced(folder: str, text: str, tested: bool = True) -> tuple[list[str], str]:
-        recipe = racing(shared, race={"final_text": str(tmp_path / text)})
-        recipe = replace(recipe, name=folder)
-        with monkeypatch.context() as patch:
-            patch.setattr("tokenformer.race.note_judged", note_judged if tested else lambda race: None)
-            page = run_race(recipe, tmp_path / folder).read_text(encoding="utf-8")
+    def raced(folder: str, text: str, say: Any = None) -> tuple[list[str], str]:
+        recipe = replace(racing(shared, race={"final_text": str(tmp_path / text)}), name=folder)
+        page = run_race(recipe, tmp_path / folder, say=say).read_text(encoding="utf-8")
         return runs.read_json(tmp_path / folder / runs.RACE)["race"]["judged_before"], page
 
     first = raced("first", "final.txt")
@@ -1088,6 +1092,16 @@ def test_a_race_says_which_races_its_final_text_has_judged_before(
     said = "The final text had judged races on this machine before this one began (first)"
     assert again == ["first"] and said in page
     assert raced("third", "other.txt")[0] == []  # the control
+    kept, lines = cache_root() / JUDGED, list[str]()
+    kept.write_text("[broken")  # which keeps no race from its end
+    assert raced("fourth", "final.txt", lines.append)[0] == [] and any("cannot be kept" in line for line in lines)
+    kept.unlink()
+    race = runs.read_json(tmp_path / "first" / runs.RACE)
+    del race["texts"]  # as older versions wrote it
+    runs.write_json(tmp_path / "first" / runs.RACE, race)
+    recipe = replace(racing(shared, race={"final_text": str(tmp_path / "final.txt")}), name="first")
+    note_final_text(race_of(recipe, tmp_path / "first"), lines.append)
+    assert list(runs.read_json(kept)) == [sha256_of(str(tmp_path / "final.txt"))]
 
 
 def test_a_final_text_that_is_the_held_out_text_is_refused_before_anything_runs(shared: Path, tmp_path: Path) -> None:

@@ -936,6 +936,14 @@ def test_a_run_goes_on_from_a_grown_checkpoint_with_its_moments_and_its_cost(
     assert moments["step.model.norm.weight"] == 12 + 4
 
 
+def test_the_loss_is_evaluated_soon_after_a_growth(shared: Path, tmp_path: Path) -> None:
+    growth = [{"at_step": 10, "to": {"ffn_tokens": 24}}]
+    seldom = {"steps": 80, "evaluate_every": 1000}
+    for folder, events, steps in (("grown", growth, [0, 10, 10, 15, 30, 70, 80]), ("same", [], [0, 80])):
+        train(tiny(shared, growth=events, train=seldom), tmp_path / folder, say=None)
+        assert [line["step"] for line in lines(tmp_path / folder, "eval")] == steps
+
+
 def test_a_run_goes_on_past_a_text_that_has_grown_longer(shared: Path, tmp_path: Path) -> None:
     documents = tiny_corpus(shared).read_text().split("\f")
     text = tmp_path / "text.txt"

@@ -150,7 +150,7 @@ def streams_with(ancestors: list[Stream], mine: Stream, tokens: int) -> list[Str
 
 
 def reads_again(data: DataSection, ancestors: list[Stream], mine: Stream, corpus: Corpus) -> bool:
-    """Whether the run reads text that an ancestor has read, which only data.repeat allows."""
+    """Whether the run reads text that an ancestor has read, or may have, which only data.repeat allows."""
     try:
         require_unseen(dataclasses.replace(data, repeat=False), ancestors, mine, corpus)
     except ValueError:

@@ -78,6 +78,11 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
         raise ValueError(f"data.valid_fraction = {section.valid_fraction}: between 0 and 1 is allowed")
     if section.valid_tokens < 1:
         raise ValueError(f"data.valid_tokens = {section.valid_tokens}: 1 or more is allowed")
+    if section.stream_tokens and not section.source.startswith("hf:"):
+        raise ValueError(
+            f"data.stream_tokens = {section.stream_tokens} has no effect with data.source = {section.source!r}, which "
+            "is read whole: leave it out"
+        )
     say = progress or (lambda text: None)
     try:
         source, held_out = Source(section, max(train_tokens, section.stream_tokens)), held_out_source(section)

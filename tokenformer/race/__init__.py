@@ -13,14 +13,14 @@ planned.py    what a race comes to, before anything is trained
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import environment, runs
 from ..data import Corpus, load_tokenizer
-from ..recipe import Recipe, recipe_to_dict
+from ..recipe import Recipe, arm_recipe, recipe_to_dict
 from ..report import write_report
 from ..report.read import finite
 from ..report.units import printable
@@ -29,7 +29,7 @@ from ..train import require_feasible
 from .arms import NOT_SIZES, Arm, arms_of, ends, parameters_of
 from .checks import check_texts, require_causal
 from .final import final_windows, judged, note_judged, require_another_text, sha256_of
-from .jobs import Job, Race, all_jobs, bits_of, grid, headline, jobs_of_arms, require_branches, todo, trial
+from .jobs import FINAL, Job, Race, all_jobs, bits_of, grid, headline, jobs_of_arms, require_branches, todo, trial
 from .planned import plan_lines, table
 from .processes import Piece, Progress, run_jobs, run_main
 
@@ -55,7 +55,7 @@ def run_race(
     """
     piece = None if minutes is None else Piece(minutes, time.monotonic() if began is None else began)
     folder, tell = Path(folder), say or (lambda line: None)
-    race = race_of(recipe, folder)
+    race = race_of(recipe, folder, checkpoints_of(folder, recipe))
     with runs.locked(folder, runs.LOCK_SECONDS if resume else 0):
         runs.check_folder(folder, recipe_to_dict(recipe), resume, "race")
         corpus = require_all_feasible(race, say)
@@ -67,13 +67,23 @@ def run_race(
         try:
             run_jobs(lambda: todo(race), folder, jobs, tell, progress, piece)
         finally:
-            note_judged(race)
+            note_final_text(race, tell)
         if recipe.race is not None:
             note_rates(race)
         paths = write_report(folder)
     for line in summary(runs.read_json(paths["json"])):
         tell(line)
     return paths["html"]
+
+
+def note_final_text(race: Race, tell: Callable[[str], None]) -> None:
+    """Keep that the final text has judged this race, as soon as it has judged a run; the race goes on without."""
+    if race.recipe.race is None or not race.final_text or not any(race.place("").rglob(FINAL)):
+        return
+    try:
+        note_judged(race.folder, sha256_of(race.final_text[0]))
+    except (OSError, ValueError) as error:
+        tell(f"race.final_text: that it has judged this race cannot be kept: {error}")
 
 
 def plan_race(recipe: Recipe, jobs: int = 2) -> list[str]:
@@ -83,12 +93,21 @@ def plan_race(recipe: Recipe, jobs: int = 2) -> list[str]:
     return plan_lines(race, jobs)
 
 
-def race_of(recipe: Recipe, folder: Path) -> Race:
+def checkpoints_of(folder: Path, recipe: Recipe) -> dict[str, str]:
+    """Those that arms started from when the race in the folder was begun; none where there is no race yet."""
+    begun = runs.read_json(folder / runs.RACE) if (folder / runs.RACE).exists() else {"checkpoints": {}}
+    if "checkpoints" in begun:
+        return dict(begun["checkpoints"])
+    # An older version began it: its arms have theirs as they are written.
+    written = {each.name: arm_recipe(recipe, each).model.checkpoint for each in recipe.arms}
+    return {name: place for name, place in written.items() if place}
+
+
+def race_of(recipe: Recipe, folder: Path, checkpoints: dict[str, str] | None = None) -> Race:
     if not recipe.arms:
         raise ValueError(f"{recipe.name}: has no [[arm]], so there is nothing to race")
     vocab_size = load_tokenizer(recipe.data.tokenizer).vocab_size
-    begun = runs.read_json(folder / runs.RACE) if (folder / runs.RACE).exists() else {}
-    return Race(recipe, folder, arms_of(recipe, vocab_size, begun.get("checkpoints")), vocab_size)
+    return Race(recipe, folder, arms_of(recipe, vocab_size, checkpoints), vocab_size)
 
 
 def require_all_feasible(race: Race, say: Say) -> Corpus:
@@ -104,7 +123,8 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
         with by_name(arm):
             longest = 0 if race.recipe.race is None else require_branches(race, arm)
             steps[arm.name] = max(longest, *(race.plan(arm, job.recipe).steps for job in first_jobs(race, arm)))
-    race.arms = [reading_alike(arm, max(steps.values())) for arm in race.arms]
+    streamed = [stream_tokens(arm, steps[arm.name]) for arm in race.arms if is_streamed(arm)]
+    race.arms = [reading(arm, max(streamed)) if is_streamed(arm) else arm for arm in race.arms]
     for arm in race.arms:
         with by_name(arm):
             for job in first_jobs(race, arm):
@@ -123,13 +143,19 @@ def first_jobs(race: Race, arm: Arm) -> list[Job]:
     return [trial(race, arm, rate), headline(race, arm, race.section.seeds[0], rate)]
 
 
-def reading_alike(arm: Arm, steps: int) -> Arm:
-    """The arm with a streamed text as long as `steps` steps need."""
+def is_streamed(arm: Arm) -> bool:
+    return arm.recipe.data.source.startswith("hf:")
+
+
+def stream_tokens(arm: Arm, steps: int) -> int:
+    """How much of a streamed text an arm needs for so many steps."""
     data = arm.recipe.data
-    if not data.source.startswith("hf:"):
-        return arm
-    tokens = max(data.stream_tokens, data.skip_tokens + steps * data.batch_size * data.sequence_length)
-    return replace(arm, recipe=replace(arm.recipe, data=replace(data, stream_tokens=tokens)))
+    skipped = -(-data.skip_tokens // data.sequence_length) * data.sequence_length  # in whole windows
+    return max(data.stream_tokens, skipped + steps * data.batch_size * data.sequence_length)
+
+
+def reading(arm: Arm, tokens: int) -> Arm:
+    return replace(arm, recipe=replace(arm.recipe, data=replace(arm.recipe.data, stream_tokens=tokens)))
 
 
 @contextlib.contextmanager

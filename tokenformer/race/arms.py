@@ -108,7 +108,7 @@ def settled(recipe: Recipe, name: str, checkpoint: str | None) -> Recipe:
     if not place:
         return recipe
     try:
-        found = checkpoint or str(find_checkpoint(place).resolve())
+        found = checkpoint or str(find_checkpoint(place))
     except ValueError as error:
         raise ValueError(f"arm {name}: model.checkpoint: {error}") from None
     return replace(recipe, model=replace(recipe.model, checkpoint=found))

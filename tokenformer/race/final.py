@@ -14,7 +14,7 @@ from ..distributed import Ranks, choose_device
 from ..evaluate import evaluate
 from ..recipe import Recipe
 from ..train import rows_at_once
-from .jobs import FINAL, Race
+from .jobs import FINAL
 
 JUDGED = "judged.json"  # in the cache: final text -> the races that it has judged
 STRETCHES = 20  # of the final text, alike in length, over which a difference is a sample of differences
@@ -60,24 +60,21 @@ def sha256_of(text: str) -> str:
 
 
 def judged(sha256: str | None) -> list[dict[str, str]]:
-    """The races that a final text has judged on this machine: name, and when each began."""
-    path = cache_root() / JUDGED
-    found = runs.read_json(path) if path.exists() else {}
-    return list(found.get(sha256, [])) if sha256 else []
+    """The races that a final text has judged on this machine, as far as is known: name, and when each began."""
+    try:
+        return list(runs.read_json(cache_root() / JUDGED).get(sha256 or "", []))
+    except (OSError, ValueError):
+        return []
 
 
-def note_judged(race: Race) -> None:
-    """Keep that the race's final text has judged it, once a headline run has been evaluated on it."""
-    if race.recipe.race is None or not race.final_text or not any(race.place("").rglob(FINAL)):
-        return
-    began = runs.read_json(race.folder / runs.RACE)
-    mine = {"race": race.recipe.name, "began": str(began["environment"]["started"])}
-    text = began["texts"]["race.final_text"]
-    before = judged(text)
-    if mine not in before:
-        path = cache_root() / JUDGED
-        path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, {**(runs.read_json(path) if path.exists() else {}), text: [*before, mine]})
+def note_judged(folder: Path, sha256: str) -> None:
+    """Keep that a final text has judged the race in a folder. ValueError where the cache cannot be written."""
+    race, path = runs.read_json(folder / runs.RACE), cache_root() / JUDGED
+    mine = {"race": str(race["name"]), "began": str(race["environment"]["started"])}
+    with runs.locked(path.parent):
+        if mine not in judged(sha256):
+            known = runs.read_json(path) if path.exists() else {}
+            runs.write_json(path, {**known, sha256: [*judged(sha256), mine]})
 
 
 def require_another_text(recipe: Recipe, text: str) -> None:

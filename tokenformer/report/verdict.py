@@ -122,7 +122,7 @@ def run_doubts(arm: dict[str, Any]) -> list[tuple[str, str]]:
     if epochs is not None and epochs > 1 + 1e-9:
         doubts.append(("repeated", f"{name} saw its training text {epochs:.2f} times: its loss is partly memory."))
     if arm.get("reads_again"):
-        doubts.append(("read again", f"{name} read text that its ancestor had read: its loss is partly memory."))
+        doubts.append(("read again", f"{name} may have read text that its ancestor had read: its loss may be memory."))
     if bits is not None and bits < IMPLAUSIBLE_BITS_PER_BYTE:
         text = (
             f"{name}: {bits_text(bits)} bits per byte is below {IMPLAUSIBLE_BITS_PER_BYTE}, which is "

@@ -252,8 +252,8 @@ def nearest(budget: dict[str, Any], arm: str, names: list[str]) -> list[str]:
 def other_text(budget: dict[str, Any], arm: str, names: list[str]) -> list[str]:
     """The others that an arm is told apart from by its seeds, but not by stretches of the text that judged it."""
     found = [pair for name in names if (pair := pair_of(budget, arm, name)) is not None]
-    mixed = [pair for pair in found if pair["word"] in ("better", "worse") and (pair.get("text_low") or 0) <= 0]
-    mixed = [pair for pair in mixed if (pair.get("text_high") or -1) >= 0]
+    apart = [pair for pair in found if pair["word"] in ("better", "worse") and "text_low" in pair]
+    mixed = [pair for pair in apart if pair["text_low"] <= 0 <= pair["text_high"]]
     if not mixed:
         return []
     others = [f"**{pair['other']}** ({signed(pair['text_low'])} to {signed(pair['text_high'])})" for pair in mixed]

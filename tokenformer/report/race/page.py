@@ -114,6 +114,6 @@ def checks_section(report: dict[str, Any]) -> str:
         rows.append(["Final text", name, "verdicts rest on it, and nothing of a run is chosen by it"])
     if started := report["environment"].get("started"):
         commit = f"<br><small>{e(str(report['environment'].get('commit')))}</small>"
-        held_to = "no run had begun; the race has refused another recipe and other texts since (rule 25)"
-        rows.append(["Recipe, seeds and texts", f"kept since {e(started)}{commit}", held_to])
+        held_to = "no run had begun; the race has refused another recipe since (rule 25)"
+        rows.append(["Recipe and seeds", f"kept since {e(started)}{commit}", held_to])
     return f"<h2>Checks</h2>{table(['', 'found', 'held to'], rows)}" if rows else ""
