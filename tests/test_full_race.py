@@ -136,8 +136,8 @@ def test_dropped_stands_beside_an_arm_whose_operator_keeps_moments(shared: Path)
 
 
 SHIPPED = {name: path for name, path in shipped_recipes().items() if name.endswith(("_cpu", "_gpu"))}
-DROPPED = {"architectures": None, "fresh_seeds": None, "growth_fresh": "zero", "growth_llama": "zero",
-           "growth_rest": "fpi", "growth_rotated": "rotated_keys", "growth_steps": "early",
+DROPPED = {"architectures": None, "fresh_seeds": None, "growth_experts": "upcycle", "growth_fresh": "zero",
+           "growth_llama": "zero", "growth_rest": "fpi", "growth_rotated": "rotated_keys", "growth_steps": "early",
            "growth_tokens": "zero_keys", "growth_tokens_gpu": "zero_values", "growth_tokens_long": "grown",
            "mirror": "modern", "rivals_fresh": None, "schedules": "early"}
 
@@ -160,7 +160,9 @@ def test_every_operator_is_an_arm_of_a_shipped_race_on_the_cpu() -> None:
 
     on_the_cpu = {name for name in SHIPPED if name.endswith("_cpu")}
     assert raced(on_the_cpu) == set(OPERATORS)
-    assert {"relora", "upcycle", "midas"} <= set(OPERATORS) - raced(on_the_cpu - {"growth_rest_cpu"})  # the control
+    assert {"relora", "upcycle", "midas"} <= set(OPERATORS) - raced(
+        on_the_cpu - {"growth_rest_cpu", "growth_experts_cpu"}
+    )  # the control
 
 
 def test_depth_arms_of_growth_rest_take_their_layers_from_different_places() -> None:
