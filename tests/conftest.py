@@ -34,3 +34,8 @@ def seeded() -> None:
     """A test that draws random tensors draws the same ones whichever tests ran before it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.name != "test_the_commands_run_one_after_the_other")
