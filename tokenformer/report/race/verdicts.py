@@ -106,7 +106,8 @@ def matrix(report: dict[str, Any], budget: dict[str, Any]) -> str:
     spread = "".join(f"s = {e(gap_text(s))} of {of}, with {df:.3g} degrees of freedom. " for of, s, df in noise(budget))
     text = "the final text" if budget["measure"] == "final_bits_per_byte" else "the held-out text"
     stretches = any(pair.get("text_low") is not None for pair in budget["pairs"])
-    beneath = ", and of their mean over seeds in stretches of the text" if stretches else ""
+    beneath = " (own), and (text) of their mean over seeds in stretches of the text, the seeds as they are"
+    beneath = beneath if stretches else ""
     note = (
         f'<p class="small">The row’s bits per byte less the column’s, on {text}, ± the pooled 95 % interval; beneath '
         f"it the interval of the pair’s own differences{beneath}. {spread}{pairs} pairs compared, "
