@@ -91,7 +91,7 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
         raise ValueError(f"data.source = {section.source!r} cannot be read: {error}") from error
     tokenizer = load_tokenizer(section.tokenizer)
     key = [FORMAT, identity, tokenizer.identity(), section.valid_fraction, section.valid_tokens]
-    root = cache or cache_root()
+    root = cache.expanduser() if cache else cache_root()
     folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     dtype = token_dtype(tokenizer.vocab_size)
     try:

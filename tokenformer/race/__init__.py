@@ -29,7 +29,20 @@ from ..train import require_feasible
 from .arms import NOT_SIZES, Arm, arms_of, ends, parameters_of
 from .checks import check_texts, require_causal
 from .final import final_windows, judged, note_judged, require_another_text, sha256_of
-from .jobs import FINAL, Job, Race, all_jobs, bits_of, grid, headline, jobs_of_arms, require_branches, todo, trial
+from .jobs import (
+    FINAL,
+    Job,
+    Race,
+    all_jobs,
+    bits_of,
+    grid,
+    headline,
+    jobs_of_arms,
+    require_branches,
+    skipped_tokens,
+    todo,
+    trial,
+)
 from .planned import plan_lines, table
 from .processes import Piece, Progress, run_jobs, run_main
 
@@ -150,8 +163,7 @@ def is_streamed(arm: Arm) -> bool:
 def stream_tokens(arm: Arm, steps: int) -> int:
     """How much of a streamed text an arm needs for so many steps."""
     data = arm.recipe.data
-    skipped = -(-data.skip_tokens // data.sequence_length) * data.sequence_length  # in whole windows
-    return max(data.stream_tokens, skipped + steps * data.batch_size * data.sequence_length)
+    return max(data.stream_tokens, skipped_tokens(data) + steps * data.batch_size * data.sequence_length)
 
 
 def reading(arm: Arm, tokens: int) -> Arm:

@@ -15,7 +15,7 @@ from pathlib import Path
 from .. import runs
 from ..checkpoint import ancestry
 from ..plan import Plan, plan, ramp_steps, warm_up_after
-from ..recipe import AFRESH, GrowthSection, RaceSection, Recipe
+from ..recipe import AFRESH, DataSection, GrowthSection, RaceSection, Recipe
 from ..start import Start
 from .arms import Arm, ungrown, with_seed
 
@@ -202,16 +202,20 @@ def branch(race: Race, arm: Arm, trunk: Job, share: float) -> Job:
     near = 2 * max(phase.flops_per_step for phase in planned.phases) + sum(event.flops for event in planned.events)
     begin = checkpoint_at(race.place(trunk.name), round(share * (1 - decay) * trunk.flops), near)
     seen, data = ancestry(begin), trunk.recipe.data
-    skipped = -(-data.skip_tokens // data.sequence_length) * data.sequence_length  # by the trunk, in whole windows
     recipe = replace(
         trunk.recipe,
         name=f"{trunk.recipe.name}_at-{share:g}",
         model=type(trunk.recipe.model)(checkpoint=str(begin.resolve())),
-        data=replace(data, skip_tokens=skipped + seen["tokens"]),
+        data=replace(data, skip_tokens=skipped_tokens(data) + seen["tokens"]),
         train=replace(train, flops=budget, keep_at=[], warmup_steps=0, decay_fraction=1.0),
     )
     recipe = ungrown(recipe, race.vocab_size)
     return Job(branch_name(trunk, share), recipe, round(budget - seen["flops"]), trunk.final_text)
+
+
+def skipped_tokens(data: DataSection) -> int:
+    """What a run passes over: data.skip_tokens in whole windows."""
+    return -(-data.skip_tokens // data.sequence_length) * data.sequence_length
 
 
 def branch_name(trunk: Job, share: float) -> str:
