@@ -982,6 +982,16 @@ def test_a_run_is_as_far_as_the_furthest_that_it_has_told(shared: Path) -> None:
     assert told == "0 of 1 runs · about 3 min left · now published/seed-0 70%"
 
 
+def test_the_time_left_is_told_by_what_this_session_did(shared: Path) -> None:
+    child = processes.Child(jobs.Job("published/seed-0", tiny(shared), 100), None, None)  # type: ignore[arg-type]
+    progress = processes.Progress(lambda: (1, 100))
+    for line in ("resumed from step-00000004", "step 4/6 · 70% of the FLOPs · loss 2.2"):
+        child.hear(line)
+        assert "left" not in progress.line({"published/seed-0": child}, 60.0)  # the 70 % took none of these seconds
+    child.hear("step 5/6 · 80% of the FLOPs · loss 2.1")
+    assert "about 4 min left" in progress.line({"published/seed-0": child}, 120.0)
+
+
 def test_a_run_that_leaves_no_result_is_not_run_for_ever(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,11 +41,24 @@ class Child:
     reader: threading.Thread
     last_line: str = "it ended without a word"
     share_done: float = 0.0  # the furthest that it has told; not every line tells how far it is
+    share_before: float | None = 0.0  # of an earlier session; None from its line that it resumed to its first share
 
     def hear(self, line: str) -> None:
         self.last_line = line
-        found = re.search(r"(\d+)% of the FLOPs", line)
-        self.share_done = max(self.share_done, int(found[1]) / 100 if found else 0.0)
+        if line.startswith("resumed from") and not self.share_done:
+            self.share_before = None
+        if found := re.search(r"(\d+)% of the FLOPs", line):
+            self.share_done = max(self.share_done, int(found[1]) / 100)
+            self.share_before = self.share_done if self.share_before is None else self.share_before
+
+    @property
+    def flops_before(self) -> float:
+        return self.job.flops * (self.share_before or 0.0)
+
+    @property
+    def flops_done(self) -> float:
+        """In this session."""
+        return self.job.flops * self.share_done - self.flops_before
 
 
 @dataclass(frozen=True)
@@ -76,8 +89,9 @@ class Progress:
 
     def line(self, running: dict[str, Child], seconds: float) -> str:
         count, flops = self.total()
-        done = self.flops_done + sum(child.job.flops * child.share_done for child in running.values())
-        left = (flops - self.flops_before - done) / done * seconds if done else None
+        before = self.flops_before + sum(child.flops_before for child in running.values())
+        done = self.flops_done + sum(child.flops_done for child in running.values())
+        left = (flops - before - done) / done * seconds if done else None
         until = "" if left is None else f" · about {clock(left)} left"
         now = ", ".join(f"{name} {child.share_done:.0%}" for name, child in running.items())
         return f"{self.runs_done} of {count} runs{until} · now {now}"
@@ -129,7 +143,8 @@ def run_jobs(
                         raise ValueError(f"arm {name} ended without a result: {child.last_line}")
                     if progress is not None:
                         progress.runs_done += 1
-                        progress.flops_done += child.job.flops
+                        progress.flops_before += child.flops_before
+                        progress.flops_done += child.job.flops - child.flops_before
                         tell(f"{name}: {child.last_line.partition(';')[0]}")
                 now = time.monotonic()
                 if progress is not None and running and now - told > STATUS_SECONDS:
