@@ -12,7 +12,7 @@ from typing import Any
 
 from . import runs
 from .checkpoint import ancestry, find_checkpoint, load_config, read_carried, read_lineage
-from .data import ByteTokenizer, Corpus, Tokenizer, load_tokenizer
+from .data import ByteTokenizer, Corpus, Tokenizer, is_streamed, load_tokenizer
 from .data.tokenizers import byte_symbols
 from .recipe import DataSection, Recipe
 
@@ -134,7 +134,7 @@ def stream_of(data: DataSection, corpus: Corpus, first: int = 0) -> Stream:
 
 def absolute(source: str) -> str:
     """data.source or data.valid_source, so that it can be found from anywhere."""
-    local = source != "embedded" and not source.startswith("hf:")
+    local = source != "embedded" and not is_streamed(source)
     return str(Path(source).expanduser().resolve()) if local else source
 
 
@@ -183,7 +183,7 @@ def require_unseen(data: DataSection, ancestors: list[Stream], mine: Stream, cor
                 )
             if data.repeat or longer and stream["length"] <= mine["first"]:
                 continue
-            unused = ("source",) if data.source.startswith("hf:") else ("source", "split", "text_field")
+            unused = ("source",) if is_streamed(data.source) else ("source", "split", "text_field")
             key = next(key for key in mine if key not in unused and mine[key] != stream.get(key, mine[key]))
             what = f"data.{key} = {stream[key]!r}, and here it is {mine[key]!r}"
             way = "what it saw cannot be passed over; data.repeat = true allows that"

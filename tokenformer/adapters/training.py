@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from .. import checkpoint as files
 from .. import runs
-from ..data import Batches, Corpus, TooFewDocuments, eval_windows, load_tokenizer, prepare
+from ..data import Batches, Corpus, TooFewDocuments, eval_windows, is_streamed, load_tokenizer, prepare
 from ..distributed import Ranks, choose_device, ranks_here
 from ..evaluate import autocast, evaluate, next_token_loss
 from ..flops import training_flops
@@ -183,7 +183,7 @@ def read_text(
     """
     data, steps = recipe.data, recipe.train.steps
     assert steps is not None
-    if data.source != "embedded" and not data.source.startswith("hf:") and not Path(data.source).exists():
+    if data.source != "embedded" and not is_streamed(data.source) and not Path(data.source).exists():
         raise ValueError(f"--text {data.source}: no such file or folder")
     vocabulary = load_tokenizer(data.tokenizer).vocab_size
     if vocabulary > model.config.vocab_size:

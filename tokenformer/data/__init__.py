@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .cache import FORMAT, Say, TooFewDocuments, build_cache, read_cache, token_dtype
-from .sources import Source, files_below, read_blocks
+from .sources import Source, files_below, is_streamed, read_blocks
 from .tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "TooFewDocuments",
     "eval_windows",
     "held_out_name",
+    "is_streamed",
     "load_tokenizer",
     "prepare",
     "require_file",
@@ -78,7 +79,7 @@ def prepare(section: Any, train_tokens: int, cache: Path | None = None, progress
         raise ValueError(f"data.valid_fraction = {section.valid_fraction}: between 0 and 1 is allowed")
     if section.valid_tokens < 1:
         raise ValueError(f"data.valid_tokens = {section.valid_tokens}: 1 or more is allowed")
-    if section.stream_tokens and not section.source.startswith("hf:"):
+    if section.stream_tokens and not is_streamed(section.source):
         raise ValueError(
             f"data.stream_tokens = {section.stream_tokens} has no effect with data.source = {section.source!r}, which "
             "is read whole: leave it out"
@@ -129,7 +130,7 @@ def held_out_source(section: Any) -> Source | None:
     name = section.valid_source
     if name is None:
         return None
-    if name.startswith("hf:"):
+    if is_streamed(name):
         raise ValueError(f"data.valid_source = {name!r}: must be a text file or folder, or embedded")
     try:
         return Source(dataclasses.replace(section, source=name, document_separator=""), 0)

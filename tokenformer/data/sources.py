@@ -39,13 +39,18 @@ NOT_EMBEDDED = frozenset(
 )
 
 
+def is_streamed(name: str) -> bool:
+    """Whether the data.source of this name is read as it comes, and no further than it is needed."""
+    return name.startswith("hf:")
+
+
 class Source:
     """Where documents come from: `documents()` yields their texts; `skipped_files` is complete after that."""
 
     def __init__(self, section: Any, train_tokens: int) -> None:
         self.name, self.separator = str(section.source), section.document_separator
         self.split, self.text_field = section.split, section.text_field
-        self.embedded, self.streamed = self.name == "embedded", self.name.startswith("hf:")
+        self.embedded, self.streamed = self.name == "embedded", is_streamed(self.name)
         self.needed_tokens = train_tokens + 1 if self.streamed else None
         self.description = "text"
         self.skipped_files = 0

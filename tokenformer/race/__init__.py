@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import environment, runs
-from ..data import Corpus, load_tokenizer
+from ..data import Corpus, is_streamed, load_tokenizer
 from ..recipe import Recipe, arm_recipe, recipe_to_dict
 from ..report import write_report
 from ..report.read import finite
@@ -136,8 +136,9 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
         with by_name(arm):
             longest = 0 if race.recipe.race is None else require_branches(race, arm)
             steps[arm.name] = max(longest, *(race.plan(arm, job.recipe).steps for job in first_jobs(race, arm)))
-    streamed = [stream_tokens(arm, steps[arm.name]) for arm in race.arms if is_streamed(arm)]
-    race.arms = [reading(arm, max(streamed)) if is_streamed(arm) else arm for arm in race.arms]
+    streamed = {arm.name: is_streamed(arm.recipe.data.source) for arm in race.arms}
+    longest = max((stream_tokens(arm, steps[arm.name]) for arm in race.arms if streamed[arm.name]), default=0)
+    race.arms = [reading(arm, longest) if streamed[arm.name] else arm for arm in race.arms]
     for arm in race.arms:
         with by_name(arm):
             for job in first_jobs(race, arm):
@@ -154,10 +155,6 @@ def first_jobs(race: Race, arm: Arm) -> list[Job]:
         return [Job(arm.name, arm.recipe, 0)]
     rate = race.section.learning_rates[0]
     return [trial(race, arm, rate), headline(race, arm, race.section.seeds[0], rate)]
-
-
-def is_streamed(arm: Arm) -> bool:
-    return arm.recipe.data.source.startswith("hf:")
 
 
 def stream_tokens(arm: Arm, steps: int) -> int:
