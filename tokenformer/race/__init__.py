@@ -136,9 +136,9 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
         with by_name(arm):
             longest = 0 if race.recipe.race is None else require_branches(race, arm)
             steps[arm.name] = max(longest, *(race.plan(arm, job.recipe).steps for job in first_jobs(race, arm)))
-    streamed = {arm.name: is_streamed(arm.recipe.data.source) for arm in race.arms}
-    longest = max((stream_tokens(arm, steps[arm.name]) for arm in race.arms if streamed[arm.name]), default=0)
-    race.arms = [reading(arm, longest) if streamed[arm.name] else arm for arm in race.arms]
+    streamed = [arm.name for arm in race.arms if is_streamed(arm.recipe.data.source)]
+    tokens = max((stream_tokens(arm, steps[arm.name]) for arm in race.arms if arm.name in streamed), default=0)
+    race.arms = [reading(arm, tokens) if arm.name in streamed else arm for arm in race.arms]
     for arm in race.arms:
         with by_name(arm):
             for job in first_jobs(race, arm):
