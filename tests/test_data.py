@@ -308,3 +308,7 @@ def test_held_out_text_may_be_a_source_of_its_own(tmp_path: Path) -> None:
     for name, message in (("hf:x", "must be a text file"), ("none.txt", "data.valid_source = 'none.txt' does not")):
         with pytest.raises(ValueError, match=message):
             prepare(dataclasses.replace(section, valid_source=name), 0, tmp_path / "cache")
+    (tmp_path / "empty.txt").write_text(" \n")
+    for name, message in (("empty", r"data.valid_source = .* holds no text"), ("train", "no document that .* has not")):
+        with pytest.raises(ValueError, match=message):
+            prepare(dataclasses.replace(section, valid_source=str(tmp_path / f"{name}.txt")), 0, tmp_path / "cache")

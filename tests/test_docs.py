@@ -57,6 +57,25 @@ def test_the_architecture_of_the_page_passes_the_generated_tests(registries, cap
             matrix.test_every_kind_of_new_entry_is_alive_within_two_steps(operator, "gpt_neox")
 
 
+def test_the_race_of_the_page_can_be_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENFORMER_CACHE", str(tmp_path / "cache"))
+    for name, start, lines in (("train", 0, 65_000), ("held_out", 10**7, 8_000), ("final", 2 * 10**7, 8_000)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{start + i} and {i * i % 9973}\n" for i in range(lines)))
+    (block,) = blocks_of("new_race.md", "toml")
+    (tmp_path / "mine.toml").write_text(block)
+    assert cli.main(["race", "mine.toml", "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "small-stack of stack" in said and "size-1 of small" in said and "copies stay equal" not in said
+    equal = block.replace('"zero"', '"net2wider"')
+    (tmp_path / "mine.toml").write_text(equal)
+    assert cli.main(["race", "mine.toml", "--plan"]) == 0
+    assert "without an option noise or dropout: wide" in capsys.readouterr().out
+    (tmp_path / "mine.toml").write_text(equal.replace('"net2wider"', '"net2wider"\noptions = { noise = 0.01 }'))
+    assert cli.main(["race", "mine.toml", "--plan"]) == 0
+    assert "copies stay equal" not in capsys.readouterr().out  # the control
+
+
 def test_what_a_table_cannot_say_is_as_the_page_says(registries, monkeypatch):
     """Gemma by Qwen2's table: all but the width, and the control, the width."""
     sizes = {"hidden_size": 48, "intermediate_size": 44, "num_attention_heads": 6, "num_key_value_heads": 2}

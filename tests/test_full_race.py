@@ -45,6 +45,7 @@ from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo
 from tokenformer.race.planned import plan_lines
 from tokenformer.recipe import Recipe, arm_recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
 from tokenformer.report.race.controls import control_of
+from tokenformer.report.race.numbers import starts_of
 from tokenformer.start import Start
 from tokenformer.state import save_state
 from tokenformer.step import learning_rate_at
@@ -440,6 +441,9 @@ def test_a_control_without_experts_has_none_to_keep_in_balance(shared: Path) -> 
 def test_a_size_that_makes_no_model_and_a_start_that_has_no_smaller_budget_are_refused(shared: Path) -> None:
     with pytest.raises(ValueError, match="race.sizes.0: model.nonsense: not a field"):
         arms_of(racing(shared, race={"sizes": [{"nonsense": 1}]}), 256)
+    for size, there in ({}, "small"), ({"ffn_tokens": 32}, "scratch"):
+        with pytest.raises(ValueError, match=f"race.sizes.0: is the model of {there} .*which is there already"):
+            arms_of(racing(shared, race={"sizes": [size]}), 256)
     with pytest.raises(ValueError, match=r"arm old: starts from model.checkpoint.*set race.budgets = \[1.0\]"):
         arms_of(racing(shared, {"name": "old", "model": {"checkpoint": "somewhere"}}), 256)
 
@@ -1008,6 +1012,52 @@ def test_a_plan_says_what_a_race_comes_to_and_trains_nothing(shared: Path, tmp_p
     assert grown[3] < grown[4] and grown[-1].endswith("%")
     assert any("29 runs" in line for line in lines)  # 3 arms x 3 rates + 5 arms x 2 seeds x 2 budgets
     assert not list(tmp_path.iterdir())
+
+
+def test_a_size_may_be_of_another_architecture_than_the_first_growing_arm(shared: Path) -> None:
+    llama = {"name": "llama", "model": LLAMA["model"], "growth": [{"at_fraction": 0.2, "operator": "zero",
+             "to": {"intermediate_size": 32}}]}
+    sizes = [{"ffn_tokens": 8}, {**LLAMA["model"], "intermediate_size": 24}]
+    arms = {arm.name: arm for arm in arms_of(racing(shared, GROWN, llama, race={"sizes": sizes}), 256)}
+    assert arms["size-1"].recipe.model.architecture == "tokenformer"
+    assert arms["size-2"].recipe.model.architecture == "llama" and arms["size-2"].of == "small"
+    fields = arms["size-2"].recipe.model.fields
+    assert fields["intermediate_size"] == 24 and "ffn_tokens" not in fields
+
+
+def test_a_plan_says_what_is_beside_what_and_how_much_text_is_read(shared: Path, tmp_path: Path) -> None:
+    final = tmp_path / "final.txt"
+    final.write_text("".join(f"{i} is a number of its own, {i * i}\n" for i in range(300)))
+    race = {"final_text": str(final), "cosine": ["grown"]}
+    said = "\n".join(plan_race(racing(shared, {**GROWN, "train": {"weight_decay": 0.0}}, race=race), 1))
+    assert "controls: scratch of grown, small of grown, dropped of grown, copy of scratch\ncosine runs: grown" in said
+    assert "training text: " in said and "the longest run reads" in said
+    assert "held-out text: " in said and "fewer than" not in said and "arms do not share" not in said
+    assert "final text: " in said and "0.0% is shared with the held-out text" in said
+    final.write_bytes(corpus(shared).read_bytes()[:20_000])
+    with pytest.raises(ValueError, match="race.final_text: .* of its stretches .* occur in the training text"):
+        plan_race(racing(shared, race=race), 1)
+    apart = {"name": "apart", "train": {"weight_decay": 0.0}}
+    recipe = racing(shared, GROWN, apart)
+    recipe = replace(recipe, data=replace(recipe.data, valid_tokens=10**6))
+    said = "\n".join(plan_race(recipe, 1))
+    assert "arms do not share: train.weight_decay" in said and "fewer than data.valid_tokens = 1,000,000" in said
+
+
+def test_arms_are_of_one_start_though_one_recipe_says_what_another_leaves_to_follow(shared: Path) -> None:
+    relora = {"name": "relora", "model": LLAMA["model"], "growth": [{"at_fraction": 0.2, "operator": "relora",
+              "to": {"rank": 2}}]}
+    head = {"name": "head", "model": {**LLAMA["model"], "head_dim": 4}}  # which is 8 / 2
+    other = {"name": "other", "model": {**LLAMA["model"], "head_dim": 2}}
+    silent = {"name": "silent", "model": {**LLAMA["model"], "hidden_act": "gelu"}}  # decides on no weight
+    race = race_of(racing(shared, relora, head, other, silent, race={"controls": False}), shared)
+    arms = [{**arm_entry(race, arm), "recipe": recipe_to_dict(arm.recipe)} for arm in race.arms]
+    starts = starts_of({"arms": arms})
+    assert starts["relora"] == starts["head"] == starts["silent"] != starts["other"]
+    assert len(set(starts_of({"arms": arms[::-1]}).values())) == len(set(starts.values())) == 2
+    for arm in arms:
+        arm.pop("config")
+    assert starts_of({"arms": arms})["relora"] != starts_of({"arms": arms})["head"]  # the control: by recipes alone
 
 
 def test_a_plan_says_the_flops_of_all_runs_of_each_arm_and_their_sum(

@@ -158,6 +158,26 @@ def test_the_answer_comes_first_in_two_sentences_with_every_control(race, report
     assert page.index('class="answer"') < page.index("<h2>") and "red notes" not in first
 
 
+def test_whether_growing_paid_is_said_first_in_a_few_words(race, report, tmp_path):
+    assert report["conclusion"] == (
+        "Growing paid here: at equal FLOPs the best of 2 grown models, grown, is better than scratch, small and "
+        "size 560 k."
+    )
+    page = (race / "report.html").read_text()
+    assert page.index(report["conclusion"]) < page.index('class="answer"')
+
+    def moved(name, **by):
+        loss = lambda arm, *at: plausible(arm, *at) + by.get(arm.replace(" ", "_"), 0.0)  # noqa: E731
+        return read_report(write_full_race(tmp_path / name, loss=loss))["conclusion"]
+
+    beaten = moved("beaten", size_560_k=-0.5)
+    assert beaten.startswith("Growing did not pay here: at equal FLOPs size 560 k (the best of 3 sizes from scratch)")
+    level = moved("level", grown=cell(report, "scratch")["mean"] - cell(report, "grown")["mean"], grown_late=0.5)
+    assert level.startswith("That growing pays is not shown here: ") and "scratch" in level
+    arms = {n: {**ARMS[n], "role": "arm"} for n in ("scratch", "small")}  # the control: nothing grows
+    assert read_report(write_full_race(tmp_path / "none", arms=arms, reference="scratch"))["conclusion"] == ""
+
+
 def test_every_arm_stands_against_the_reference_on_one_axis(race, report):
     page = (race / "report.html").read_text()
     order = [page.index(text) for text in ('<dl class="tiles">', "<h2>Against scratch at 12.0 TFLOP", ">Results at")]
@@ -769,7 +789,7 @@ def test_what_spoils_the_answer_is_red(tmp_path, changes, flag, control):
     folder = write_full_race(tmp_path / "bad", **changes)
     bad = read_report(folder)
     assert any(flag in text for text in reds(bad)), reds(bad)
-    assert bad["answer"][0].startswith("**Read the red notes first.**")
+    assert bad["answer"][0].startswith("**Read the red notes first.**") and bad["conclusion"] == ""
     page = html.unescape(page_of(bad))
     assert (
         'class="note bad"' in page
@@ -947,6 +967,7 @@ def test_a_race_in_progress_has_a_page_that_says_so(tmp_path):
     told = read_report(folder)
     assert any("17 of 63 headline runs have finished; 5 arms have no headline run yet" in t for t in ambers(told))
     assert reds(told) == [] and told["answer"][0].startswith("With arms missing: at 12.0 TFLOP")
+    assert told["conclusion"] == ""
     assert pair(told, "grown", "scratch")["seeds"] == [0, 1]
     page = page_of(read_report(folder))
     assert "2 of 3 seeds" in page and "0 of 3 seeds" in page

@@ -88,6 +88,8 @@ def test_the_reference_names_every_key_and_is_toml() -> None:
         keys = [line.removeprefix("# ").split(" =")[0] for line in lines if line]
         assert sorted(keys) == sorted(field.name for field in dataclasses.fields(section))
     assert tomllib.loads(text.split("\n[[arm]]")[0])["train"]["learning_rate"] == 2e-3
+    required = [line.split(" =")[0] for line in text.splitlines() if "# required" in line]
+    assert required == ["to", "learning_rates"]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,24 @@ def test_an_arm_is_overridden_by_its_name(tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path / "race.json", ["arm.scratch.model.ffn_tokens=96", "arm.0.train.seed=5"])
     assert arm_recipe(recipe, recipe.arms[1]).model.fields["ffn_tokens"] == 96
     assert arm_recipe(recipe, recipe.arms[0]).train.seed == 5
+
+
+def test_what_the_command_line_sets_for_all_arms_is_used_by_one_at_least(tmp_path: Path) -> None:
+    grid = {"learning_rates": [1e-3, 2e-3, 4e-3]}
+    llama, tall = {"architecture": "llama", "num_hidden_layers": 1}, {"num_hidden_layers": 3}
+    arms = [{"name": "a", "model": llama, "train": {"weight_decay": 0.0}}, {"name": "b", "model": tall}]
+    table = {"model": {"hidden_size": 8}, "train": {"flops": 1e9}, "race": grid, "arm": arms}
+    (tmp_path / "race.json").write_text(json.dumps(table))
+    fine = ("model.hidden_size=16", "train.weight_decay=0.2", "arm.a.model.num_hidden_layers=2", "data.batch_size=4")
+    for setting in fine:
+        load_recipe(tmp_path / "race.json", [setting])
+    for key, message in {
+        "model.num_hidden_layers": "has no effect: every arm has its own, such as arm.a.model.num_hidden_layers",
+        "train.learning_rate": "has no effect beside race.learning_rates",
+        "train.seed": "has no effect beside race.seeds",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{key}: {message}.*from the command line"):
+            load_recipe(tmp_path / "race.json", [f"{key}=2"])
 
 
 def test_reading_a_table_does_not_alter_it() -> None:
@@ -243,7 +263,8 @@ MISTAKES = [
     ("model.hidden_size=2020-01-01", "model.hidden_size: 2020-01-01 is not allowed here"),
     ("arm=[{name='a', growth=[{at_fraction=nan}]}]", "arm.0.growth.0.at_fraction: NaN is not allowed here"),
     ("arm=[{name='a', model={x=[{y=inf}]}}]", "arm.0.model.x.0.y: Infinity is not allowed here"),
-    (f"arm=[{{name='{'a' * 101}'}}]", 'a" is not allowed; it must match [A-Za-z0-9][A-Za-z0-9._-]{0,99}'),
+    (f"arm=[{{name='{'a' * 101}'}}]", 'a" is not allowed; it must be at most 100 of a-z, A-Z, 0-9,'),
+    (growth("at_step=3, operator='Zero Keys'"), 'it must be the name of an operator, or several joined by +'),
     ("train.steps.x=1", "train.steps.x: train.steps is not a table"),
     ("steps", "'steps': an override is written key=value, such as train.steps=2000"),
     ("train..steps=1", "an override is written key=value"),

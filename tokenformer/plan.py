@@ -124,7 +124,7 @@ def plan(
         if steps < 1:
             after = f" after the {ancestors:.3g} that model.checkpoint has cost" if ancestors else ""
             raise ValueError(
-                f"train.flops = {recipe.train.flops:g} is less than one step, {costs[0]:.3g} FLOPs{after}"
+                f"train.flops = {recipe.train.flops:g} is less than one step, {costs[0]:.3g} FLOPs{after}; take more"
             )
         if steps > sys.maxsize:
             raise ValueError(f"train.flops = {recipe.train.flops:g} comes to more than {sys.maxsize} steps; take fewer")

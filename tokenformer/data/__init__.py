@@ -207,8 +207,8 @@ class Batches(torch.utils.data.Dataset[torch.Tensor]):
             held = self.first + len(self.tokens)
             raise ValueError(
                 f"{steps:,} steps{skipped} ask for {asked:,} training tokens; the corpus holds {held:,} "
-                f"({len(self):,} steps): take fewer steps or a larger data.source, or let tokens be seen "
-                "again with data.repeat = true"
+                f"({len(self):,} steps): take a shorter run (train.steps or train.flops) or a larger data.source, or "
+                "let tokens be seen again with data.repeat = true"
             )
 
     def epochs(self, steps: int) -> float:
@@ -244,7 +244,7 @@ def eval_windows(corpus: Corpus, sequence_length: int) -> tuple[torch.Tensor, to
     if count < 1:
         raise TooFewDocuments(
             f"data.sequence_length = {sequence_length} is more than the {len(corpus.valid):,} held-out "
-            "tokens: lower it, or raise data.valid_fraction or data.valid_tokens"
+            "tokens: lower it, hold out a larger text, or raise data.valid_tokens"
         )
     return cut_windows(corpus.valid, corpus.valid_bytes, corpus.tokenizer.eos_token_id, sequence_length)
 

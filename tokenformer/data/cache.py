@@ -114,6 +114,11 @@ def write_tokens(
         skipped = f"{len(names)} files, {source.skipped_files} of them not text"
         raise ValueError(f"data.source = {source.name!r} holds no text ({skipped})")
     for side in ("valid", "train"):
+        if not count[f"{side}_documents"] and held_out is not None:
+            empty = f"data.valid_source = {held_out.name!r} holds no text"
+            if side == "train":
+                empty = f"data.source = {source.name!r} has no document that data.valid_source has not"
+            raise TooFewDocuments(f"{empty}, so there is none to {'train on' if side == 'train' else 'hold out'}")
         if not count[f"{side}_documents"]:
             raise TooFewDocuments(
                 f"data.source = {source.name!r}: none of its {len(seen):,} documents falls to the {side} "

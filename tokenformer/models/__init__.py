@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ def register() -> None:
 
 register()
 
+# Fields that say how many or how large: a whole number of these is one or more.
+SIZES = re.compile(r"(num|n)_.+|.+_(size|dim|tokens|heads|layers|embeddings)")
+
 
 def build_config(
     architecture: str, preset: str | None = None, fields: dict[str, Any] | None = None
@@ -67,6 +71,8 @@ def build_config(
         usual = getattr(default, key)
         if isinstance(usual, (str, int, float)) and isinstance(value, str) != isinstance(usual, str):
             raise ValueError(f"model.{key}: {value!r} is of the wrong type; {cls.__name__} has {usual!r} there")
+        if SIZES.fullmatch(key) and type(value) is int and value < 1:
+            raise ValueError(f"model.{key}: {value} is too small; it must be at least 1")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         usual = getattr(default, key, None)
         if isinstance(usual, int) and usual >= (fields.get("vocab_size") or usual + 1):

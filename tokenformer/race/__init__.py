@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import environment, runs
 from ..data import Corpus, is_streamed, load_tokenizer
 from ..recipe import Recipe, arm_recipe, recipe_to_dict
@@ -43,7 +45,7 @@ from .jobs import (
     todo,
     trial,
 )
-from .planned import plan_lines, table
+from .planned import plan_lines, table, text_lines
 from .processes import Piece, Progress, run_jobs, run_main
 
 __all__ = ["plan_race", "run_main", "run_race"]
@@ -102,8 +104,12 @@ def note_final_text(race: Race, tell: Callable[[str], None]) -> None:
 def plan_race(recipe: Recipe, jobs: int = 2) -> list[str]:
     """What the race would be, in lines: arms, parameters, FLOPs, runs, and the time that a few timed steps foretell."""
     race = race_of(recipe, Path())
-    require_all_feasible(race, None)
-    return plan_lines(race, jobs)
+    corpus = require_all_feasible(race, None)
+    lines = plan_lines(race, jobs)
+    if recipe.race is not None:
+        final = final_tokens(race)
+        lines[-1:-1] = text_lines(race, corpus, final, check_texts(corpus, final))
+    return lines
 
 
 def checkpoints_of(folder: Path, recipe: Recipe) -> dict[str, str]:
@@ -174,7 +180,8 @@ def by_name(arm: Arm) -> Iterator[None]:
         yield
     except ValueError as error:
         text = str(error)
-        raise ValueError(text if text.startswith("arm ") else f"arm {arm.name}: {text}") from None
+        beside = "" if arm.role == "arm" else f" (a control of {arm.of})"
+        raise ValueError(text if text.startswith("arm ") else f"arm {arm.name}{beside}: {text}") from None
 
 
 def open_race(race: Race, corpus: Corpus) -> None:
@@ -204,16 +211,18 @@ def open_race(race: Race, corpus: Corpus) -> None:
         "checkpoints": {a.name: a.recipe.model.checkpoint for a in race.arms if a.recipe.model.checkpoint},
     }
     if recipe.race is not None:
-        final = None
-        if race.final_text:
-            final = final_windows(recipe, *race.final_text)[0][:, 1:].flatten().numpy()
         flops = recipe.train.flops or 0.0
         whole = {"flops": flops, "tune_flops": flops * recipe.race.tune_fraction}
         written["race"] = {**recipe_to_dict(recipe)["race"], **whole}
         written["race"]["judged_before"] = sorted({entry["race"] for entry in judged(texts.get("race.final_text"))})
-        written["checks"] = check_texts(corpus, final)
+        written["checks"] = check_texts(corpus, final_tokens(race))
         written["arms"] = [arm_entry(race, arm) for arm in race.arms]
     runs.write_json(path, written)
+
+
+def final_tokens(race: Race) -> np.ndarray | None:
+    """What of race.final_text is judged by."""
+    return final_windows(race.recipe, *race.final_text)[0][:, 1:].flatten().numpy() if race.final_text else None
 
 
 def settle_moved(race: Race) -> None:
@@ -269,7 +278,8 @@ def run_flops(run: Path) -> int:
 
 def summary(report: dict[str, Any]) -> list[str]:
     """The report's answer as plain text, after the table of arms, best first, where each arm is one run."""
-    answer = [sentence.replace("**", "") for sentence in report["answer"]]
+    short = [report["conclusion"]] if report.get("conclusion") else []
+    answer = [*short, *(sentence.replace("**", "") for sentence in report["answer"])]
     if "race" in report:
         return ["", *answer]
     arms = sorted(report["arms"], key=lambda arm: arm["rank"] or len(report["arms"]) + 1)

@@ -12,7 +12,7 @@ from ..flops import count_parameters, parameters
 from ..growth.lowrank import Ranks, factorise, settled_ranks
 from ..models import build_model
 from ..plan import chooses_experts, model_config, phase_configs
-from ..recipe import RaceSection, Recipe, arm_recipe, recipe_from_dict, recipe_to_dict
+from ..recipe import RaceSection, Recipe, arm_recipe, is_another_model, recipe_from_dict, recipe_to_dict
 from ..start import Start, start_of
 
 WEIGHTS_SEED = 10_000  # added to the seed of a copy's weights
@@ -86,7 +86,11 @@ def arms_of(recipe: Recipe, vocab_size: int, checkpoints: dict[str, str] | None 
         if race.sizes and base.recipe.model.checkpoint:
             raise ValueError("race.sizes: has no effect where every arm starts from model.checkpoint")
         for number, fields in enumerate(race.sizes, start=1):
-            sized = changed_model(base.recipe, fields, f"race.sizes.{number - 1}", vocab_size)
+            key = f"race.sizes.{number - 1}"
+            sized = changed_model(base.recipe, fields, key, vocab_size)
+            same = next((a for a in arms if a.role != "arm" and same_run(a.recipe, sized, vocab_size)), None)
+            if same:
+                raise ValueError(f"{key}: is the model of {same.name} ({same.description}), which is there already")
             add(arms, f"size-{number}", base, sized, "another size from scratch", vocab_size, "size")
     elif race.sizes:
         raise ValueError("race.sizes: has no effect with race.controls = false")
@@ -199,7 +203,7 @@ def dropped(recipe: Recipe) -> Recipe:
 
 def changed_model(recipe: Recipe, fields: dict[str, Any], key: str, vocab_size: int) -> Recipe:
     table = recipe_to_dict(ungrown(recipe, vocab_size))
-    table["model"] |= fields
+    table["model"] = fields if is_another_model(recipe, fields) else table["model"] | fields
     try:
         sized = recipe_from_dict(table, key)
         ends(sized, vocab_size)

@@ -1,17 +1,24 @@
 """What a race comes to, worked out and timed before anything is trained."""
 
+import textwrap
 import time
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
+from ..data import Corpus
 from ..distributed import Ranks, choose_device
 from ..environment import usable_cores
 from ..evaluate import autocast, cross_entropy
 from ..flops import training_flops
+from ..growth.operators import OPERATORS
 from ..models import build_model
 from ..optim import AdamW, parameter_groups
+from ..recipe import recipe_to_dict
 from ..report.units import count_text
+from ..report.verdict import differing_keys
 from ..train import rows_at_once
 from .arms import Arm, ends, parameters_of
 from .jobs import Race, all_jobs, jobs_of_arms
@@ -59,13 +66,49 @@ def plan_lines(race: Race, slots: int) -> list[str]:
     lines = [*table(rows), ""]
     if race.recipe.race is not None:
         section = race.section
+        budgets = "one budget of" if len(section.budgets) == 1 else f"{len(section.budgets)} budgets up to"
         lines.append(
             f"{len(section.learning_rates)} learning rates at {section.tune_fraction:.0%} of the length, "
-            f"{len(section.seeds)} seeds, {len(section.budgets)} budgets up to {race.recipe.train.flops:.3g} FLOPs; "
+            f"{len(section.seeds)} seeds, {budgets} {race.recipe.train.flops:.3g} FLOPs; "
             "FLOPs above: of all runs of an arm"
         )
+        beside = [f"{arm.name} of {arm.of}" for arm in race.arms if arm.role != "arm"]
+        apart = differing_keys([{"train": recipe_to_dict(arm.recipe)["train"]} for arm in race.arms])
+        equal = [arm.name for arm in race.arms if arm.role == "arm" and leaves_copies_equal(race, arm)]
+        for what, names in (
+            ("controls", beside),
+            ("cosine runs", section.cosine),
+            ("arms do not share", apart),
+            ("copies stay equal, so that what is added may never be used, without an option noise or dropout", equal),
+        ):
+            text = f"{what}: {', '.join(names)}"
+            lines += textwrap.wrap(text, 118, subsequent_indent="  ", break_on_hyphens=False) if names else []
     told = f"{count} runs, {flops:.3g} FLOPs: about {clock(whole)} with {slots} at a time, going by {TIMED_STEPS} steps"
     return [*lines, f"{told} of each arm; a grid that has to grow takes longer"]
+
+
+def leaves_copies_equal(race: Race, arm: Arm) -> bool:
+    config = ends(arm.recipe, race.vocab_size)[0].to_dict()
+    dropout = any(value for key, value in config.items() if "drop" in key and isinstance(value, float))
+    parts = [(part, event) for event in arm.recipe.growth for part in event.operator.split("+")]
+    return not dropout and any(OPERATORS[part].symmetric and not event.options.get("noise") for part, event in parts)
+
+
+def text_lines(race: Race, corpus: Corpus, final: np.ndarray | None, checks: dict[str, Any]) -> list[str]:
+    """How much text there is, how much of it is read, and what it shares: docs/fairness.md, rules 3, 4 and 26."""
+    train, held_out, most = len(corpus.train), len(corpus.valid), race.recipe.data.valid_tokens
+    longest = max(race.plan(arm, arm.recipe).tokens for arm in race.arms)
+    few = f", fewer than data.valid_tokens = {most:,}" if held_out < most else ""
+    lines = [
+        f"training text: {count_text(train)} tokens, of which the longest run reads {longest / train:.1%}",
+        f"held-out text: {held_out:,} tokens{few}; {checks['overlap']:.1%} of it is in the training text too",
+    ]
+    if final is not None:
+        lines.append(
+            f"final text: {len(final):,} tokens; {checks['final_overlap']:.1%} of it is in the training text too, "
+            f"{checks['final_held_out_overlap']:.1%} is shared with the held-out text"
+        )
+    return lines
 
 
 def seconds_per_flop(race: Race, arm: Arm, slots: int) -> float:

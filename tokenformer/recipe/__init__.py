@@ -40,6 +40,7 @@ __all__ = [
     "Recipe",
     "TrainSection",
     "arm_recipe",
+    "is_another_model",
     "load_recipe",
     "recipe_from_dict",
     "recipe_reference",
@@ -47,6 +48,8 @@ __all__ = [
     "recipe_to_toml",
     "shipped_recipes",
 ]
+
+RACED = {"train.learning_rate": "race.learning_rates", "train.seed": "race.seeds", "data.seed": "race.seeds"}
 
 # --- reading ---
 
@@ -73,7 +76,10 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Reci
         table["model"] = {}  # a checkpoint brings all of it
     for dotted, value in settings:
         override(table, dotted, value, given)
-    return resolve(table, lambda k: "the command line" if any(covers(d, k) for d in given) else str(path))
+    recipe = resolve(table, lambda k: "the command line" if any(covers(d, k) for d in given) else str(path))
+    for dotted in given:
+        require_effect(recipe, dotted)
+    return recipe
 
 
 def recipe_path(path_or_name: str | Path) -> Path:
@@ -134,8 +140,7 @@ def arm_recipe(recipe: Recipe, arm: ArmSection) -> Recipe:
             continue
         if not isinstance(values, dict):
             raise ValueError(f"{section}: must be a table, not {describe(values)} (from {origin})")
-        foreign = values.get("architecture") not in (None, recipe.model.architecture)
-        if section == "model" and (foreign or "checkpoint" in values):
+        if section == "model" and is_another_model(recipe, values):
             table["model"] = {}
         for name, value in values.items():
             for other in ALTERNATIVES.get(name, ()):
@@ -194,6 +199,24 @@ def list_position(entries: list[Any], name: str, dotted: str) -> int:
         return int(name)
     known = [str(n if n is not None else i) for i, n in enumerate(names)]
     raise ValueError(f"{dotted}: no entry {name}; there are {len(entries)}: {', '.join(known) or 'none'}")
+
+
+def require_effect(recipe: Recipe, dotted: str) -> None:
+    """ValueError where a key that the command line sets for all arms of a race is used by none of them."""
+    section, *names = dotted.split(".")
+    if recipe.race and dotted in RACED:
+        raise ValueError(f"{dotted}: has no effect beside {RACED[dotted]} (from the command line)")
+    if section not in ("model", "train") or len(names) != 1 or names == ["architecture"] or not recipe.arms:
+        return
+    own = [arm.overrides.get(section, {}) for arm in recipe.arms]
+    if all(names[0] in each or (section == "model" and is_another_model(recipe, each)) for each in own):
+        example = f"arm.{recipe.arms[0].name}.{dotted}"
+        raise ValueError(f"{dotted}: has no effect: every arm has its own, such as {example} (from the command line)")
+
+
+def is_another_model(recipe: Recipe, values: dict[str, Any]) -> bool:
+    """Whether an arm's [model] replaces the race's: of another architecture, or from a checkpoint."""
+    return values.get("architecture") not in (None, recipe.model.architecture) or "checkpoint" in values
 
 
 def covers(dotted: str, path: str) -> bool:

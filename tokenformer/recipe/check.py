@@ -103,7 +103,7 @@ def out_of_limits(value: Any, limits: Any) -> str:
     if "choices" in limits and value not in limits["choices"]:
         return f"be one of {', '.join(limits['choices'])}{nearest(value, limits['choices'], 'value')}"
     if "pattern" in limits and not re.fullmatch(limits["pattern"], value, re.DOTALL):
-        return "not be empty" if limits["pattern"] == ".+" else f"match {limits['pattern']} ({limits['doc']})"
+        return f"be {limits['allowed']}" if "allowed" in limits else "not be empty"
     bounds = {name: limits[name] for name in BOUNDS if name in limits}
     if all(BOUNDS[name][1](value, limit) for name, limit in bounds.items()):
         return ""

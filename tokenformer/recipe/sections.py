@@ -7,7 +7,8 @@ from typing import Any
 def key(
     doc: str, *, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING, **limits: Any
 ) -> Any:
-    """A dataclass field with its explanation and its limits: low, high, above, below, choices, pattern.
+    """A dataclass field with its explanation and its limits: low, high, above, below, choices, pattern, which `allowed`
+    says in words.
 
     `file` is its name in a file where that differs; `rest` makes it take the keys that no other field claims.
     """
@@ -127,7 +128,12 @@ class TrainSection:
     )
     tensorboard: bool = key("write TensorBoard events as well (tokenformer[tensorboard])", default=False)
     seed: int = key("initial weights", default=0, low=0, high=2**32 - 1)
-    device: str = key("auto, cpu, cuda, cuda:N or mps", default="auto", pattern=r"auto|cpu|mps|cuda(:\d+)?")
+    device: str = key(
+        "auto, cpu, cuda, cuda:N or mps",
+        default="auto",
+        pattern=r"auto|cpu|mps|cuda(:\d+)?",
+        allowed="auto, cpu, cuda, cuda:N or mps",
+    )
     threads: int = key("CPU threads; 0 = torch's default", default=0, low=0, high=1024)
 
 
@@ -173,6 +179,7 @@ class GrowthSection:
         "zero_keys in the records; several joined by + are applied one after another",
         default="zero_keys",
         pattern=r"[a-z0-9_]+(\+[a-z0-9_]+)*",
+        allowed="the name of an operator, or several joined by +",
     )
     options: dict[str, Any] = key("the operator's own, { noise = 0.1 }", factory=dict)
     moments: str = key("Adam's moments of the old rows", default="keep", choices=("keep", "drop"))
@@ -190,7 +197,11 @@ class GrowthSection:
 
 @dataclasses.dataclass
 class ArmSection:
-    name: str = key("its folder's name", pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+    name: str = key(
+        "its folder's name",
+        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}",
+        allowed="at most 100 of a-z, A-Z, 0-9, '.', '_' and '-', the first a letter or a digit",
+    )
     description: str = key("one line for the report", default="")
     overrides: dict[str, Any] = key(
         "what differs: [arm.model], [arm.data], [arm.train], [[arm.growth]]", factory=dict, rest=ARM_TABLES
@@ -221,7 +232,9 @@ class RaceSection:
         "the arm that others are held against; scratch, or the first", default=None, pattern=r".+"
     )
     sizes: list[dict[str, Any]] = key(
-        "further sizes from scratch, the best of which is a control: changes of [model]", factory=list
+        "further sizes from scratch, the best of which is a control: changes of the model that the first growing arm "
+        "starts as, or another architecture whole",
+        factory=list,
     )
     controls: bool = key("add scratch, small, dropped and the sizes", default=True)
     cosine: list[str] = key("arms that are run on a cosine schedule as well, with the first seed", factory=list)

@@ -16,6 +16,8 @@ from .sections import (
     TrainSection,
 )
 
+REQUIRED = "required, such as this: "
+
 
 def recipe_to_toml(recipe: Recipe) -> str:
     """The recipe in full as TOML, each key with its line of explanation; `load_recipe` reads it back."""
@@ -47,21 +49,22 @@ def recipe_reference() -> str:
         lines += ["", f"[{name}]  # {about[name]}", *section_lines(section)]
         if name == "model":
             lines.append(f"{'# ...':<36} # {dataclasses.fields(section)[-1].metadata['doc']}")
-    event = GrowthSection(to={"ffn_tokens": 512}, at_fraction=0.4)
-    lines += ["", f"[[growth]]  # {about['growth']}", *section_lines(event)]
+    event = GrowthSection(to={"ffn_tokens": 512})
+    lines += ["", f"[[growth]]  # {about['growth']}", *section_lines(event, REQUIRED)]
     lines += ["", f"[[arm]]  # {about['arms']}"]
     lines += [
         f"{'# ...' if 'rest' in f.metadata else f.name + ' =':<36} # {f.metadata['doc']}"
         for f in dataclasses.fields(ArmSection)
     ]
     race = RaceSection(learning_rates=[0.002, 0.004, 0.008])
-    lines += ["", f"[race]  # {about['race']}", *section_lines(race)]
+    lines += ["", f"[race]  # {about['race']}", *section_lines(race, REQUIRED)]
     lines += ["", f"[noise]  # {about['noise']}"]
     lines += [f"{f.name + ' =':<36} # {f.metadata['doc']}" for f in dataclasses.fields(NoiseSection)]
     return "\n".join(lines) + "\n"
 
 
-def section_lines(section: Any) -> list[str]:
+def section_lines(section: Any, required: str = "") -> list[str]:
+    """A line for each key; `required` goes with the explanation of those that have no default."""
     lines = []
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
@@ -71,7 +74,8 @@ def section_lines(section: Any) -> list[str]:
             ]
         else:  # TOML has no null: a key that is not set is shown as a comment
             setting = f"# {field.name} =" if value is None else f"{field.name} = {toml(value)}"
-            lines.append(f"{setting:<36} # {field.metadata['doc']}")
+            unset = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            lines.append(f"{setting:<36} # {required if unset else ''}{field.metadata['doc']}")
     return lines
 
 

@@ -190,6 +190,7 @@ def page(report: dict[str, Any], top: list[Chart]) -> str:
 def head(report: dict[str, Any]) -> str:
     """The answer first, what to doubt about it, and its figures as tiles."""
     lead, *rest = report["answer"]
+    short = f'<p class="conclusion">{e(report["conclusion"])}</p>' if report.get("conclusion") else ""
     about = f'<p class="about">{e(report["description"])}</p>' if report["description"] else ""
     tiles = "".join(
         f'<div class="tile"><dt>{e(t["label"])}</dt>'
@@ -198,7 +199,7 @@ def head(report: dict[str, Any]) -> str:
     )
     return (
         f'<header><p class="kind">tokenformer {report["kind"]}</p><h1>{e(report["name"])}</h1>'
-        f'{notes(report["status_warnings"])}<p class="answer">{prose(lead)}</p>'
+        f'{notes(report["status_warnings"])}{short}<p class="answer">{prose(lead)}</p>'
         f"{''.join(f'<p class=answer2>{prose(s)}</p>' for s in rest)}{about}"
         f"{notes(report['warnings'])}</header>"
         f'<dl class="tiles">{tiles}</dl>'

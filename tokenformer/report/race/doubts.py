@@ -19,7 +19,7 @@ from ..verdict import (
 from .charts import foremost
 from .controls import controls_of, gains, own_controls, pair_of, sunk_costs
 from .numbers import starts_of, values_at
-from .words import answer, answered, best_arm, edge_text, headline, listed, progress, share_text
+from .words import answer, answered, best_arm, conclusion, edge_text, headline, listed, progress, share_text
 
 OVERLAPS = (
     ("overlap", "held-out text", "training text"),
@@ -339,8 +339,8 @@ def put_in_words(report: dict[str, Any]) -> dict[str, Any]:
     shares = [b for b in reversed(report["budgets"]) if budget and b["share"] <= budget["share"]]
     own = [row for each in shares for row in own_controls(report, each)]
     report = {**report, "sunk": sunk, "own_controls": own, "gains": gains(report)}
-    said = answer(report)
+    said, short = answer(report), conclusion(report)
     if any(note["level"] == "bad" for note in report["warnings"] + report["status_warnings"]):
-        said[0] = f"**Read the red notes first.** {said[0]}"
+        said[0], short = f"**Read the red notes first.** {said[0]}", ""
     found = {"headline": headline(report), "changes": changes(report), "foremost": foremost(report)}
-    return {**report, "answer": said, **found}
+    return {**report, "conclusion": short, "answer": said, **found}

@@ -121,17 +121,22 @@ def sizes_in(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def starts_of(report: dict[str, Any]) -> dict[str, Hashable]:
-    """What an arm's weights start as at each seed: models of which all is the same that decides on them (rule 20).
+    """What an arm's weights start as at each seed: models of which all is the same that decides on them (rule 20), as
+    their recipes say it or as their configurations have it, where one recipe leaves to follow what another says.
 
     A copy has a seed of its own for its weights beside that of its text.
     """
-    starts: dict[str, Hashable] = {}
+    groups: list[tuple[set[str], list[str]]] = []  # how models are said, and the arms of which that is so
     for arm in report["arms"]:
         model, train, data = (arm["recipe"].get(key) or {} for key in ("model", "train", "data"))
-        about = [arm["architecture"], {k: v for k, v in model.items() if k not in NOT_IN_WEIGHTS and v is not None}]
-        own = train.get("seed", 0) - data.get("seed", 0)
-        starts[arm["name"]] = json.dumps([*about, own], sort_keys=True) if model else arm["name"]
-    return starts
+        own = train.get("seed", 0) - data.get("seed", 0), arm["architecture"], *map(model.get, ("rank", "rank_start"))
+        said = [model, arm.get("config") or {}] if model else []
+        about = [{k: v for k, v in each.items() if k not in NOT_IN_WEIGHTS and v is not None} for each in said]
+        keys = {json.dumps([*own, each], sort_keys=True) for each in about if each}
+        same = [group for group in groups if group[0] & keys]
+        joined = keys.union(*(ways for ways, _ in same)), [name for _, names in same for name in names] + [arm["name"]]
+        groups = [group for group in groups if group not in same] + [joined]
+    return {name: names[0] for _, names in groups for name in names}
 
 
 def budget_of(report: dict[str, Any], share: float) -> dict[str, Any]:

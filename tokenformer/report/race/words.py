@@ -141,6 +141,31 @@ def answer(report: dict[str, Any]) -> list[str]:
     return [f"{where}{title}, **{arm['name']}** ({bits}, {seeds}) {stands}.", f"{said[0].upper()}{said[1:]}."]
 
 
+def conclusion(report: dict[str, Any]) -> str:
+    """Whether growing paid, in a few words: how the best growing arm stands to scratch, to its small size and to the
+    best size; nothing where an arm is missing or those controls are.
+    """
+    budget = answered(report)
+    arm = best_arm(report, budget) if budget else None
+    if not budget or not arm or not arm["grows"] or any(cell["mean"] is None for cell in budget["arms"]):
+        return ""
+    own = {role: name for role, name in controls_of(report, budget, arm).items() if role != "dropped"}
+    labels = {name: what for name, what in control_labels(report, budget, arm).items() if name in own.values()}
+    pairs = [pair for name in labels if (pair := pair_of(budget, arm["name"], name))]
+    if not {"scratch", "small"} <= own.keys() or len(pairs) < len(labels):
+        return ""
+    ahead = [f"{pair['other']} ({labels[pair['other']]})" for pair in pairs if pair["word"] == "worse"]
+    level = [pair["other"] for pair in pairs if pair["word"] == "not told apart"]
+    grown = sum(a["role"] == "arm" and a["grows"] for a in report["arms"])
+    best = f"the best of {grown} grown models, {arm['name']}," if grown > 1 else arm["name"]
+    if ahead:
+        better = f"{listed(ahead)} {'are' if ahead[1:] else 'is'} better"
+        return f"Growing did not pay here: at equal FLOPs {better} than {best.removesuffix(',')}."
+    if level:
+        return f"That growing pays is not shown here: {best} is not told apart from {listed(level)}."
+    return f"Growing paid here: at equal FLOPs {best} is better than {listed(list(labels))}."
+
+
 def scratch_of(report: dict[str, Any], arm: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Of a growing arm: its own scratch (name, pair), and its FLOPs to the loss that it has."""
     row = next((row for row in report["own_controls"] if row["arm"] == arm), None)
@@ -235,10 +260,9 @@ def further(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any])
     parts = []
     if bounded(ratio):
         rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
-        parts.append(
-            f"**{arm['name']}** needs {ratio_text(ratio)} times the FLOPs of **{name}** to its loss: "
-            f"**{ratio['word']}**{rests}"
-        )
+        needs = "did not reach the loss of **{1}** at every seed, so needs {0} times its FLOPs"
+        needs = needs if ratio["side"] == "more than" else "needs {0} times the FLOPs of **{1}** to its loss"
+        parts.append(f"**{arm['name']}** {needs.format(ratio_text(ratio), name)}: **{ratio['word']}**{rests}")
     gains = [gain for gain in report["gains"] if gain["share"] == budget["share"]]
     more: dict[str, list[str]] = {}
     for gain in gains:
@@ -300,6 +324,8 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
             note = f"{ratio['word']}{rests}" + (f"; {interval.removesuffix(']')}" if interval else "")
             tiles.append((f"FLOPs to the loss of {name}", f"{text}\N{NO-BREAK SPACE}×", note))
         ended = [run for a in report["arms"] for run in runs_at(a, budget["share"]) if run["status"] == "finished"]
-        spent = mean_of(ended, "flops")
-        tiles.append(("training FLOPs per run", flops_text(spent), "ancestors included"))
+        spent, per = mean_of(ended, "flops"), [cell["tokens_per_parameter"] for cell in budget["arms"]]
+        found = [value for value in per if value]
+        note = f"; {min(found):.3g} to {max(found):.3g} tokens a parameter" if found else ""
+        tiles.append(("training FLOPs per run", flops_text(spent), f"ancestors included{note}"))
     return [{"label": label, "text": text, "note": note} for label, text, note in tiles]
