@@ -305,7 +305,7 @@ def test_held_out_text_may_be_a_source_of_its_own(tmp_path: Path) -> None:
     assert train.count(b"\0") == 40 and b"shared" not in train  # what is held out is not trained on
     alone = prepare(dataclasses.replace(section, valid_source=None, valid_fraction=0.5), 0, tmp_path / "cache")
     assert len(alone.train) < len(corpus.train) and b"held out" not in bytes(alone.valid.astype("uint8"))
-    for name, message in (("hf:x", "must be a text file"), ("none.txt", "data.valid_source = 'none.txt' does not")):
+    for name, message in (("hf:x", "must be a text file"), ("none.txt", "source = 'none.txt' does not exist in ")):
         with pytest.raises(ValueError, match=message):
             prepare(dataclasses.replace(section, valid_source=name), 0, tmp_path / "cache")
     (tmp_path / "empty.txt").write_text(" \n")

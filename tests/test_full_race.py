@@ -323,7 +323,7 @@ def test_a_control_finds_a_name_whatever_arms_are_called(shared: Path) -> None:
         ({"model": LLAMA["model"], "growth": [{**SLOPE, "operator": "masked", "to": {"intermediate_size": 32},
          "options": {"ramp_steps": 2}}]}, {}, "arm bad: race.budgets: 0.5: .*warm-up or ramp of growth.0 may begin"),
         ({"growth": [{**GROWN["growth"][0], "at_fraction": 0.999}]}, {"decay_fraction": 0.0005}, "arm bad: growth.0"),
-        ({}, {"race": {"final_text": "nowhere.txt"}}, "race.final_text.*nowhere.txt: no such file"),
+        ({}, {"race": {"final_text": "nowhere.txt"}}, "race.final_text.*nowhere.txt': no such file in "),
         # Of a small model that grows a lot, the branch reads more than the trunk; here no control reads as much.
         ({"growth": [{"at_fraction": 0.31, "to": {"ffn_tokens": 4096}}]}, {"flops": 8e9, "race": {"controls": False}},
          "arm bad: 3,390 steps ask for 216,960 training tokens.*data.repeat = true"),

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .cache import FORMAT, Say, TooFewDocuments, build_cache, read_cache, token_dtype
-from .sources import Source, files_below, is_streamed, read_blocks
+from .sources import Source, files_below, is_streamed, read_blocks, sought_in
 from .tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -115,7 +115,7 @@ def cache_root() -> Path:
 def require_file(key: str, text: str) -> None:
     """ValueError where the text that a key of a recipe names is no file."""
     if not Path(text).is_file():
-        found = "is a folder" if Path(text).is_dir() else "no such file"
+        found = "is a folder" if Path(text).is_dir() else f"no such file{sought_in(text)}"
         raise ValueError(f"{key} = {text!r}: {found}; it must be one text file")
 
 

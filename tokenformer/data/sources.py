@@ -100,13 +100,18 @@ class Source:
             raise ValueError(f"data.document_separator = {self.separator!r} does not occur in {self.name!r}")
 
 
+def sought_in(name: str) -> str:
+    """Where a path that is not absolute was sought, for an error that says that it is not there."""
+    return "" if Path(name).expanduser().is_absolute() else f" in {Path.cwd()}"
+
+
 def files_below(root: Path, name: str) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.is_dir():
         raise ValueError(
-            f'data.source = {name!r} does not exist; allowed: "embedded", a text file (plain, .gz, .xz), a '
-            'folder of them, or "hf:NAME" for a dataset'
+            f'data.source = {name!r} does not exist{sought_in(name)}; allowed: "embedded", a text file (plain, .gz, '
+            '.xz), a folder of them, or "hf:NAME" for a dataset'
         )
 
     def refuse(error: OSError) -> None:
