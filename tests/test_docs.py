@@ -60,6 +60,7 @@ def test_the_architecture_of_the_page_passes_the_generated_tests(registries, cap
 def test_the_race_of_the_page_can_be_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKENFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tokenformer.race.planned.seconds_per_flop", lambda *arguments: 1e-9)
     for name, start, lines in (("train", 0, 65_000), ("held_out", 10**7, 8_000), ("final", 2 * 10**7, 8_000)):
         (tmp_path / f"{name}.txt").write_text("".join(f"{start + i} and {i * i % 9973}\n" for i in range(lines)))
     (block,) = blocks_of("new_race.md", "toml")
@@ -74,6 +75,12 @@ def test_the_race_of_the_page_can_be_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.toml").write_text(equal.replace('"net2wider"', '"net2wider"\noptions = { noise = 0.01 }'))
     assert cli.main(["race", "mine.toml", "--plan"]) == 0
     assert "copies stay equal" not in capsys.readouterr().out  # the control
+    gpt2 = "architecture = 'gpt2', n_embd = 32, n_layer = 4, n_head = 2, resid_pdrop = 0.0, embd_pdrop = 0.0"
+    added = f"[[arm]]\nname = 'gpt2'\nmodel = {{ {gpt2}, attn_pdrop = 0.0 }}\n"
+    added += "growth = [{ at_fraction = 0.1, operator = 'fpi', to = { n_embd = 64 } }]\n"
+    (tmp_path / "mine.toml").write_text(block + added)
+    assert cli.main(["race", "mine.toml", "--plan"]) == 0
+    assert "noise or dropout: gpt2" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_a_table_cannot_say_is_as_the_page_says(registries, monkeypatch):

@@ -444,6 +444,8 @@ def test_a_size_that_makes_no_model_and_a_start_that_has_no_smaller_budget_are_r
     for size, there in ({}, "small"), ({"ffn_tokens": 32}, "scratch"):
         with pytest.raises(ValueError, match=f"race.sizes.0: is the model of {there} .*which is there already"):
             arms_of(racing(shared, race={"sizes": [size]}), 256)
+    with pytest.raises(ValueError, match="race.sizes.0: names a checkpoint"):
+        arms_of(racing(shared, race={"sizes": [{"checkpoint": "somewhere"}]}), 256)
     with pytest.raises(ValueError, match=r"arm old: starts from model.checkpoint.*set race.budgets = \[1.0\]"):
         arms_of(racing(shared, {"name": "old", "model": {"checkpoint": "somewhere"}}), 256)
 
@@ -1020,6 +1022,9 @@ def test_a_size_may_be_of_another_architecture_than_the_first_growing_arm(shared
     sizes = [{"ffn_tokens": 8}, {**LLAMA["model"], "intermediate_size": 24}]
     arms = {arm.name: arm for arm in arms_of(racing(shared, GROWN, llama, race={"sizes": sizes}), 256)}
     assert arms["size-1"].recipe.model.architecture == "tokenformer"
+    first = {"name": "first", "model": LLAMA["model"]}  # the small model of the second growing arm, not of the first
+    arms_first = arms_of(racing(shared, first, GROWN, llama, race={"sizes": sizes[:1]}), 256)
+    assert next(arm for arm in arms_first if arm.role == "size").recipe.model.architecture == "tokenformer"
     assert arms["size-2"].recipe.model.architecture == "llama" and arms["size-2"].of == "small"
     fields = arms["size-2"].recipe.model.fields
     assert fields["intermediate_size"] == 24 and "ffn_tokens" not in fields
@@ -1055,6 +1060,11 @@ def test_arms_are_of_one_start_though_one_recipe_says_what_another_leaves_to_fol
     starts = starts_of({"arms": arms})
     assert starts["relora"] == starts["head"] == starts["silent"] != starts["other"]
     assert len(set(starts_of({"arms": arms[::-1]}).values())) == len(set(starts.values())) == 2
+    begun = []
+    for place in ("here", "there"):
+        recipe = {**arms[0]["recipe"], "model": {**arms[0]["recipe"]["model"], "checkpoint": place}}
+        begun.append({**arms[0], "name": place, "recipe": recipe})
+    assert len(set(starts_of({"arms": [*arms, *begun]}).values())) == 4  # a checkpoint is a start of its own
     for arm in arms:
         arm.pop("config")
     assert starts_of({"arms": arms})["relora"] != starts_of({"arms": arms})["head"]  # the control: by recipes alone

@@ -159,10 +159,13 @@ def test_the_answer_comes_first_in_two_sentences_with_every_control(race, report
 
 
 def test_whether_growing_paid_is_said_first_in_a_few_words(race, report, tmp_path):
-    assert report["conclusion"] == (
+    told = put_in_words({**report, "race": {**report["race"], "tune_fraction": 0.5}})["conclusion"]
+    assert told == (
         "Growing paid here: at equal FLOPs the best of 2 grown models, grown, is better than scratch, small and "
         "size 560 k."
     )
+    short = report["conclusion"]
+    assert short.startswith("That growing pays is not shown here: ") and short.endswith("were tuned on short runs.")
     page = (race / "report.html").read_text()
     assert page.index(report["conclusion"]) < page.index('class="answer"')
 
@@ -174,6 +177,11 @@ def test_whether_growing_paid_is_said_first_in_a_few_words(race, report, tmp_pat
     assert beaten.startswith("Growing did not pay here: at equal FLOPs size 560 k (the best of 3 sizes from scratch)")
     level = moved("level", grown=cell(report, "scratch")["mean"] - cell(report, "grown")["mean"], grown_late=0.5)
     assert level.startswith("That growing pays is not shown here: ") and "scratch" in level
+    late = moved("late", grown=0.5, grown_late=cell(report, "scratch")["mean"] - cell(report, "grown late")["mean"])
+    assert "the best of 2 grown models, grown late, is" in late  # the best of them, whichever it is
+    for lacking in ((lambda arm, seed, share: (arm, seed) == ("small", 2)), (lambda arm, seed, share: share == 1.0)):
+        folder = write_full_race(tmp_path / f"lacks{id(lacking)}", skip=lacking)
+        assert read_report(folder)["conclusion"] == ""  # the race has not ended
     arms = {n: {**ARMS[n], "role": "arm"} for n in ("scratch", "small")}  # the control: nothing grows
     assert read_report(write_full_race(tmp_path / "none", arms=arms, reference="scratch"))["conclusion"] == ""
 

@@ -88,8 +88,8 @@ def test_the_reference_names_every_key_and_is_toml() -> None:
         keys = [line.removeprefix("# ").split(" =")[0] for line in lines if line]
         assert sorted(keys) == sorted(field.name for field in dataclasses.fields(section))
     assert tomllib.loads(text.split("\n[[arm]]")[0])["train"]["learning_rate"] == 2e-3
-    required = [line.split(" =")[0] for line in text.splitlines() if "# required" in line]
-    assert required == ["to", "learning_rates"]
+    examples = [line.split(" =")[0] for line in text.splitlines() if "# no default" in line]
+    assert examples == ["to", "at_fraction", "learning_rates"]
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,10 @@ def test_an_arm_is_overridden_by_its_name(tmp_path: Path) -> None:
 def test_what_the_command_line_sets_for_all_arms_is_used_by_one_at_least(tmp_path: Path) -> None:
     grid = {"learning_rates": [1e-3, 2e-3, 4e-3]}
     llama, tall = {"architecture": "llama", "num_hidden_layers": 1}, {"num_hidden_layers": 3}
-    arms = [{"name": "a", "model": llama, "train": {"weight_decay": 0.0}}, {"name": "b", "model": tall}]
-    table = {"model": {"hidden_size": 8}, "train": {"flops": 1e9}, "race": grid, "arm": arms}
+    grown = [{"at_fraction": 0.2, "to": {"ffn_tokens": 8}}]
+    arms = [{"name": "a", "model": llama, "train": {"weight_decay": 0.0}, "growth": grown}]
+    arms.append({"name": "b", "model": tall, "growth": grown})
+    table = {"model": {"hidden_size": 8}, "train": {"flops": 1e9}, "race": grid, "arm": arms, "growth": grown}
     (tmp_path / "race.json").write_text(json.dumps(table))
     fine = ("model.hidden_size=16", "train.weight_decay=0.2", "arm.a.model.num_hidden_layers=2", "data.batch_size=4")
     for setting in fine:
@@ -165,9 +167,10 @@ def test_what_the_command_line_sets_for_all_arms_is_used_by_one_at_least(tmp_pat
         "model.num_hidden_layers": "has no effect: every arm has its own, such as arm.a.model.num_hidden_layers",
         "train.learning_rate": "has no effect beside race.learning_rates",
         "train.seed": "has no effect beside race.seeds",
+        "growth.0.at_fraction": "has no effect: every arm has its own, such as arm.a.growth.0.at_fraction",
     }.items():
         with pytest.raises(ValueError, match=f"^{key}: {message}.*from the command line"):
-            load_recipe(tmp_path / "race.json", [f"{key}=2"])
+            load_recipe(tmp_path / "race.json", [f"{key}={0.3 if 'fraction' in key else 2}"])
 
 
 def test_reading_a_table_does_not_alter_it() -> None:

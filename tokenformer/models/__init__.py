@@ -46,7 +46,7 @@ def register() -> None:
 register()
 
 # Fields that say how many or how large: a whole number of these is one or more.
-SIZES = re.compile(r"(num|n)_.+|.+_(size|dim|tokens|heads|layers|embeddings)")
+SIZES = re.compile(r"(num|n)_.+|(?!max_window|tie_).+_(size|dim|tokens|heads|layers|embeddings)")
 
 
 def build_config(

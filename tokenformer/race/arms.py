@@ -82,7 +82,7 @@ def arms_of(recipe: Recipe, vocab_size: int, checkpoints: dict[str, str] | None 
             drops = dropped(dropping.recipe)
             dropping.controls["dropped"] = add(arms, "dropped", dropping, drops, words, vocab_size)
         fresh = [arm for arm in arms if not arm.recipe.model.checkpoint]
-        base = next((arm for arm in arms if arm.role == "small"), (fresh or arms)[0])
+        base = arm_named(arms, growing[0].controls["small"], "race.sizes") if growing else (fresh or arms)[0]
         if race.sizes and base.recipe.model.checkpoint:
             raise ValueError("race.sizes: has no effect where every arm starts from model.checkpoint")
         for number, fields in enumerate(race.sizes, start=1):
@@ -202,6 +202,8 @@ def dropped(recipe: Recipe) -> Recipe:
 
 
 def changed_model(recipe: Recipe, fields: dict[str, Any], key: str, vocab_size: int) -> Recipe:
+    if "checkpoint" in fields:
+        raise ValueError(f"{key}: names a checkpoint; it must be a size from scratch")
     table = recipe_to_dict(ungrown(recipe, vocab_size))
     table["model"] = fields if is_another_model(recipe, fields) else table["model"] | fields
     try:

@@ -21,10 +21,11 @@ from ..report.units import count_text
 from ..report.verdict import differing_keys
 from ..train import rows_at_once
 from .arms import Arm, ends, parameters_of
-from .jobs import Race, all_jobs, jobs_of_arms
+from .jobs import Race, all_jobs, jobs_of_arms, require_branches, skipped_tokens
 from .processes import clock, with_threads
 
 TIMED_STEPS = 3
+DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")  # of the architectures that are raced
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -88,16 +89,23 @@ def plan_lines(race: Race, slots: int) -> list[str]:
 
 
 def leaves_copies_equal(race: Race, arm: Arm) -> bool:
-    config = ends(arm.recipe, race.vocab_size)[0].to_dict()
-    dropout = any(value for key, value in config.items() if "drop" in key and isinstance(value, float))
+    config = ends(arm.recipe, race.vocab_size)[0]
+    dropout = any(getattr(config, key, 0) for key in DROPOUTS)
     parts = [(part, event) for event in arm.recipe.growth for part in event.operator.split("+")]
     return not dropout and any(OPERATORS[part].symmetric and not event.options.get("noise") for part, event in parts)
+
+
+def tokens_read(race: Race, arm: Arm) -> int:
+    """By the longest run of an arm, be it a branch, with what its ancestors have seen."""
+    planned, data = race.plan(arm, arm.recipe), arm.recipe.data
+    steps = max(planned.steps, require_branches(race, arm))
+    return skipped_tokens(data) + steps * planned.tokens_per_step
 
 
 def text_lines(race: Race, corpus: Corpus, final: np.ndarray | None, checks: dict[str, Any]) -> list[str]:
     """How much text there is, how much of it is read, and what it shares: docs/fairness.md, rules 3, 4 and 26."""
     train, held_out, most = len(corpus.train), len(corpus.valid), race.recipe.data.valid_tokens
-    longest = max(race.plan(arm, arm.recipe).tokens for arm in race.arms)
+    longest = max(tokens_read(race, arm) for arm in race.arms)
     few = f", fewer than data.valid_tokens = {most:,}" if held_out < most else ""
     lines = [
         f"training text: {count_text(train)} tokens, of which the longest run reads {longest / train:.1%}",

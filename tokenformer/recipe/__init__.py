@@ -206,10 +206,16 @@ def require_effect(recipe: Recipe, dotted: str) -> None:
     section, *names = dotted.split(".")
     if recipe.race and dotted in RACED:
         raise ValueError(f"{dotted}: has no effect beside {RACED[dotted]} (from the command line)")
-    if section not in ("model", "train") or len(names) != 1 or names == ["architecture"] or not recipe.arms:
+    if not recipe.arms or names == ["architecture"]:
         return
-    own = [arm.overrides.get(section, {}) for arm in recipe.arms]
-    if all(names[0] in each or (section == "model" and is_another_model(recipe, each)) for each in own):
+    if section == "growth":
+        taken = all("growth" in arm.overrides for arm in recipe.arms)
+    elif section in ("model", "train") and len(names) == 1:
+        own, ways = [arm.overrides.get(section, {}) for arm in recipe.arms], {*names, *ALTERNATIVES.get(names[0], ())}
+        taken = all(ways & each.keys() or (section == "model" and is_another_model(recipe, each)) for each in own)
+    else:
+        return
+    if taken:
         example = f"arm.{recipe.arms[0].name}.{dotted}"
         raise ValueError(f"{dotted}: has no effect: every arm has its own, such as {example} (from the command line)")
 

@@ -233,7 +233,7 @@ class RaceSection:
     )
     sizes: list[dict[str, Any]] = key(
         "further sizes from scratch, the best of which is a control: changes of the model that the first growing arm "
-        "starts as, or another architecture whole",
+        "starts as, or another architecture, whole",
         factory=list,
     )
     controls: bool = key("add scratch, small, dropped and the sizes", default=True)

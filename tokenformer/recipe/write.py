@@ -16,8 +16,6 @@ from .sections import (
     TrainSection,
 )
 
-REQUIRED = "required, such as this: "
-
 
 def recipe_to_toml(recipe: Recipe) -> str:
     """The recipe in full as TOML, each key with its line of explanation; `load_recipe` reads it back."""
@@ -49,22 +47,22 @@ def recipe_reference() -> str:
         lines += ["", f"[{name}]  # {about[name]}", *section_lines(section)]
         if name == "model":
             lines.append(f"{'# ...':<36} # {dataclasses.fields(section)[-1].metadata['doc']}")
-    event = GrowthSection(to={"ffn_tokens": 512})
-    lines += ["", f"[[growth]]  # {about['growth']}", *section_lines(event, REQUIRED)]
+    event = GrowthSection(to={"ffn_tokens": 512}, at_fraction=0.4)
+    lines += ["", f"[[growth]]  # {about['growth']}", *section_lines(event, ("to", "at_fraction"))]
     lines += ["", f"[[arm]]  # {about['arms']}"]
     lines += [
         f"{'# ...' if 'rest' in f.metadata else f.name + ' =':<36} # {f.metadata['doc']}"
         for f in dataclasses.fields(ArmSection)
     ]
     race = RaceSection(learning_rates=[0.002, 0.004, 0.008])
-    lines += ["", f"[race]  # {about['race']}", *section_lines(race, REQUIRED)]
+    lines += ["", f"[race]  # {about['race']}", *section_lines(race, ("learning_rates",))]
     lines += ["", f"[noise]  # {about['noise']}"]
     lines += [f"{f.name + ' =':<36} # {f.metadata['doc']}" for f in dataclasses.fields(NoiseSection)]
     return "\n".join(lines) + "\n"
 
 
-def section_lines(section: Any, required: str = "") -> list[str]:
-    """A line for each key; `required` goes with the explanation of those that have no default."""
+def section_lines(section: Any, examples: tuple[str, ...] = ()) -> list[str]:
+    """A line for each key; `examples` names those whose value is none that is taken without being said."""
     lines = []
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
@@ -74,8 +72,8 @@ def section_lines(section: Any, required: str = "") -> list[str]:
             ]
         else:  # TOML has no null: a key that is not set is shown as a comment
             setting = f"# {field.name} =" if value is None else f"{field.name} = {toml(value)}"
-            unset = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            lines.append(f"{setting:<36} # {required if unset else ''}{field.metadata['doc']}")
+            example = "no default; such as this: " if field.name in examples else ""
+            lines.append(f"{setting:<36} # {example}{field.metadata['doc']}")
     return lines
 
 

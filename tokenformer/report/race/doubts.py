@@ -138,8 +138,8 @@ def soft_doubts(report: dict[str, Any]) -> list[str]:
         warn.append(f"The best learning rate lies at an edge of the grid for {listed(edges)}: it may not be tuned.")
     if len({len(arm["trials"]) for arm in tuned}) > 1:
         warn.append("The arms do not have equally many trials of the learning rate.")
-    length = report["race"].get("tune_fraction")
-    if tuned and length is not None and length < SHORT_TRIALS:
+    if tuned and tuned_short(report):
+        length = report["race"]["tune_fraction"]
         warn.append(
             f"Learning rates were tuned on runs of {100 * length:g} % of the length. The best rate falls with the "
             "length: one below the chosen may be better at the whole, and not by as much for every arm (rule 12)."
@@ -166,6 +166,11 @@ def soft_doubts(report: dict[str, Any]) -> list[str]:
         names = listed([f"**{arm['name']}**" for arm in learned])
         warn.append(f"{names} learned growth maps on batches already trained on, so read those again (rule 3).")
     return warn
+
+
+def tuned_short(report: dict[str, Any]) -> bool:
+    length = report["race"].get("tune_fraction")
+    return length is not None and length < SHORT_TRIALS
 
 
 def train_differences(report: dict[str, Any]) -> list[tuple[str, Any, list[str]]]:
@@ -339,7 +344,7 @@ def put_in_words(report: dict[str, Any]) -> dict[str, Any]:
     shares = [b for b in reversed(report["budgets"]) if budget and b["share"] <= budget["share"]]
     own = [row for each in shares for row in own_controls(report, each)]
     report = {**report, "sunk": sunk, "own_controls": own, "gains": gains(report)}
-    said, short = answer(report), conclusion(report)
+    said, short = answer(report), conclusion(report, not tuned_short(report))
     if any(note["level"] == "bad" for note in report["warnings"] + report["status_warnings"]):
         said[0], short = f"**Read the red notes first.** {said[0]}", ""
     found = {"headline": headline(report), "changes": changes(report), "foremost": foremost(report)}

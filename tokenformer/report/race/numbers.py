@@ -129,7 +129,8 @@ def starts_of(report: dict[str, Any]) -> dict[str, Hashable]:
     groups: list[tuple[set[str], list[str]]] = []  # how models are said, and the arms of which that is so
     for arm in report["arms"]:
         model, train, data = (arm["recipe"].get(key) or {} for key in ("model", "train", "data"))
-        own = train.get("seed", 0) - data.get("seed", 0), arm["architecture"], *map(model.get, ("rank", "rank_start"))
+        shift = train.get("seed", 0) - data.get("seed", 0)
+        own = shift, arm["architecture"], *map(model.get, ("checkpoint", "rank", "rank_start"))
         said = [model, arm.get("config") or {}] if model else []
         about = [{k: v for k, v in each.items() if k not in NOT_IN_WEIGHTS and v is not None} for each in said]
         keys = {json.dumps([*own, each], sort_keys=True) for each in about if each}

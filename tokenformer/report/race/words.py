@@ -141,29 +141,45 @@ def answer(report: dict[str, Any]) -> list[str]:
     return [f"{where}{title}, **{arm['name']}** ({bits}, {seeds}) {stands}.", f"{said[0].upper()}{said[1:]}."]
 
 
-def conclusion(report: dict[str, Any]) -> str:
-    """Whether growing paid, in a few words: how the best growing arm stands to scratch, to its small size and to the
-    best size; nothing where an arm is missing or those controls are.
+def conclusion(report: dict[str, Any], trusted: bool) -> str:
+    """Whether growing paid, in a few words: how the best growing arm stands to its scratch, its small size and the best
+    size, and which others are better than all of theirs. Nothing before the race has ended, or where those controls
+    are missing. Where rates are not `trusted`, being better is no sign that it paid.
     """
     budget = answered(report)
     arm = best_arm(report, budget) if budget else None
-    if not budget or not arm or not arm["grows"] or any(cell["mean"] is None for cell in budget["arms"]):
+    ended = all(run["status"] in ("finished", "failed") for each in report["arms"] for run in each["runs"])
+    if not budget or not arm or not arm["grows"] or not ended or budget is not report["budgets"][-1]:
         return ""
-    own = {role: name for role, name in controls_of(report, budget, arm).items() if role != "dropped"}
-    labels = {name: what for name, what in control_labels(report, budget, arm).items() if name in own.values()}
-    pairs = [pair for name in labels if (pair := pair_of(budget, arm["name"], name))]
-    if not {"scratch", "small"} <= own.keys() or len(pairs) < len(labels):
+    words = {row["arm"]: words_of(row) for row in own_rows(report, budget)}
+    mine = words[arm["name"]]
+    if {"scratch", "small"} - mine.keys() or "" in mine.values():
         return ""
-    ahead = [f"{pair['other']} ({labels[pair['other']]})" for pair in pairs if pair["word"] == "worse"]
-    level = [pair["other"] for pair in pairs if pair["word"] == "not told apart"]
-    grown = sum(a["role"] == "arm" and a["grows"] for a in report["arms"])
-    best = f"the best of {grown} grown models, {arm['name']}," if grown > 1 else arm["name"]
-    if ahead:
-        better = f"{listed(ahead)} {'are' if ahead[1:] else 'is'} better"
-        return f"Growing did not pay here: at equal FLOPs {better} than {best.removesuffix(',')}."
-    if level:
-        return f"That growing pays is not shown here: {best} is not told apart from {listed(level)}."
-    return f"Growing paid here: at equal FLOPs {best} is better than {listed(list(labels))}."
+    labels, own = control_labels(report, budget, arm), controls_of(report, budget, arm)
+    better, worse, level = (
+        list(dict.fromkeys(own[role] for role, said in mine.items() if said == word))
+        for word in ("better", "worse", "not told apart")
+    )
+    best = f"the best of {len(words)} grown models, {arm['name']}," if len(words) > 1 else arm["name"]
+    if not worse and not level:
+        if trusted:
+            return f"Growing paid here: at equal FLOPs {best} is better than {listed(better)}."
+        rates = "at learning rates that were tuned on short runs"
+        return f"That growing pays is not shown here: {best} is better than {listed(better)}, but {rates}."
+    if worse:
+        ahead = f"{listed([f'{name} ({labels[name]})' for name in worse])} {'are' if worse[1:] else 'is'} better than"
+        said = f"Growing did not pay here: at equal FLOPs {ahead} {best.removesuffix(',')}"
+    else:
+        said = f"That growing pays is not shown here: {best} is not told apart from {listed(level)}"
+    paid = [name for name, each in words.items() if trusted and set(each.values()) == {"better"}]
+    own_controls = f"{'their' if paid[1:] else 'its'} own controls"
+    return f"{said}; {listed(paid)} did better than {own_controls}." if paid else f"{said}."
+
+
+def words_of(row: dict[str, Any]) -> dict[str, str]:
+    """Of a growing arm: the word of each of its controls but the one without moments; empty where there is no pair."""
+    own = {role: control["pair"] for role, control in row["controls"].items() if role != "dropped"}
+    return {role: pair["word"] if pair and pair["low"] is not None else "" for role, pair in own.items()}
 
 
 def scratch_of(report: dict[str, Any], arm: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -260,9 +276,11 @@ def further(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any])
     parts = []
     if bounded(ratio):
         rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
-        needs = "did not reach the loss of **{1}** at every seed, so needs {0} times its FLOPs"
-        needs = needs if ratio["side"] == "more than" else "needs {0} times the FLOPs of **{1}** to its loss"
-        parts.append(f"**{arm['name']}** {needs.format(ratio_text(ratio), name)}: **{ratio['word']}**{rests}")
+        loss = "to its loss" + (", which not every seed reaches" if ratio["side"] == "more than" else "")
+        parts.append(
+            f"**{arm['name']}** needs {ratio_text(ratio)} times the FLOPs of **{name}** {loss}: "
+            f"**{ratio['word']}**{rests}"
+        )
     gains = [gain for gain in report["gains"] if gain["share"] == budget["share"]]
     more: dict[str, list[str]] = {}
     for gain in gains:
