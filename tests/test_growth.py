@@ -463,6 +463,14 @@ def test_bad_targets_are_refused_in_one_line(operator, to, message):
         grow(model, operator, to)
 
 
+@pytest.mark.parametrize("operator", ["stack", "gradual_stack", "midas", "solar", "llama_pro"])
+def test_layers_are_not_copied_where_there_is_none(operator):
+    model = build_model(build_config("tokenformer", fields=SIZES | TOKENS | {"num_hidden_layers": 0}), seed=0)
+    with pytest.raises(ValueError, match="to.num_hidden_layers: "):
+        grow(model, operator, {"num_hidden_layers": 2})
+    grow(model, "jump", {"num_hidden_layers": 2})  # the control: new ones need none
+
+
 def test_linear_projections_have_no_tokens_to_grow():
     fields = SIZES | {"attention_projections": "linear"}
     model = build_model(build_config("tokenformer", fields=fields), seed=0)

@@ -244,9 +244,9 @@ def test_a_model_is_a_function_of_its_seed_and_leaves_the_random_state_alone():
         ("tokenformer", None, {"num_key_value_heads": 0}, "num_key_value_heads: 0 is too small"),
         ("tokenformer", None, {"num_attention_heads": 0}, "num_attention_heads: 0 is too small"),
         ("tokenformer", None, {"head_dim": 0}, "head_dim: 0 is too small"),
-        ("qwen2", None, {"num_hidden_layers": 0, "max_window_layers": 0}, "model.num_hidden_layers: 0 is too small"),
+        ("qwen2", None, {"max_window_layers": 0, "num_hidden_layers": -2}, "model.num_hidden_layers: -2 is too small"),
         ("gpt2", None, {"n_embd": 0}, "model.n_embd: 0 is too small; it must be at least 1"),
-        ("gpt2", None, {"n_layer": -1}, "model.n_layer: -1 is too small"),
+        ("gpt2", None, {"n_layer": -1}, "model.n_layer: -1 is too small; it must be at least 0"),
         ("llama", None, {"num_attention_heads": 0}, "model.num_attention_heads: 0 is too small"),
         ("llama", None, {"intermediate_size": 0}, "model.intermediate_size: 0 is too small"),
         (

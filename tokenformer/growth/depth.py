@@ -41,7 +41,7 @@ def stack(config: PreTrainedConfig, sizes: Sizes, order: str = "stack") -> Plan:
     old, size = config.num_hidden_layers, sizes["num_hidden_layers"]
     if order not in ("stack", "interleave"):
         raise ValueError(f"order: {order!r} is not known; allowed: stack, interleave")
-    if size % old:
+    if not old or size % old:
         raise ValueError(f"to.num_hidden_layers: {size} is not a multiple of {old}; stack repeats the whole")
     times = size // old
     return _sources(config, sizes, [i % old if order == "stack" else i // times for i in range(size)])

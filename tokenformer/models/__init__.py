@@ -45,7 +45,8 @@ def register() -> None:
 
 register()
 
-# Fields that say how many or how large: a whole number of these is one or more.
+# Fields that say how many or how large: a whole number of these is one or more, of layers none or more.
+DEPTHS = ("num_hidden_layers", "n_layer")
 SIZES = re.compile(r"(num|n)_.+|(?!max_window|tie_).+_(size|dim|tokens|heads|layers|embeddings)")
 
 
@@ -71,8 +72,9 @@ def build_config(
         usual = getattr(default, key)
         if isinstance(usual, (str, int, float)) and isinstance(value, str) != isinstance(usual, str):
             raise ValueError(f"model.{key}: {value!r} is of the wrong type; {cls.__name__} has {usual!r} there")
-        if SIZES.fullmatch(key) and type(value) is int and value < 1:
-            raise ValueError(f"model.{key}: {value} is too small; it must be at least 1")
+        least = 0 if key in DEPTHS else 1
+        if SIZES.fullmatch(key) and type(value) is int and value < least:
+            raise ValueError(f"model.{key}: {value} is too small; it must be at least {least}")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         usual = getattr(default, key, None)
         if isinstance(usual, int) and usual >= (fields.get("vocab_size") or usual + 1):

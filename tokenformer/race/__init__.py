@@ -135,8 +135,8 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
     Of a streamed text all read as much as the longest run of any, and so in one order.
     """
     if race.recipe.race is not None and race.final_text:
-        final_windows(race.recipe, *race.final_text)
         require_another_text(race.recipe, race.final_text[0])
+        final_windows(race.recipe, *race.final_text)
     steps = {}
     for arm in race.arms:
         with by_name(arm):
