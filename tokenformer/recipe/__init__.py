@@ -49,6 +49,7 @@ __all__ = [
     "shipped_recipes",
 ]
 
+# What a race with [race] settles by a key of its own.
 RACED = {"train.learning_rate": "race.learning_rates", "train.seed": "race.seeds", "data.seed": "race.seeds"}
 
 # --- reading ---
