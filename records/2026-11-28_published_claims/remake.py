@@ -50,8 +50,13 @@ SAVINGS: list[tuple[str, str, tuple[float, float], list[tuple[str, str]]]] = [
         ],
     ),
 ]
-SIZES = [(LLAMA, "small-identity_blocks"), (AGAIN, "small-stack"), (TOKENS, "size-2")]
-SIZES += [(REST, "size-1"), (LONG, "size-1")]
+SIZES = [
+    (LLAMA, "small-identity_blocks"),
+    (AGAIN, "small-stack"),
+    (TOKENS, "size-2"),
+    (REST, "size-1"),
+    (LONG, "size-1"),
+]
 RIVALS: list[tuple[str, str, list[tuple[str, str, str]]]] = [
     (
         "TokenFormer is as good as a Transformer",

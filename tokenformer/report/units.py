@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Callable
 
 PREFIXES = {1e24: "Y", 1e21: "Z", 1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1.0: ""}
 MISSING = "–"
@@ -38,6 +39,12 @@ def flops_text(value: float | None) -> str:
         return MISSING
     factor, letter = prefix(value)
     return f"{digits(value / factor)} {letter}FLOP"
+
+
+def low_to_high(values: list[float], text: Callable[[float], str]) -> str:
+    """ "3.2 to 47.6", or one of them where both read alike."""
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def count_text(value: float | None) -> str:

@@ -9,7 +9,7 @@ from ..charts import Chart, is_cut
 from ..markup import e, prose, table
 from ..page import TOGGLE, document, figure, growth_key, head, legend, small_print
 from ..tables import data_texts, provenance
-from ..units import count_text
+from ..units import count_text, low_to_high
 from .charts import top_charts, training_chart
 from .doubts import LZMA_SHARE, OVERLAP, OVERLAPS
 from .tables import arms_section, growth_section, hyperparameters, trials_section
@@ -87,11 +87,6 @@ def scope_section(report: dict[str, Any]) -> str:
         said.append("Another schedule of the learning rate: no arm was run with cosine.")
     items = "".join(f"<li>{text}</li>" for text in said)
     return f'<h2>What this race does not speak of</h2><ul class="changes">{items}</ul>'
-
-
-def low_to_high(values: list[float], text: Any) -> str:
-    low, high = text(min(values)), text(max(values))
-    return low if low == high else f"{low} to {high}"
 
 
 def checks_section(report: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..units import bits_text, flops_text, gap_text, signed
+from ..units import bits_text, flops_text, gap_text, low_to_high, signed
 from .controls import best_of_sizes, controls_of, pair_of, sizes_beside
 from .numbers import cell_of, mean_of, runs_at
 
@@ -151,14 +151,13 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
     ended = all(run["status"] in ("finished", "failed") for each in report["arms"] for run in each["runs"])
     if not budget or not arm or not arm["grows"] or not ended or budget is not report["budgets"][-1]:
         return ""
-    words = {row["arm"]: words_of(row) for row in own_rows(report, budget)}
-    mine = words[arm["name"]]
-    if {"scratch", "small"} - mine.keys() or "" in mine.values():
+    rows = {row["arm"]: row["controls"] for row in own_rows(report, budget)}
+    words = {name: words_of(controls) for name, controls in rows.items()}
+    mine, labels = words[arm["name"]], control_labels(report, budget, arm)
+    if {"scratch", "small"} - rows[arm["name"]].keys() or "" in mine.values():
         return ""
-    labels, own = control_labels(report, budget, arm), controls_of(report, budget, arm)
     better, worse, level = (
-        list(dict.fromkeys(own[role] for role, said in mine.items() if said == word))
-        for word in ("better", "worse", "not told apart")
+        [name for name, said in mine.items() if said == word] for word in ("better", "worse", "not told apart")
     )
     best = f"the best of {len(words)} grown models, {arm['name']}," if len(words) > 1 else arm["name"]
     if not worse and not level:
@@ -176,10 +175,10 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
     return f"{said}; {listed(paid)} did better than {own_controls}." if paid else f"{said}."
 
 
-def words_of(row: dict[str, Any]) -> dict[str, str]:
+def words_of(controls: dict[str, Any]) -> dict[str, str]:
     """Of a growing arm: the word of each of its controls but the one without moments; empty where there is no pair."""
-    own = {role: control["pair"] for role, control in row["controls"].items() if role != "dropped"}
-    return {role: pair["word"] if pair and pair["low"] is not None else "" for role, pair in own.items()}
+    own = {control["name"]: control["pair"] for role, control in controls.items() if role != "dropped"}
+    return {name: pair["word"] if pair and pair["low"] is not None else "" for name, pair in own.items()}
 
 
 def scratch_of(report: dict[str, Any], arm: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -344,6 +343,6 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
         ended = [run for a in report["arms"] for run in runs_at(a, budget["share"]) if run["status"] == "finished"]
         spent, per = mean_of(ended, "flops"), [cell["tokens_per_parameter"] for cell in budget["arms"]]
         found = [value for value in per if value]
-        note = f"; {min(found):.3g} to {max(found):.3g} tokens a parameter" if found else ""
+        note = f"; {low_to_high(found, '{:.3g}'.format)} tokens a parameter" if found else ""
         tiles.append(("training FLOPs per run", flops_text(spent), f"ancestors included{note}"))
     return [{"label": label, "text": text, "note": note} for label, text, note in tiles]
