@@ -265,7 +265,7 @@ def test_unusable_sources_are_refused_in_one_line_that_names_the_key(tmp_path, c
             section(tmp_path / "one.txt", valid_fraction=0.999),
             "none of its 1 documents falls to the train side",
         ),
-        (section(tmp_path / "latin.txt"), "is not UTF-8 text"),
+        (section(tmp_path / "latin.txt"), "is not UTF-8 text (unexpected end of data at byte 3); allowed: plain"),
         (section(tmp_path / "broken.gz"), "broken.gz cannot be read"),
         (section(tmp_path / "broken.xz"), "broken.xz cannot be read"),
         (section("hf:json:nowhere.jsonl"), "nowhere.jsonl is not a file"),
@@ -292,6 +292,20 @@ def test_unusable_sources_are_refused_in_one_line_that_names_the_key(tmp_path, c
         assert f"data.{key}" in text
     assert not cache.exists() or not list(cache.iterdir())  # nothing half written
     assert prepare(section(good), 10, cache).info["documents"] == 20  # control
+
+
+@pytest.mark.parametrize("before", [b"", "\u00e9".encode() * 3, b"a" * 6, b"a" + "\u00e9".encode() * 5, b"a" * 7])
+@pytest.mark.parametrize(("wrong", "why"), [(b"\xe9a", "invalid continuation byte"), (b"\xff", "invalid start byte")])
+def test_where_text_ceases_to_be_utf_8_is_said_of_what_is_unpacked(tmp_path, cache, monkeypatch, before, wrong, why):
+    monkeypatch.setattr(sources, "BLOCK", 7)  # so that the place lies in the first block, across two, in the second
+    for name, pack in (("a.txt", bytes), ("a.gz", gzip.compress), ("a.xz", lzma.compress)):
+        (tmp_path / name).write_bytes(pack(before + wrong + b" goes on"))
+        with pytest.raises(ValueError) as caught:
+            prepare(section(tmp_path / name), 10, cache)
+        assert f"is not UTF-8 text ({why} at byte {len(before)}); allowed" in str(caught.value)
+    with pytest.raises(UnicodeDecodeError) as python:  # the reference: all of it at once
+        (before + wrong + b" goes on").decode()
+    assert python.value.start == len(before)
 
 
 def test_held_out_text_may_be_a_source_of_its_own(tmp_path: Path) -> None:

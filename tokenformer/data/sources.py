@@ -19,6 +19,7 @@ How files become documents
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import lzma
 import os
@@ -86,7 +87,7 @@ class Source:
         for path in self.files:
             size, text, nul, marked = inspect(path, self.separator)
             if not text and self.alone:
-                raise ValueError(f"data.source = {self.name!r} is not UTF-8 text; allowed: plain, .gz or .xz")
+                raise ValueError(f"data.source = {self.name!r} {not_text(path)}")
             if not text or nul and not self.alone and "\0" not in self.separator:
                 self.skipped_files += 1
             elif self.separator:
@@ -129,13 +130,31 @@ def read_blocks(path: Path, key: str = "data.source") -> Iterator[str]:
 
     `key` is what named the file, for the message when it cannot be read.
     """
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
     try:
-        with opener(path, "rt", encoding="utf-8", newline="") as file:
+        with opener(path)(path, "rt", encoding="utf-8", newline="") as file:
             while block := file.read(BLOCK):
                 yield block + file.readline(LONGEST_CHUNK)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{key}: {path} cannot be read: {first_line(error)}") from error
+
+
+def opener(path: Path) -> Any:
+    return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+
+
+def not_text(path: Path) -> str:
+    """What is wrong with a file of which UTF-8 could not be decoded, and where that is in what it unpacks to."""
+    decoder, read, block, where = codecs.getincrementaldecoder("utf-8")(), 0, b" ", ""
+    with opener(path)(path, "rb") as file:
+        while block and not where:
+            block = file.read(BLOCK)
+            begins = read - len(decoder.getstate()[0])  # with what the last block left undecided
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                where = f" ({error.reason} at byte {begins + error.start:,})"
+            read += len(block)
+    return f"is not UTF-8 text{where}; allowed: plain, .gz or .xz"
 
 
 def inspect(path: Path, separator: str) -> tuple[int, bool, bool, bool]:

@@ -17,7 +17,7 @@ from ..growth.operators import OPERATORS
 from ..models import build_model
 from ..optim import AdamW, parameter_groups
 from ..recipe import recipe_to_dict
-from ..report.units import count_text
+from ..report.units import count_text, flops_text
 from ..report.verdict import differing_keys
 from ..train import rows_at_once
 from .arms import Arm, ends, parameters_of
@@ -56,7 +56,7 @@ def plan_lines(race: Race, slots: int) -> list[str]:
                 f"{planned.steps:,}",
                 count_text(planned.tokens),
                 f"{planned.tokens / end['total']:.1f}",
-                f"{of_arms[arm.name][1]:.3g}",
+                flops_text(of_arms[arm.name][1]),
                 ", ".join(shares),
             )
         )
@@ -70,7 +70,7 @@ def plan_lines(race: Race, slots: int) -> list[str]:
         budgets = "one budget of" if len(section.budgets) == 1 else f"{len(section.budgets)} budgets up to"
         lines.append(
             f"{len(section.learning_rates)} learning rates at {section.tune_fraction:.0%} of the length, "
-            f"{len(section.seeds)} seeds, {budgets} {race.recipe.train.flops:.3g} FLOPs; "
+            f"{len(section.seeds)} seeds, {budgets} {flops_text(race.recipe.train.flops)}; "
             "FLOPs above: of all runs of an arm"
         )
         beside = [f"{arm.name} of {arm.of}" for arm in race.arms if arm.role != "arm"]
@@ -84,8 +84,8 @@ def plan_lines(race: Race, slots: int) -> list[str]:
         ):
             text = f"{what}: {', '.join(names)}"
             lines += textwrap.wrap(text, 118, subsequent_indent="  ", break_on_hyphens=False) if names else []
-    told = f"{count} runs, {flops:.3g} FLOPs: about {clock(whole)} with {slots} at a time, going by {TIMED_STEPS} steps"
-    return [*lines, f"{told} of each arm; a grid that has to grow takes longer"]
+    told = f"{count} runs, {flops_text(flops)}: about {clock(whole)} with {slots} at a time, going by {TIMED_STEPS} "
+    return [*lines, f"{told}steps of each arm; a grid that has to grow takes longer"]
 
 
 def leaves_copies_equal(race: Race, arm: Arm) -> bool:
