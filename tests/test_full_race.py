@@ -37,6 +37,7 @@ from tokenformer.race import (
     processes,
     race_of,
     require_all_feasible,
+    require_warm_trial,
     run_race,
     settle_moved,
 )
@@ -44,7 +45,15 @@ from tokenformer.race.arms import Arm, arms_of, keeps_moments, parameters_of, sa
 from tokenformer.race.final import JUDGED, STRETCHES, final_windows, require_another_text, sha256_of
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
 from tokenformer.race.planned import plan_lines
-from tokenformer.recipe import Recipe, arm_recipe, load_recipe, recipe_from_dict, recipe_to_dict, shipped_recipes
+from tokenformer.recipe import (
+    Recipe,
+    TrainSection,
+    arm_recipe,
+    load_recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+    shipped_recipes,
+)
 from tokenformer.report.race.controls import control_of
 from tokenformer.report.race.numbers import starts_of
 from tokenformer.start import Start
@@ -79,7 +88,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def racing(folder: Path, *arms: dict[str, Any], race: dict[str, Any] | None = None, **train: Any) -> Recipe:
-    table = recipe_to_dict(tiny(folder, growth=[], train={"steps": None, "flops": 9e7, "decay_fraction": 0.4, **train}))
+    train = {"steps": None, "flops": 9e7, "decay_fraction": 0.4, "learning_rate": TrainSection().learning_rate, **train}
+    table = recipe_to_dict(tiny(folder, growth=[], train=train))
     table |= {"arm": list(arms or (GROWN,)), "race": {**RACE, **(race or {})}}
     return recipe_from_dict(table, "the test")
 
@@ -116,6 +126,8 @@ def test_an_arm_that_is_a_control_already_is_not_run_twice(shared: Path) -> None
     mine = {"name": "mine", "model": {"ffn_tokens": 32, "head_dim": 4}}  # as what follows from the other fields
     arms = {arm.name: arm.role for arm in arms_of(racing(shared, GROWN, mine), 256)}
     assert arms == {"grown": "arm", "mine": "scratch", "small": "small", "dropped": "dropped", "copy": "copy"}
+    dropping = {**GROWN, "name": "mine", "growth": [{**GROWN["growth"][0], "moments": "drop"}]}
+    assert {a.name: a.tuned_as for a in arms_of(racing(shared, GROWN, dropping), 256)}["mine"] == "grown"
     two = [GROWN, {"name": "late", "growth": [{"at_fraction": 0.5, "to": {"ffn_tokens": 32}}]}]
     names = [arm.name for arm in arms_of(racing(shared, *two), 256)]
     assert names == ["grown", "late", "scratch", "small", "dropped", "copy"]
@@ -150,6 +162,7 @@ def test_every_shipped_race_can_be_branched_and_drops_the_moments_of_the_arm_tha
     race = Race(recipe, Path(), [Arm(arm.name, "", "arm", None, arm_recipe(recipe, arm)) for arm in recipe.arms], 256)
     for arm in race.arms:
         jobs.require_branches(race, arm)
+        require_warm_trial(race, arm)
     keeping = (arm.name for arm in race.arms if arm.grows and keeps_moments(arm.recipe, 256))
     assert next(keeping, None) == DROPPED.get(name, DROPPED[name[:-4]])
 
@@ -423,12 +436,59 @@ def test_a_second_rewind_is_held_against_where_the_first_left_the_schedule(share
         ({"data": {"repeat": True}}, "arm bad: data is the race's"),
         ({"growth": [{"at_step": 3, "to": {"ffn_tokens": 32}}]}, "arm bad: growth.at_step = 3.*use at_fraction"),
         ({"train": {"min_learning_rate_ratio": 1.0}}, "arm bad: train.min_learning_rate_ratio is the race's"),
+        ({"growth": [{**GROWN["growth"][0], "seed": 7}]}, "arm bad: growth.0.seed: has no effect beside race.seeds"),
     ],
 )
 def test_an_arm_may_not_bend_what_all_share(shared: Path, arm: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         racing(shared, {"name": "bad", **arm})
     racing(shared, GROWN)
+
+
+@pytest.mark.parametrize(
+    ("train", "data", "message"),
+    [
+        ({"learning_rate": 0.5}, {}, "train.learning_rate: has no effect beside race.learning_rates"),
+        ({"seed": 9}, {}, "train.seed: has no effect beside race.seeds"),
+        ({"keep_at": [0.5]}, {}, "train.keep_at: has no effect beside race.budgets"),
+        ({}, {"seed": 9}, "data.seed: has no effect beside race.seeds"),
+    ],
+)
+def test_what_the_race_settles_is_not_written_beside_it(shared: Path, train: Any, data: Any, message: str) -> None:
+    table = recipe_to_dict(racing(shared))
+    table["train"] |= train
+    table["data"] |= data
+    with pytest.raises(ValueError, match=f"{message} \\(from the test\\)"):
+        recipe_from_dict(table, "the test")
+    recipe_from_dict({**table, "race": None}, "the test")  # the control: without [race] it has one
+
+
+def test_a_warm_up_after_a_growth_ends_before_the_decay_begins_in_a_run_and_in_its_trials(shared: Path) -> None:
+    def raced(at: float, steps: int) -> Race:
+        event = {**GROWN["growth"][0], "at_fraction": at, "learning_rate": "rewarm_all", "rewarm_steps": steps}
+        return race_of(racing(shared, {"name": "grown", "growth": [event]}, race={"budgets": [1.0]}), Path())
+
+    race = raced(0.4, 1)
+    planned = race.plan(race.arms[0], race.arms[0].recipe)
+    room = planned.step_at(0.6) - planned.growth_steps[0]
+    tuned = trial(race, race.arms[0], 0.01).recipe
+    shorter = race.plan(race.arms[0], tuned)
+    room_of_trial = shorter.step_at(0.6) - shorter.growth_steps[0]
+    assert 1 < room_of_trial < room
+    require_all_feasible(raced(0.4, room_of_trial), None)
+    with pytest.raises(ValueError, match=r"arm grown: race.tune_fraction: 0.3: in a trial .*growth.0: its warm-up"):
+        require_all_feasible(raced(0.4, room_of_trial + 1), None)
+    race = raced(0.4, room)
+    jobs.require_branches(race, race.arms[0])
+    race = raced(0.4, room + 1)
+    with pytest.raises(ValueError, match="growth.0: its warm-up or ramp lasts until step .*let it come earlier"):
+        jobs.require_branches(race, race.arms[0])
+    # With one twice as long the run would decay before it has been at its peak again.
+    race = raced(0.4, 2 * room)
+    recipe = race.arms[0].recipe
+    planned = race.plan(race.arms[0], recipe)
+    after = range(planned.growth_steps[0], planned.steps)
+    assert max(learning_rate_at(recipe, planned, step) for step in after) < recipe.train.learning_rate
 
 
 def test_a_control_without_experts_has_none_to_keep_in_balance(shared: Path) -> None:
@@ -1219,6 +1279,15 @@ def test_a_race_does_not_go_on_with_another_text(shared: Path, tmp_path: Path) -
         assert opened() == begun
 
 
+class PeekingFar(torch.nn.Module):
+    """Sees the token that is 40 places on, where the text is that long."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        logits = torch.nn.functional.one_hot(input_ids, 256).float()
+        logits[:, :-40] += torch.nn.functional.one_hot(input_ids[:, 40:], 256)
+        return type("Output", (), {"logits": logits})
+
+
 class Peeking(torch.nn.Module):
     """Says at every position which token comes next."""
 
@@ -1237,3 +1306,12 @@ def test_a_model_that_looks_ahead_is_refused(shared: Path, monkeypatch: pytest.M
         checks.require_causal(config, "cheat")
     with pytest.raises(ValueError, match="arm grown: its model sees the tokens"):
         plan_race(racing(shared))
+    monkeypatch.setattr(checks, "build_model", lambda config, seed: PeekingFar())
+    checks.require_causal(config, "far", 32)
+    asked: list[int] = []
+    monkeypatch.setattr("tokenformer.race.require_causal", lambda config, name, length: asked.append(length))
+    recipe = racing(shared)
+    require_all_feasible(race_of(recipe, Path()), None)
+    assert set(asked) == {recipe.data.sequence_length}  # the whole window, as what lies beyond 32 may be seen as well
+    with pytest.raises(ValueError, match="arm far: its model sees the tokens"):
+        checks.require_causal(config, "far", 128)

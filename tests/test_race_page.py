@@ -18,7 +18,7 @@ from tokenformer.report.markup import name_of
 from tokenformer.report.race.controls import pair_of
 from tokenformer.report.race.doubts import nearest, put_in_words
 from tokenformer.report.race.page import page, top_charts
-from tokenformer.report.race.words import further, ratio_text
+from tokenformer.report.race.words import conclusion, further, ratio_text
 from tokenformer.report.units import flops_text, signed
 from tokenformer.report.verdict import flatten
 from tokenformer.runs import remove_unfinished
@@ -168,6 +168,14 @@ def test_whether_growing_paid_is_said_first_in_a_few_words(race, report, tmp_pat
     assert short.startswith("That growing pays is not shown here: ") and short.endswith("were tuned on short runs.")
     page = (race / "report.html").read_text()
     assert page.index(report["conclusion"]) < page.index('class="answer"')
+    long = {**report["race"], "tune_fraction": 0.5}
+    for at_edge in ("grown", "scratch", "size 560 k"):
+        arms = [{**arm, "edge": "highest" if arm["name"] == at_edge else ""} for arm in report["arms"]]
+        told = conclusion({**report, "race": long, "arms": arms}, True)
+        assert told.startswith("That growing pays is not shown here: ")
+        assert told.endswith(f", but the best learning rate of {at_edge} lies at an edge of the grid.")
+    arms = [{**arm, "edge": "highest" if arm["name"] == "grown late" else ""} for arm in report["arms"]]  # the control
+    assert conclusion({**report, "race": long, "arms": arms}, True).startswith("Growing paid here: ")
 
     def moved(name, **by):
         loss = lambda arm, *at: plausible(arm, *at) + by.get(arm.replace(" ", "_"), 0.0)  # noqa: E731
@@ -334,6 +342,21 @@ def test_the_compute_optimal_size_is_found_and_an_edge_is_said(report, tmp_path)
     assert "not bracketed: the largest of 2 sizes" in page_of(read_report(folder))
 
 
+def test_an_arm_from_scratch_may_be_the_best_size_that_growing_is_held_against(tmp_path):
+    """Or a recipe could leave its strongest rival out of rule 10 by writing it as an arm."""
+    mine = {"role": "arm", "parameters": (560_000, 560_000)}
+    config = {"vocab_size": 256, "theta": "gelu"}
+    best = lambda arm, *at: plausible(arm, *at) - (0.5 if arm == "mine" else 0.0)  # noqa: E731
+    for own, found in ((config, "mine"), ({**config, "theta": "softmax"}, "scratch")):  # of another kind: the control
+        arms = {name: {**arm, "config": config} for name, arm in ARMS.items() if name != "size 560 k"}
+        arms["mine"] = {**mine, "config": own}
+        told = read_report(write_full_race(tmp_path / found, arms=arms, loss=best, tune_fraction=0.5))
+        assert [size["arm"] for size in told["budgets"][-1]["compute_optimal"]] == [found]
+        aside = "; mine, another kind of model from scratch, is better than grown" in told["conclusion"]
+        assert aside is (found != "mine") and "mine" in told["conclusion"]
+        assert told["conclusion"].startswith("Growing did not pay here") is (found == "mine")
+
+
 def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many, tmp_path):
     assert "**size 560 k** (the best of 3 sizes from scratch)" in report["answer"][1]
     for told, label in ((report, "the best of 3 sizes from scratch"), (many, "the best of 4 sizes from scratch")):
@@ -397,6 +420,15 @@ def test_a_difference_has_an_interval_over_stretches_of_the_final_text_too(tmp_p
     assert "text_low" not in pair(mixed, "scratch", "small") and "text_low" in pair(mixed, "grown", "small")
     even = pair(report, "scratch", "small")  # the control: alike in every stretch
     assert even["text_low"] == pytest.approx(even["value"]) == pytest.approx(even["text_high"])
+
+
+def test_a_power_law_is_of_one_model_be_there_results_from_before_a_growth(tmp_path):
+    folder = write_full_race(tmp_path / "race", budgets=(0.25, 0.4, 0.6, 1.0))  # grown at 0.3
+    laws = read_report(folder)["power_laws"]
+    assert laws["grown"]["reason"].endswith("there are 3")
+    assert laws["scratch"]["reason"] is None and laws["scratch"]["points"] == 4  # the control
+    later = read_report(write_full_race(tmp_path / "later", budgets=(0.25, 0.35, 0.4, 0.6, 1.0)))["power_laws"]
+    assert (later["grown"]["points"], later["scratch"]["points"]) == (4, 5)
 
 
 def test_a_power_law_is_fitted_where_there_are_four_budgets(report, tmp_path):

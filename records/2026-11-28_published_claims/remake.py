@@ -21,6 +21,7 @@ from tokenformer.report.race.controls import pair_of
 RECORDS = Path(__file__).resolve().parent.parent
 LLAMA, AGAIN, REST = "2026-11-24_growth_llama", "2026-11-27_growth_fresh", "2026-11-28_growth_rest"
 TOKENS, ROTATED, LONG = "2026-11-27_growth_tokens", "2026-11-28_growth_rotated", "2026-11-28_growth_tokens_long"
+EXPERTS = "2026-11-29_growth_experts"
 ARCHITECTURES, FRESH = "2026-11-26_architectures", "2026-11-27_fresh_seeds"
 
 # What is claimed, where, its published share of scratch's cost (from, to; "up to" reaches from 1), the arms raced.
@@ -36,6 +37,7 @@ SAVINGS: list[tuple[str, str, tuple[float, float], list[tuple[str, str]]]] = [
     ("MIDAS: up to 40 % faster", "2409.19044", (0.6, 1), [(REST, "midas"), (REST, "gradual_stack")]),
     ("one layer, then all at once: 80 % saved", "2511.04981", (0.2, 0.2), [(REST, "jump")]),
     ("ReLoRA: 9 to 40 % faster", "2307.05695", (0.6, 0.91), [(REST, "relora")]),
+    ("expert upcycling: 32 % saved", "2604.19835", (0.68, 0.68), [(EXPERTS, "duplicate_experts")]),
     (
         "TokenFormer: a third of the cost",
         "2410.23168",
@@ -85,7 +87,20 @@ RIVALS: list[tuple[str, str, list[tuple[str, str, str]]]] = [
     ("squared ReLU beats GELU", "2109.08668", [(ARCHITECTURES, "theta_relu2", "modern")]),
     ("Mamba-2 is as good as Transformer++", "2405.21060", [(ARCHITECTURES, "mamba2", "llama")]),
     ("nGPT: 4 to 20 times as fast", "2410.01131", [(ARCHITECTURES, "ngpt", "llama")]),
-    ("mixtures beat dense models", "2101.03961", [(ARCHITECTURES, "mixtral_auxiliary", "llama")]),
+    (
+        "mixtures beat dense models",
+        "2101.03961",
+        [
+            (ARCHITECTURES, "mixtral_auxiliary", "llama"),
+            (EXPERTS, "scratch", "small-virtual_groups"),
+            (EXPERTS, "scratch-duplicate_experts", "small-virtual_groups"),
+        ],
+    ),
+    (
+        "upcycled beats the dense trained longer",
+        "2212.05055",
+        [(EXPERTS, "upcycle", "small"), (EXPERTS, "virtual_groups", "small-virtual_groups")],
+    ),
     (
         "balance without a loss beats the loss",
         "2408.15664",
@@ -130,7 +145,7 @@ def difference(report: dict[str, Any], arm: str, rival: str) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    names = (LLAMA, AGAIN, REST, TOKENS, ROTATED, LONG, ARCHITECTURES, FRESH)
+    names = (LLAMA, AGAIN, REST, TOKENS, ROTATED, LONG, EXPERTS, ARCHITECTURES, FRESH)
     found = {name: json.loads((RECORDS / name / "report.json").read_text()) for name in names}
 
     def named(record: str, arm: str, **more: Any) -> dict[str, Any]:

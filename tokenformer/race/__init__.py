@@ -41,6 +41,7 @@ from .jobs import (
     headline,
     jobs_of_arms,
     require_branches,
+    require_warm,
     skipped_tokens,
     todo,
     trial,
@@ -141,6 +142,7 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
     for arm in race.arms:
         with by_name(arm):
             longest = 0 if race.recipe.race is None else require_branches(race, arm)
+            require_warm_trial(race, arm)
             steps[arm.name] = max(longest, *(race.plan(arm, job.recipe).steps for job in first_jobs(race, arm)))
     streamed = [arm.name for arm in race.arms if is_streamed(arm.recipe.data.source)]
     tokens = max((stream_tokens(arm, steps[arm.name]) for arm in race.arms if arm.name in streamed), default=0)
@@ -151,8 +153,20 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
                 _, corpus, _, _ = require_feasible(job.recipe, race.place(job.name), say, steps[arm.name])
             if race.recipe.race is not None:
                 for config in ends(arm.recipe, race.vocab_size)[:2]:
-                    require_causal(config, arm.name, min(32, arm.recipe.data.sequence_length))
+                    require_causal(config, arm.name, arm.recipe.data.sequence_length)
     return corpus
+
+
+def require_warm_trial(race: Race, arm: Arm) -> None:
+    """ValueError where a warm-up, as long in a trial as in the run that it tunes for, ends in the trial's decay."""
+    if race.recipe.race is None:
+        return
+    recipe = trial(race, arm, race.section.learning_rates[0]).recipe
+    try:
+        require_warm(race.plan(arm, recipe), recipe)
+    except ValueError as error:
+        share = race.section.tune_fraction
+        raise ValueError(f"race.tune_fraction: {share:g}: in a trial of that length {error}") from None
 
 
 def first_jobs(race: Race, arm: Arm) -> list[Job]:

@@ -222,6 +222,21 @@ def branch_name(trunk: Job, share: float) -> str:
     return f"{trunk.name}_at-{share:g}"
 
 
+def require_warm(planned: Plan, recipe: Recipe) -> None:
+    """ValueError where what rises after a growth, a learning rate or a mask, still does as the decay begins (rule 17);
+    a schedule that starts anew has a decay of its own."""
+    if any(event.learning_rate in AFRESH for event in recipe.growth):
+        return
+    begin = planned.step_at(rounded(1 - recipe.train.decay_fraction))
+    for event, grown in zip(planned.events, planned.growth_steps, strict=True):
+        until = grown + max(warm_up_after(event), ramp_steps(event))
+        if until > begin:
+            raise ValueError(
+                f"{event.name}: its warm-up or ramp lasts until step {until} of {planned.steps}, and the decay begins "
+                f"at {begin}; let it come earlier, or be shorter"
+            )
+
+
 def require_branches(race: Race, arm: Arm) -> int:
     """ValueError unless each smaller budget's branch begins in the stable phase and has a step to decay in. Returns the
     step that the longest ends at: one of the small model takes more than its trunk, where this grows a lot.
@@ -231,6 +246,7 @@ def require_branches(race: Race, arm: Arm) -> int:
     """
     planned, decay = race.plan(arm, arm.recipe), arm.recipe.train.decay_fraction
     assert arm.recipe.train.flops is not None
+    require_warm(planned, arm.recipe)
     rising = [arm.recipe.train.warmup_steps]  # steps of warm-up, or of growing in, at the beginning of each phase
     rising += [max(warm_up_after(event), ramp_steps(event)) for event in planned.events]
     warm_ups = [arm.recipe.train.warmup_steps, *map(warm_up_after, planned.events)]

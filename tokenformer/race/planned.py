@@ -74,10 +74,13 @@ def plan_lines(race: Race, slots: int) -> list[str]:
             "FLOPs above: of all runs of an arm"
         )
         beside = [f"{arm.name} of {arm.of}" for arm in race.arms if arm.role != "arm"]
+        written = {each.name for each in race.recipe.arms}
+        untuned = [arm.name for arm in race.arms if arm.name in written and arm.tuned_as != arm.name]
         apart = differing_keys([{"train": recipe_to_dict(arm.recipe)["train"]} for arm in race.arms])
         equal = [arm.name for arm in race.arms if arm.role == "arm" and leaves_copies_equal(race, arm)]
         for what, names in (
             ("controls", beside),
+            ("not tuned, but run at the rate of the arm beside which it is a control", untuned),
             ("cosine runs", section.cosine),
             ("arms do not share", apart),
             ("copies stay equal, so that what is added may never be used, without an option noise or dropout", equal),

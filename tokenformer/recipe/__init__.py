@@ -50,7 +50,12 @@ __all__ = [
 ]
 
 # What a race with [race] settles by a key of its own.
-RACED = {"train.learning_rate": "race.learning_rates", "train.seed": "race.seeds", "data.seed": "race.seeds"}
+RACED = {
+    "train.learning_rate": "race.learning_rates",
+    "train.seed": "race.seeds",
+    "data.seed": "race.seeds",
+    "train.keep_at": "race.budgets",
+}
 
 # --- reading ---
 
@@ -292,6 +297,11 @@ def check_race(recipe: Recipe, where: Where) -> None:
             f"train.schedule: {recipe.train.schedule!r} cannot be branched at several budgets; a race with [race] "
             f"takes 'wsd' (from {where('train.schedule')})"
         )
+    for dotted, settles in RACED.items():
+        table, _, name = dotted.partition(".")
+        section = getattr(recipe, table)
+        if getattr(section, name) != getattr(type(section)(), name):
+            raise ValueError(f"{dotted}: has no effect beside {settles} (from {where(dotted)})")
     if recipe.noise:
         raise ValueError(f"noise: a race with [race] measures its own (from {where('noise')})")
     for arm in recipe.arms:
@@ -315,6 +325,9 @@ def check_race(recipe: Recipe, where: Where) -> None:
                     f"arm {arm.name}: growth at {latest:g} of the FLOPs, and the decay begins at {1 - decay:g}: it "
                     f"belongs to the stable phase, or restarts the schedule (from {where('arm')})"
                 )
+            if event.seed:
+                origin = where("arm")
+                raise ValueError(f"arm {arm.name}: growth.{i}.seed: has no effect beside race.seeds (from {origin})")
             if event.at_step is not None:
                 raise ValueError(
                     f"arm {arm.name}: growth.at_step = {event.at_step}: in a race with [race] growth comes at a share "

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...statistics import (
+    LEAST_POINTS,
     Curve,
     Difference,
     Table,
@@ -29,7 +30,7 @@ from ...statistics import (
     spread_of,
 )
 
-FROM_SCRATCH = ("scratch", "small", "size")  # roles that the compute-optimal size is chosen among
+FROM_SCRATCH = ("scratch", "small", "size")  # the roles of controls that are trained from scratch
 THRESHOLDS = 3
 # Of a recipe's model: what its initial weights do not depend on, but for a factor of all values of a table (theta).
 NOT_IN_WEIGHTS = (
@@ -190,10 +191,15 @@ def cell_of(budget: dict[str, Any], arm: str) -> dict[str, Any]:
 
 
 def optimal_sizes(report: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per kind of model, the best of the sizes trained from scratch."""
+    """Per kind of model that controls are of, the best of the sizes trained from scratch, arms that do not grow and are
+    no control among them."""
     groups: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    kinds = {kind_of(arm) for arm in report["arms"] if arm["role"] in FROM_SCRATCH}
     for arm, cell in zip(report["arms"], cells, strict=True):
-        if arm["role"] in FROM_SCRATCH and cell["mean"] is not None and cell["parameters"]:
+        model = arm["recipe"].get("model") or {}
+        entrant = arm["role"] == "arm" and not (arm["grows"] or model.get("checkpoint") or model.get("rank"))
+        scratch = arm["role"] in FROM_SCRATCH or entrant and kind_of(arm) in kinds
+        if scratch and cell["mean"] is not None and cell["parameters"]:
             groups.setdefault(kind_of(arm), {})[arm["name"]] = (cell["parameters"], cell["mean"])
     found = [(kind, sizes, compute_optimal(sizes)) for kind, sizes in groups.items()]
     return [{"architecture": kind[0], "of": list(sizes), **best} for kind, sizes, best in found if best]
@@ -267,10 +273,14 @@ def growths_of(arm: dict[str, Any], run: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def law_of(report: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
-    """The power law of an arm's results, or the reason why there is none."""
-    measure = measure_of_all(report)
+    """The power law of an arm's results, or the reason why there is none; of those with all of its growths behind them,
+    since before one it is another model."""
+    measure, shares = measure_of_all(report), report["race"]["budgets"]
+    growths = {share: max((len(growths_of(arm, run)) for run in runs_at(arm, share)), default=0) for share in shares}
+    if len(shares) >= LEAST_POINTS:
+        shares = [share for share in shares if growths[share] == max(growths.values())]
     curves: dict[int, Curve] = {}
-    for share in report["race"]["budgets"]:
+    for share in shares:
         ended = [run for run in runs_at(arm, share) if value_of(run, measure) is not None]
         flops = mean_of(ended, "flops")  # runs end at whole steps; one x for all seeds
         for run in ended:

@@ -144,7 +144,8 @@ def answer(report: dict[str, Any]) -> list[str]:
 def conclusion(report: dict[str, Any], trusted: bool) -> str:
     """Whether growing paid, in a few words: how the best growing arm stands to its scratch, its small size and the best
     size, and which others are better than all of theirs. Nothing before the race has ended, or where those controls
-    are missing. Where rates are not `trusted`, being better is no sign that it paid.
+    are missing. Where rates are not `trusted`, or the best of an arm or a control lies at an edge of the grid, being
+    better is no sign that it paid.
     """
     budget = answered(report)
     arm = best_arm(report, budget) if budget else None
@@ -160,19 +161,33 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
         [name for name, said in mine.items() if said == word] for word in ("better", "worse", "not told apart")
     )
     best = f"the best of {len(words)} grown models, {arm['name']}," if len(words) > 1 else arm["name"]
+    edges = {each["name"] for each in report["arms"] if each["trials"] and each["edge"]}
+    beyond = of_another_kind(report, budget, arm)
     if not worse and not level:
-        if trusted:
-            return f"Growing paid here: at equal FLOPs {best} is better than {listed(better)}."
-        rates = "at learning rates that were tuned on short runs"
-        return f"That growing pays is not shown here: {best} is better than {listed(better)}, but {rates}."
+        open_ended = [name for name in (arm["name"], *mine) if name in edges]
+        doubt = f"the best learning rate of {listed(open_ended)} lies at an edge of the grid" if open_ended else ""
+        doubt = doubt if trusted else "at learning rates that were tuned on short runs"
+        if not doubt:
+            return f"Growing paid here: at equal FLOPs {best} is better than {listed(better)}{beyond}."
+        return f"That growing pays is not shown here: {best} is better than {listed(better)}, but {doubt}{beyond}."
     if worse:
         ahead = f"{listed([f'{name} ({labels[name]})' for name in worse])} {'are' if worse[1:] else 'is'} better than"
         said = f"Growing did not pay here: at equal FLOPs {ahead} {best.removesuffix(',')}"
     else:
-        said = f"That growing pays is not shown here: {best} is not told apart from {listed(level)}"
-    paid = [name for name, each in words.items() if trusted and set(each.values()) == {"better"}]
+        said = f"That growing pays is not shown here: {best} is not told apart from {listed(level)}{beyond}"
+    known = [name for name, each in words.items() if trusted and not edges.intersection((name, *each))]
+    paid = [name for name in known if set(words[name].values()) == {"better"}]
     own_controls = f"{'their' if paid[1:] else 'its'} own controls"
     return f"{said}; {listed(paid)} did better than {own_controls}." if paid else f"{said}."
+
+
+def of_another_kind(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> str:
+    """Of the models from scratch that are better than a growing arm and no control of it, the best one."""
+    own = set(controls_of(report, budget, arm).values())
+    others = [a["name"] for a in report["arms"] if not a["grows"] and a["role"] != "copy" and a["name"] not in own]
+    pairs = [pair for name in others if (pair := pair_of(budget, name, arm["name"])) and pair["word"] == "better"]
+    best = min(pairs, key=lambda pair: pair["value"], default=None)
+    return f"; {best['arm']}, another kind of model from scratch, is better than {arm['name']}" if best else ""
 
 
 def words_of(controls: dict[str, Any]) -> dict[str, str]:
