@@ -1022,6 +1022,22 @@ def test_a_race_in_progress_has_a_page_that_says_so(tmp_path):
         read_report(folder)
 
 
+def test_how_many_arms_might_have_taken_another_rate_is_said_below_the_trials(report):
+    near = math.sqrt(2) * (report["budgets"][0]["s_same"] or report["budgets"][0]["s"])  # of the trials' length
+    tuned = [arm for arm in report["arms"] if arm["trials"]]
+    leads = []
+    for arm in tuned:
+        first, second = sorted(trial["bits_per_byte"] for trial in arm["trials"])[:2]
+        leads.append(second - first)
+    assert min(leads) > near  # trials of these arms are told apart by far
+    said = f"of {len(tuned)} arms the best leads the next by less than {near:.3f}, one deviation of such"
+    assert f"In none {said}" in page_of(report)
+    found = json.loads(json.dumps(report))
+    for trial in found["arms"][0]["trials"]:
+        trial["bits_per_byte"] = 2.0 + {0.002: 0.0, 0.004: 1.1, 0.008: 0.9}[trial["learning_rate"]] * near
+    assert f"In 1 {said}" in page_of(found) and "with another seed the next might have been taken" in page_of(found)
+
+
 def test_a_race_that_only_has_trials_has_no_answer_yet(tmp_path):
     folder = write_full_race(tmp_path / "race", skip=lambda *at: True)
     told = read_report(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ...statistics import NO_RISE, mean_sd
@@ -166,10 +167,32 @@ def trials_section(report: dict[str, Any]) -> str:
     note = (
         f'<p class="small">Every trial: bits per byte at {flops_text(race.get("tune_flops"))} '
         f"({100 * race.get('tune_fraction', 0):g} % of the budget), with a seed of its own. The lowest is taken; "
-        "copies and arms with dropped state take the rate of the arm that they stand beside.</p>"
+        f"copies and arms with dropped state take the rate of the arm that they stand beside.{close_trials(report)}</p>"
     )
     head = ["arm", *(f"{rate:g}" for rate in rates), ""]
     return f"<h2>Learning-rate trials</h2>{table(head, rows, 'trials', tuple(range(1, len(rates) + 1)))}{note}"
+
+
+def close_trials(report: dict[str, Any]) -> str:
+    """Of how many arms the best rate leads the next by less than two runs that start alike differ by chance, going by
+    the budget nearest to the trials' length."""
+    length = report["race"].get("tune_fraction")
+    if not length:
+        return ""
+    budget = min(report["budgets"], key=lambda b: abs(b["share"] - length))
+    s = budget["s_same"] or budget["s"]
+    ended = [[t["bits_per_byte"] for t in arm["trials"] if t["status"] == "finished"] for arm in report["arms"]]
+    bits = [sorted(value for value in values if value is not None) for values in ended]
+    leads = [found[1] - found[0] for found in bits if len(found) > 1]
+    if not leads or not s:
+        return ""
+    near, by = math.sqrt(2) * s, share_text(report, budget)
+    close = sum(lead < near for lead in leads)
+    so = ": with another seed the next might have been taken" if close else ""
+    return (
+        f" In {close or 'none'} of {len(leads)} arms the best leads the next by less than {e(gap_text(near))}, one "
+        f"deviation of such a difference at {by}{so}."
+    )
 
 
 def trial_html(trial: dict[str, Any] | None, chosen: bool) -> str:
