@@ -308,6 +308,14 @@ def test_where_text_ceases_to_be_utf_8_is_said_of_what_is_unpacked(tmp_path, cac
     assert python.value.start == len(before)
 
 
+@pytest.mark.parametrize(("name", "pack"), [("a.gz", gzip.compress), ("a.xz", lzma.compress)])
+def test_an_archive_that_is_no_text_and_damaged_further_on_is_refused_in_one_line(tmp_path, cache, name, pack):
+    whole = pack(b"\xff" + np.random.default_rng(0).bytes(200_000).hex().encode())
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="^[^\n]*(is not UTF-8 text|cannot be read)[^\n]*$"):
+        prepare(section(tmp_path / name), 10, cache)
+
+
 def test_held_out_text_may_be_a_source_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("\f".join(f"trained {i} " * 20 for i in range(40)) + "\f" + "shared " * 20)
     (tmp_path / "held.txt").write_text("held out " * 50 + "\f" + "shared " * 20)

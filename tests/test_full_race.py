@@ -122,12 +122,15 @@ def test_the_controls_are_always_there(shared: Path) -> None:
     assert not arms["scratch"].grows and arms["copy"].tuned_as == "scratch" and arms["dropped"].tuned_as == "grown"
 
 
-def test_an_arm_that_is_a_control_already_is_not_run_twice(shared: Path) -> None:
+def test_an_arm_that_is_a_control_already_is_not_run_twice(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = {"name": "mine", "model": {"ffn_tokens": 32, "head_dim": 4}}  # as what follows from the other fields
     arms = {arm.name: arm.role for arm in arms_of(racing(shared, GROWN, mine), 256)}
     assert arms == {"grown": "arm", "mine": "scratch", "small": "small", "dropped": "dropped", "copy": "copy"}
     dropping = {**GROWN, "name": "mine", "growth": [{**GROWN["growth"][0], "moments": "drop"}]}
     assert {a.name: a.tuned_as for a in arms_of(racing(shared, GROWN, dropping), 256)}["mine"] == "grown"
+    monkeypatch.setattr("tokenformer.race.planned.seconds_per_flop", lambda *arguments: 1e-9)
+    said = "not tuned, but run at the rates of the arms that they are controls of: mine"
+    assert said in plan_race(racing(shared, GROWN, dropping)) and said not in plan_race(racing(shared, GROWN))
     two = [GROWN, {"name": "late", "growth": [{"at_fraction": 0.5, "to": {"ffn_tokens": 32}}]}]
     names = [arm.name for arm in arms_of(racing(shared, *two), 256)]
     assert names == ["grown", "late", "scratch", "small", "dropped", "copy"]
@@ -483,6 +486,21 @@ def test_a_warm_up_after_a_growth_ends_before_the_decay_begins_in_a_run_and_in_i
     race = raced(0.4, room + 1)
     with pytest.raises(ValueError, match="growth.0: its warm-up or ramp lasts until step .*let it come earlier"):
         jobs.require_branches(race, race.arms[0])
+    for policy, at, rises in (("restart", 0.4, room), ("rewind", 0.4, room), ("keep", 0.6, 10**6)):
+        more = {"rewind_to": 0.3} if policy == "rewind" else {}
+        event = {**GROWN["growth"][0], "at_fraction": at, "learning_rate": policy, "rewarm_steps": rises, **more}
+        recipe = racing(shared, {"name": "grown", "growth": [event]}, race={"budgets": [1.0]})
+        own = race_of(recipe, Path())
+        jobs.require_warm(own.plan(own.arms[0], own.arms[0].recipe), own.arms[0].recipe)  # keep: nothing rises
+        if policy == "keep":
+            continue
+        # The schedule that begins anew at 0.4 decays from 0.4 + 0.6 (0.6 - r) / (1 - r) on.
+        begins = planned.step_at(0.4 + 0.6 * (0.6 - more.get("rewind_to", 0.0)) / (1 - more.get("rewind_to", 0.0)))
+        for steps, allowed in ((begins - planned.growth_steps[0], True), (begins - planned.growth_steps[0] + 1, False)):
+            event["rewarm_steps"] = steps
+            own = race_of(racing(shared, {"name": "grown", "growth": [event]}, race={"budgets": [1.0]}), Path())
+            with contextlib.nullcontext() if allowed else pytest.raises(ValueError, match="the decay begins at"):
+                jobs.require_warm(own.plan(own.arms[0], own.arms[0].recipe), own.arms[0].recipe)
     # With one twice as long the run would decay before it has been at its peak again.
     race = raced(0.4, 2 * room)
     recipe = race.arms[0].recipe
@@ -1310,8 +1328,9 @@ def test_a_model_that_looks_ahead_is_refused(shared: Path, monkeypatch: pytest.M
     checks.require_causal(config, "far", 32)
     asked: list[int] = []
     monkeypatch.setattr("tokenformer.race.require_causal", lambda config, name, length: asked.append(length))
-    recipe = racing(shared)
-    require_all_feasible(race_of(recipe, Path()), None)
-    assert set(asked) == {recipe.data.sequence_length}  # the whole window, as what lies beyond 32 may be seen as well
+    table = recipe_to_dict(racing(shared, flops=9e8))
+    table["data"]["sequence_length"] = 64
+    require_all_feasible(race_of(recipe_from_dict(table, "the test"), Path()), None)
+    assert set(asked) == {64}  # the whole window, as what lies beyond 32 may be seen as well
     with pytest.raises(ValueError, match="arm far: its model sees the tokens"):
         checks.require_causal(config, "far", 128)

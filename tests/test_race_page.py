@@ -17,6 +17,7 @@ from tokenformer.report.charts import QUIET
 from tokenformer.report.markup import name_of
 from tokenformer.report.race.controls import pair_of
 from tokenformer.report.race.doubts import nearest, put_in_words
+from tokenformer.report.race.numbers import calculate, spread_of_held_out
 from tokenformer.report.race.page import page, top_charts
 from tokenformer.report.race.words import conclusion, further, ratio_text
 from tokenformer.report.units import flops_text, signed
@@ -168,14 +169,13 @@ def test_whether_growing_paid_is_said_first_in_a_few_words(race, report, tmp_pat
     assert short.startswith("That growing pays is not shown here: ") and short.endswith("were tuned on short runs.")
     page = (race / "report.html").read_text()
     assert page.index(report["conclusion"]) < page.index('class="answer"')
-    long = {**report["race"], "tune_fraction": 0.5}
     for at_edge in ("grown", "scratch", "size 560 k"):
         arms = [{**arm, "edge": "highest" if arm["name"] == at_edge else ""} for arm in report["arms"]]
-        told = conclusion({**report, "race": long, "arms": arms}, True)
+        told = conclusion({**report, "arms": arms}, True)
         assert told.startswith("That growing pays is not shown here: ")
         assert told.endswith(f", but the best learning rate of {at_edge} lies at an edge of the grid.")
     arms = [{**arm, "edge": "highest" if arm["name"] == "grown late" else ""} for arm in report["arms"]]  # the control
-    assert conclusion({**report, "race": long, "arms": arms}, True).startswith("Growing paid here: ")
+    assert conclusion({**report, "arms": arms}, True).startswith("Growing paid here: ")
 
     def moved(name, **by):
         loss = lambda arm, *at: plausible(arm, *at) + by.get(arm.replace(" ", "_"), 0.0)  # noqa: E731
@@ -350,11 +350,22 @@ def test_an_arm_from_scratch_may_be_the_best_size_that_growing_is_held_against(t
     for own, found in ((config, "mine"), ({**config, "theta": "softmax"}, "scratch")):  # of another kind: the control
         arms = {name: {**arm, "config": config} for name, arm in ARMS.items() if name != "size 560 k"}
         arms["mine"] = {**mine, "config": own}
-        told = read_report(write_full_race(tmp_path / found, arms=arms, loss=best, tune_fraction=0.5))
+        told = read_report(write_full_race(tmp_path / found, arms=arms, loss=best))
         assert [size["arm"] for size in told["budgets"][-1]["compute_optimal"]] == [found]
         aside = "; mine, another kind of model from scratch, is better than grown" in told["conclusion"]
         assert aside is (found != "mine") and "mine" in told["conclusion"]
         assert told["conclusion"].startswith("Growing did not pay here") is (found == "mine")
+
+
+def test_what_was_trained_before_is_no_model_from_scratch(tmp_path):
+    arms = {**ARMS, "mine": {"role": "arm", "parameters": (560_000, 560_000)}}
+    best = lambda arm, *at: plausible(arm, *at) - (0.5 if arm == "mine" else 0.0)  # noqa: E731
+    told = read_report(write_full_race(tmp_path / "race", arms=arms, loss=best))
+    assert [size["arm"] for size in told["budgets"][-1]["compute_optimal"]] == ["mine"]  # the control
+    next(arm for arm in told["arms"] if arm["name"] == "mine")["recipe"] = {"model": {"checkpoint": "somewhere"}}
+    told = put_in_words(calculate(told))
+    assert [size["arm"] for size in told["budgets"][-1]["compute_optimal"]] == ["size 560 k"]
+    assert "mine" not in told["conclusion"]
 
 
 def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many, tmp_path):
@@ -425,7 +436,7 @@ def test_a_difference_has_an_interval_over_stretches_of_the_final_text_too(tmp_p
 def test_a_power_law_is_of_one_model_be_there_results_from_before_a_growth(tmp_path):
     folder = write_full_race(tmp_path / "race", budgets=(0.25, 0.4, 0.6, 1.0))  # grown at 0.3
     laws = read_report(folder)["power_laws"]
-    assert laws["grown"]["reason"].endswith("there are 3")
+    assert laws["grown"]["reason"].endswith("after an arm's last growth")
     assert laws["scratch"]["reason"] is None and laws["scratch"]["points"] == 4  # the control
     later = read_report(write_full_race(tmp_path / "later", budgets=(0.25, 0.35, 0.4, 0.6, 1.0)))["power_laws"]
     assert (later["grown"]["points"], later["scratch"]["points"]) == (4, 5)
@@ -1022,8 +1033,12 @@ def test_a_race_in_progress_has_a_page_that_says_so(tmp_path):
         read_report(folder)
 
 
-def test_how_many_arms_might_have_taken_another_rate_is_said_below_the_trials(report):
-    near = math.sqrt(2) * (report["budgets"][0]["s_same"] or report["budgets"][0]["s"])  # of the trials' length
+def test_how_many_arms_might_have_taken_another_rate_is_said_below_the_trials(tmp_path):
+    final = lambda *at: plausible(*at, s=0.2)  # noqa: E731 - which no trial is judged by
+    report = read_report(write_full_race(tmp_path / "race", final=final, final_text="final.txt"))
+    spread = spread_of_held_out(report, 0.25)  # of the trials' length
+    near = math.sqrt(2) * (spread.s_same or spread.s)
+    assert near < 0.2 * report["budgets"][0]["s"]
     tuned = [arm for arm in report["arms"] if arm["trials"]]
     leads = []
     for arm in tuned:

@@ -329,7 +329,7 @@ def power_law(curves: dict[int, Curve], seed: int = 0) -> PowerLaw | str:
     shared = set.intersection(*({c for c, _ in curve} for curve in curves.values())) if curves else set()
     flops = sorted(shared)
     if len(flops) < LEAST_POINTS:
-        return f"a fit needs at least {LEAST_POINTS} budgets that all seeds have, and there are {len(flops)}"
+        return f"a fit needs at least {LEAST_POINTS} budgets that all seeds have, after an arm's last growth"
     if len(curves) < 2:
         return "a bootstrap over seeds needs at least 2 of them, and there is 1"
     x, losses = np.array(flops), np.array([[dict(curve)[c] for c in flops] for curve in curves.values()])

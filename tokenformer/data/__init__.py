@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .cache import FORMAT, Say, TooFewDocuments, build_cache, read_cache, token_dtype
-from .sources import Source, files_below, is_streamed, not_text, read_blocks, sought_in
+from .sources import Source, files_below, is_streamed, read_blocks, say_not_text, sought_in
 from .tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -296,4 +296,4 @@ def read_text(file: Path) -> str:
     try:
         return "".join(read_blocks(file, "--text")).replace("\0", "")
     except UnicodeDecodeError:
-        raise ValueError(f"--text {file}: {not_text(file)}") from None
+        raise ValueError(f"--text {file}: {say_not_text(file)}") from None

@@ -20,6 +20,7 @@ How files become documents
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import lzma
 import os
@@ -31,6 +32,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 BLOCK = 2**20  # characters read at a time; a folder's file up to this size is one document
 LONGEST_CHUNK = 2**14
 MARKS = re.compile(r"[\f\0]|^<\|endoftext\|>[ \t]*\r?(?:\n|\Z)", re.M)
@@ -87,7 +89,7 @@ class Source:
         for path in self.files:
             size, text, nul, marked = inspect(path, self.separator)
             if not text and self.alone:
-                raise ValueError(f"data.source = {self.name!r} {not_text(path)}")
+                raise ValueError(f"data.source = {self.name!r} {say_not_text(path)}")
             if not text or nul and not self.alone and "\0" not in self.separator:
                 self.skipped_files += 1
             elif self.separator:
@@ -131,21 +133,22 @@ def read_blocks(path: Path, key: str = "data.source") -> Iterator[str]:
     `key` is what named the file, for the message when it cannot be read.
     """
     try:
-        with opener(path)(path, "rt", encoding="utf-8", newline="") as file:
+        with open_unpacked(path, "rt", encoding="utf-8", newline="") as file:
             while block := file.read(BLOCK):
                 yield block + file.readline(LONGEST_CHUNK)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{key}: {path} cannot be read: {first_line(error)}") from error
 
 
-def opener(path: Path) -> Any:
-    return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+def open_unpacked(path: Path, mode: str, **options: Any) -> Any:
+    opens: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+    return opens(path, mode, **options)
 
 
-def not_text(path: Path) -> str:
+def say_not_text(path: Path) -> str:
     """What is wrong with a file of which UTF-8 could not be decoded, and where that is in what it unpacks to."""
     decoder, read, block, where = codecs.getincrementaldecoder("utf-8")(), 0, b" ", ""
-    with opener(path)(path, "rb") as file:
+    with contextlib.suppress(*UNREADABLE), open_unpacked(path, "rb") as file:  # one that is damaged further on as well
         while block and not where:
             block = file.read(BLOCK)
             begins = read - len(decoder.getstate()[0])  # with what the last block left undecided

@@ -141,8 +141,10 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
     steps = {}
     for arm in race.arms:
         with by_name(arm):
-            longest = 0 if race.recipe.race is None else require_branches(race, arm)
-            require_warm_trial(race, arm)
+            longest = 0
+            if race.recipe.race is not None:
+                longest = require_branches(race, arm)
+                require_warm_trial(race, arm)
             steps[arm.name] = max(longest, *(race.plan(arm, job.recipe).steps for job in first_jobs(race, arm)))
     streamed = [arm.name for arm in race.arms if is_streamed(arm.recipe.data.source)]
     tokens = max((stream_tokens(arm, steps[arm.name]) for arm in race.arms if arm.name in streamed), default=0)
@@ -159,8 +161,6 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
 
 def require_warm_trial(race: Race, arm: Arm) -> None:
     """ValueError where a warm-up, as long in a trial as in the run that it tunes for, ends in the trial's decay."""
-    if race.recipe.race is None:
-        return
     recipe = trial(race, arm, race.section.learning_rates[0]).recipe
     try:
         require_warm(race.plan(arm, recipe), recipe)

@@ -223,17 +223,18 @@ def branch_name(trunk: Job, share: float) -> str:
 
 
 def require_warm(planned: Plan, recipe: Recipe) -> None:
-    """ValueError where what rises after a growth, a learning rate or a mask, still does as the decay begins (rule 17);
-    a schedule that starts anew has a decay of its own."""
-    if any(event.learning_rate in AFRESH for event in recipe.growth):
-        return
-    begin = planned.step_at(rounded(1 - recipe.train.decay_fraction))
+    """ValueError where what rises after a growth, a learning rate or a mask, still does as the decay begins (rule 17),
+    be it that of a schedule which has started anew (`learning_rate_at`)."""
+    stable, since, begin = 1 - recipe.train.decay_fraction, 0.0, 0.0
     for event, grown in zip(planned.events, planned.growth_steps, strict=True):
-        until = grown + max(warm_up_after(event), ramp_steps(event))
-        if until > begin:
+        if event.section.learning_rate in AFRESH:
+            since, begin = planned.progress(grown), event.section.rewind_to or 0.0
+        decays_at = planned.step_at(rounded(since + (1 - since) * (stable - begin) / (1 - begin)))
+        rises = max(warm_up_after(event), ramp_steps(event))
+        if rises and grown + rises > decays_at:
             raise ValueError(
-                f"{event.name}: its warm-up or ramp lasts until step {until} of {planned.steps}, and the decay begins "
-                f"at {begin}; let it come earlier, or be shorter"
+                f"{event.name}: its warm-up or ramp lasts until step {grown + rises} of {planned.steps}, and the decay "
+                f"begins at {decays_at}; let it come earlier, or be shorter"
             )
 
 

@@ -80,7 +80,7 @@ def plan_lines(race: Race, slots: int) -> list[str]:
         equal = [arm.name for arm in race.arms if arm.role == "arm" and leaves_copies_equal(race, arm)]
         for what, names in (
             ("controls", beside),
-            ("not tuned, but run at the rate of the arm beside which it is a control", untuned),
+            ("not tuned, but run at the rates of the arms that they are controls of", untuned),
             ("cosine runs", section.cosine),
             ("arms do not share", apart),
             ("copies stay equal, so that what is added may never be used, without an option noise or dropout", equal),

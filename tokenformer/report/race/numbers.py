@@ -13,9 +13,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ...statistics import (
-    LEAST_POINTS,
     Curve,
     Difference,
+    Spread,
     Table,
     compute_optimal,
     copy_noise,
@@ -95,6 +95,15 @@ def values_at(report: dict[str, Any], share: float) -> Table:
         found = {run["seed"]: value_of(run, measure) for run in runs_at(arm, share)}
         table[arm["name"]] = {seed: value for seed, value in found.items() if value is not None}
     return table
+
+
+def spread_of_held_out(report: dict[str, Any], share: float) -> Spread:
+    """The scatter of runs on the text that trials are judged by, at a budget."""
+    table: Table = {}
+    for arm in report["arms"]:
+        found = {run["seed"]: value_of(run, "bits_per_byte") for run in runs_at(arm, share)}
+        table[arm["name"]] = {seed: value for seed, value in found.items() if value is not None}
+    return spread_of(table, starts_of(report))
 
 
 def text_interval(report: dict[str, Any], share: float, pair: Difference) -> dict[str, float]:
@@ -275,13 +284,11 @@ def growths_of(arm: dict[str, Any], run: dict[str, Any]) -> list[dict[str, Any]]
 def law_of(report: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
     """The power law of an arm's results, or the reason why there is none; of those with all of its growths behind them,
     since before one it is another model."""
-    measure, shares = measure_of_all(report), report["race"]["budgets"]
-    growths = {share: max((len(growths_of(arm, run)) for run in runs_at(arm, share)), default=0) for share in shares}
-    if len(shares) >= LEAST_POINTS:
-        shares = [share for share in shares if growths[share] == max(growths.values())]
+    measure, growths = measure_of_all(report), max((len(growths_of(arm, run)) for run in arm["runs"]), default=0)
     curves: dict[int, Curve] = {}
-    for share in shares:
+    for share in report["race"]["budgets"]:
         ended = [run for run in runs_at(arm, share) if value_of(run, measure) is not None]
+        ended = [run for run in ended if len(growths_of(arm, run)) == growths]
         flops = mean_of(ended, "flops")  # runs end at whole steps; one x for all seeds
         for run in ended:
             curves.setdefault(run["seed"], []).append((flops or 0.0, run[measure]))

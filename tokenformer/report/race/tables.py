@@ -11,6 +11,7 @@ from ..tables import architecture_html, differing_table, linear_attention
 from ..units import MISSING, bits_text, count_text, flops_text, gap_text, seconds_text, signed, small_text
 from ..verdict import IGNORED, differing_keys, flatten
 from .charts import trunks
+from .numbers import spread_of_held_out
 from .words import growth_state, share_text
 
 ROLES = {
@@ -180,7 +181,8 @@ def close_trials(report: dict[str, Any]) -> str:
     if not length:
         return ""
     budget = min(report["budgets"], key=lambda b: abs(b["share"] - length))
-    s = budget["s_same"] or budget["s"]
+    spread = spread_of_held_out(report, budget["share"])
+    s = spread.s_same or spread.s
     ended = [[t["bits_per_byte"] for t in arm["trials"] if t["status"] == "finished"] for arm in report["arms"]]
     bits = [sorted(value for value in values if value is not None) for values in ended]
     leads = [found[1] - found[0] for found in bits if len(found) > 1]

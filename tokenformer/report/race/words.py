@@ -184,7 +184,8 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
 def of_another_kind(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> str:
     """Of the models from scratch that are better than a growing arm and no control of it, the best one."""
     own = set(controls_of(report, budget, arm).values())
-    others = [a["name"] for a in report["arms"] if not a["grows"] and a["role"] != "copy" and a["name"] not in own]
+    fresh = [a for a in report["arms"] if not (a["grows"] or (a["recipe"].get("model") or {}).get("checkpoint"))]
+    others = [a["name"] for a in fresh if a["role"] != "copy" and a["name"] not in own]
     pairs = [pair for name in others if (pair := pair_of(budget, name, arm["name"])) and pair["word"] == "better"]
     best = min(pairs, key=lambda pair: pair["value"], default=None)
     return f"; {best['arm']}, another kind of model from scratch, is better than {arm['name']}" if best else ""
