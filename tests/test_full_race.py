@@ -486,21 +486,19 @@ def test_a_warm_up_after_a_growth_ends_before_the_decay_begins_in_a_run_and_in_i
     race = raced(0.4, room + 1)
     with pytest.raises(ValueError, match="growth.0: its warm-up or ramp lasts until step .*let it come earlier"):
         jobs.require_branches(race, race.arms[0])
-    for policy, at, rises in (("restart", 0.4, room), ("rewind", 0.4, room), ("keep", 0.6, 10**6)):
-        more = {"rewind_to": 0.3} if policy == "rewind" else {}
-        event = {**GROWN["growth"][0], "at_fraction": at, "learning_rate": policy, "rewarm_steps": rises, **more}
-        recipe = racing(shared, {"name": "grown", "growth": [event]}, race={"budgets": [1.0]})
-        own = race_of(recipe, Path())
-        jobs.require_warm(own.plan(own.arms[0], own.arms[0].recipe), own.arms[0].recipe)  # keep: nothing rises
-        if policy == "keep":
-            continue
+
+    def require_warm(at: float, policy: dict[str, Any]) -> None:
+        event = {**GROWN["growth"][0], "at_fraction": at, **policy}
+        own = race_of(racing(shared, {"name": "grown", "growth": [event]}, race={"budgets": [1.0]}), Path())
+        jobs.require_warm(own.plan(own.arms[0], own.arms[0].recipe), own.arms[0].recipe)
+
+    require_warm(0.6, {"learning_rate": "keep", "rewarm_steps": 10**6})  # as late as may be, where nothing rises
+    for r, policy in ((0.0, {"learning_rate": "restart"}), (0.3, {"learning_rate": "rewind", "rewind_to": 0.3})):
         # The schedule that begins anew at 0.4 decays from 0.4 + 0.6 (0.6 - r) / (1 - r) on.
-        begins = planned.step_at(0.4 + 0.6 * (0.6 - more.get("rewind_to", 0.0)) / (1 - more.get("rewind_to", 0.0)))
-        for steps, allowed in ((begins - planned.growth_steps[0], True), (begins - planned.growth_steps[0] + 1, False)):
-            event["rewarm_steps"] = steps
-            own = race_of(racing(shared, {"name": "grown", "growth": [event]}, race={"budgets": [1.0]}), Path())
-            with contextlib.nullcontext() if allowed else pytest.raises(ValueError, match="the decay begins at"):
-                jobs.require_warm(own.plan(own.arms[0], own.arms[0].recipe), own.arms[0].recipe)
+        longest = planned.step_at(0.4 + 0.6 * (0.6 - r) / (1 - r)) - planned.growth_steps[0]
+        require_warm(0.4, {**policy, "rewarm_steps": longest})
+        with pytest.raises(ValueError, match="the decay begins at"):
+            require_warm(0.4, {**policy, "rewarm_steps": longest + 1})
     # With one twice as long the run would decay before it has been at its peak again.
     race = raced(0.4, 2 * room)
     recipe = race.arms[0].recipe

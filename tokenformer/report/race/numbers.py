@@ -88,8 +88,9 @@ def value_of(run: dict[str, Any], measure: str) -> float | None:
     return run[measure] if run["status"] == "finished" else None
 
 
-def values_at(report: dict[str, Any], share: float) -> Table:
-    measure = measure_at(report, share)
+def values_at(report: dict[str, Any], share: float, measure: str = "") -> Table:
+    """arm -> seed -> its result at a budget, by what the verdicts there rest on unless a measure is named."""
+    measure = measure or measure_at(report, share)
     table: Table = {}
     for arm in report["arms"]:
         found = {run["seed"]: value_of(run, measure) for run in runs_at(arm, share)}
@@ -99,11 +100,7 @@ def values_at(report: dict[str, Any], share: float) -> Table:
 
 def spread_of_held_out(report: dict[str, Any], share: float) -> Spread:
     """The scatter of runs on the text that trials are judged by, at a budget."""
-    table: Table = {}
-    for arm in report["arms"]:
-        found = {run["seed"]: value_of(run, "bits_per_byte") for run in runs_at(arm, share)}
-        table[arm["name"]] = {seed: value for seed, value in found.items() if value is not None}
-    return spread_of(table, starts_of(report))
+    return spread_of(values_at(report, share, "bits_per_byte"), starts_of(report))
 
 
 def text_interval(report: dict[str, Any], share: float, pair: Difference) -> dict[str, float]:
@@ -205,13 +202,17 @@ def optimal_sizes(report: dict[str, Any], cells: list[dict[str, Any]]) -> list[d
     groups: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     kinds = {kind_of(arm) for arm in report["arms"] if arm["role"] in FROM_SCRATCH}
     for arm, cell in zip(report["arms"], cells, strict=True):
-        model = arm["recipe"].get("model") or {}
-        entrant = arm["role"] == "arm" and not (arm["grows"] or model.get("checkpoint") or model.get("rank"))
+        whole = from_scratch(arm) and not (arm["recipe"].get("model") or {}).get("rank")
+        entrant = arm["role"] == "arm" and whole
         scratch = arm["role"] in FROM_SCRATCH or entrant and kind_of(arm) in kinds
         if scratch and cell["mean"] is not None and cell["parameters"]:
             groups.setdefault(kind_of(arm), {})[arm["name"]] = (cell["parameters"], cell["mean"])
     found = [(kind, sizes, compute_optimal(sizes)) for kind, sizes in groups.items()]
     return [{"architecture": kind[0], "of": list(sizes), **best} for kind, sizes, best in found if best]
+
+
+def from_scratch(arm: dict[str, Any]) -> bool:
+    return not arm["grows"] and not (arm["recipe"].get("model") or {}).get("checkpoint")
 
 
 def kind_of(arm: dict[str, Any]) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..units import bits_text, flops_text, gap_text, low_to_high, signed
 from .controls import best_of_sizes, controls_of, pair_of, sizes_beside
-from .numbers import cell_of, mean_of, runs_at
+from .numbers import cell_of, from_scratch, mean_of, runs_at
 
 LABELS = {
     "scratch": "the target size from scratch",
@@ -164,11 +164,12 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
     edges = {each["name"] for each in report["arms"] if each["trials"] and each["edge"]}
     beyond = of_another_kind(report, budget, arm)
     if not worse and not level:
-        open_ended = [name for name in (arm["name"], *mine) if name in edges]
-        doubt = f"the best learning rate of {listed(open_ended)} lies at an edge of the grid" if open_ended else ""
-        doubt = doubt if trusted else "at learning rates that were tuned on short runs"
-        if not doubt:
+        at_edge = [name for name in (arm["name"], *mine) if name in edges]
+        if trusted and not at_edge:
             return f"Growing paid here: at equal FLOPs {best} is better than {listed(better)}{beyond}."
+        doubt = "at learning rates that were tuned on short runs"
+        if trusted:
+            doubt = f"the best learning rate of {listed(at_edge)} lies at an edge of the grid"
         return f"That growing pays is not shown here: {best} is better than {listed(better)}, but {doubt}{beyond}."
     if worse:
         ahead = f"{listed([f'{name} ({labels[name]})' for name in worse])} {'are' if worse[1:] else 'is'} better than"
@@ -184,8 +185,8 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
 def of_another_kind(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> str:
     """Of the models from scratch that are better than a growing arm and no control of it, the best one."""
     own = set(controls_of(report, budget, arm).values())
-    fresh = [a for a in report["arms"] if not (a["grows"] or (a["recipe"].get("model") or {}).get("checkpoint"))]
-    others = [a["name"] for a in fresh if a["role"] != "copy" and a["name"] not in own]
+    fresh = [a["name"] for a in report["arms"] if from_scratch(a) and a["role"] != "copy"]
+    others = [name for name in fresh if name not in own]
     pairs = [pair for name in others if (pair := pair_of(budget, name, arm["name"])) and pair["word"] == "better"]
     best = min(pairs, key=lambda pair: pair["value"], default=None)
     return f"; {best['arm']}, another kind of model from scratch, is better than {arm['name']}" if best else ""
