@@ -186,7 +186,13 @@ def first_state(run: Run) -> tuple[State, int]:
     """The state at step 0, or that of the newest complete checkpoint, and how many lines of metrics belong to it."""
     seed_all(run.recipe.train.seed + run.ranks.rank)
     complete = runs.checkpoints(run.folder)
-    state, lines = load_state(run, complete[-1]) if complete else (fresh_state(run), 0)
+    try:
+        state, lines = load_state(run, complete[-1]) if complete else (fresh_state(run), 0)
+    except ValueError as error:
+        if not complete:
+            raise
+        before = complete[-2] if len(complete) > 1 else "its first step"
+        raise ValueError(f"{error}; once {complete[-1]} is removed, --resume goes on from {before}") from None
     enable_checkpointing(run, state.model)
     return state, lines
 
