@@ -42,7 +42,7 @@ from tokenformer.race import (
     settle_moved,
 )
 from tokenformer.race.arms import Arm, arms_of, keeps_moments, parameters_of, same_run, target_of, ungrown
-from tokenformer.race.final import JUDGED, STRETCHES, final_windows, require_another_text, sha256_of
+from tokenformer.race.final import JUDGED, STRETCHES, final_windows, judged, require_another_text, sha256_of
 from tokenformer.race.jobs import Race, best_rate, bits_of, grid, headline, todo, trial
 from tokenformer.race.planned import plan_lines
 from tokenformer.recipe import (
@@ -1256,6 +1256,27 @@ def test_a_race_says_which_races_its_final_text_has_judged_before(
     recipe = replace(racing(shared, race={"final_text": str(tmp_path / "final.txt")}), name="first")
     note_final_text(race_of(recipe, tmp_path / "first"), lines.append)
     assert list(runs.read_json(kept)) == [sha256_of(str(tmp_path / "final.txt"))]
+
+
+def test_that_a_final_text_has_judged_is_kept_when_the_next_run_begins(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, kept = tmp_path / "final.txt", list[list[str]]()
+    text.write_text("final " * 400)
+    run_to_the_end = ends_at_once("nothing")
+
+    def one_run(todo: Any, folder: Path, *rest: Any) -> None:
+        def known() -> list[str]:
+            todo()  # as after each run; a race that is killed now has noted it
+            return [entry["race"] for entry in judged(sha256_of(str(text)))]
+
+        kept.append(known())  # the control: nothing has been judged yet
+        run_to_the_end(todo, folder, *rest)
+        kept.append(known())
+
+    monkeypatch.setattr("tokenformer.race.run_jobs", one_run)
+    run_race(racing(shared, race={"final_text": str(text)}), tmp_path / "race", say=None)
+    assert kept == [[], ["tiny"]]
 
 
 def test_a_final_text_that_is_the_held_out_text_is_refused_before_anything_runs(shared: Path, tmp_path: Path) -> None:

@@ -80,8 +80,13 @@ def run_race(
         for arm in race.arms if recipe.race is None else []:
             if runs.finished_result(race.place(arm.name)):
                 tell(f"{arm.name}: finished before")
+
+        def left() -> list[Job]:
+            note_final_text(race, lambda line: None)  # at once: a race that is killed has been judged as well
+            return todo(race)
+
         try:
-            run_jobs(lambda: todo(race), folder, jobs, tell, progress, piece)
+            run_jobs(left, folder, jobs, tell, progress, piece)
         finally:
             note_final_text(race, tell)
         if recipe.race is not None:
