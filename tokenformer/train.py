@@ -186,15 +186,19 @@ def first_state(run: Run) -> tuple[State, int]:
     """The state at step 0, or that of the newest complete checkpoint, and how many lines of metrics belong to it."""
     seed_all(run.recipe.train.seed + run.ranks.rank)
     complete = runs.checkpoints(run.folder)
-    try:
-        state, lines = load_state(run, complete[-1]) if complete else (fresh_state(run), 0)
-    except ValueError as error:
-        if not complete:
-            raise
-        before = complete[-2] if len(complete) > 1 else "its first step"
-        raise ValueError(f"{error}; once {complete[-1]} is removed, --resume goes on from {before}") from None
+    state, lines = newest_state(run, complete) if complete else (fresh_state(run), 0)
     enable_checkpointing(run, state.model)
     return state, lines
+
+
+def newest_state(run: Run, complete: list[Path]) -> tuple[State, int]:
+    """`load_state` of the last of these checkpoints; where it is damaged, the error says how the run can go on."""
+    *before, newest = complete
+    try:
+        return load_state(run, newest)
+    except ValueError as error:
+        place = before[-1] if before else "its first step"
+        raise ValueError(f"{error}; once {newest} is removed, --resume goes on from {place}") from None
 
 
 def open_run(run: Run, state: State, lines: int) -> None:
