@@ -1,6 +1,7 @@
 """Was a record re-made to the same digits?    python records/compare.py records/NAME/report.json again/report.json
 
-Compares every trial and every headline run that both reports hold; exit code 1 when any differs or none is shared.
+Compares every trial, headline run and cosine check that both reports hold; exit code 1 when any differs or none is
+shared.
 """
 
 import json
@@ -15,12 +16,15 @@ FIGURES = ("bits_per_byte", "final_bits_per_byte", "cut", "age", "bits", "flops"
 def results(path: Path) -> dict[str, dict[str, Any]]:
     """The figures of every run, by arm, seed and budget, or learning rate."""
     found: dict[str, dict[str, Any]] = {}
-    arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+    report = json.loads(path.read_text(encoding="utf-8"))
+    arms = report["arms"]
     for name, arm in arms.items() if isinstance(arms, dict) else ((arm["name"], arm) for arm in arms):
         for trial in arm["trials"]:
             found[f"{name} trial {trial.get('learning_rate') or trial['rate']:g}"] = trial
         for run in arm["runs"]:
             found[f"{name} seed {run['seed']} at {run.get('share', 1):g}"] = run
+    for check in report.get("cosine") or []:
+        found[f"{check['arm']} seed {check['seed']}, cosine"] = {"bits_per_byte": check["cosine"]}
     figures = {name: {key: run[key] for key in FIGURES if run.get(key) is not None} for name, run in found.items()}
     return {name: values for name, values in figures.items() if "bits_per_byte" in values or "bits" in values}
 

@@ -16,9 +16,10 @@ from tokenformer.report import read_report, write_report
 from tokenformer.report.charts import QUIET
 from tokenformer.report.markup import name_of
 from tokenformer.report.race.controls import pair_of
-from tokenformer.report.race.doubts import nearest, put_in_words
+from tokenformer.report.race.doubts import nearest, put_in_words, unequal_noise
 from tokenformer.report.race.numbers import calculate, spread_of_held_out
 from tokenformer.report.race.page import page, top_charts
+from tokenformer.report.race.verdicts import ratio_cell
 from tokenformer.report.race.words import conclusion, further, ratio_text
 from tokenformer.report.units import flops_text, signed
 from tokenformer.report.verdict import flatten
@@ -668,6 +669,31 @@ def test_an_architecture_that_scatters_more_than_the_others_is_said(report, tmp_
     assert said.startswith("Unequal noise: from seed to seed arms of **gpt2** scatter with s = 0.")
     equal = read_report(write_full_race(tmp_path / "equal", arms, loss(0.004)))
     assert not [text for text in equal["changes"] + report["changes"] if text.startswith("Unequal noise")]
+
+
+def test_a_kind_of_one_architecture_that_scatters_more_about_its_starts_is_said(tmp_path):
+    arms = ARMS | {f"late {i}": {**ARMS["grown late"], "role": "arm"} for i in range(3)}
+    kinds = {name: "late" if "late" in name else "early" for name in arms}
+
+    def said(folder, s, kinds):
+        def loss(arm, *at):
+            return plausible(arm, *at, s=s if "late" in arm else 0.004)
+
+        told = read_report(write_full_race(tmp_path / folder, arms, loss))
+        for arm in told["arms"]:
+            same = {"norm": kinds[arm["name"]]}
+            arm |= {"architecture": "tokenformer", "config": same, "recipe": {**arm["recipe"], "model": same}}
+        return unequal_noise(told, told["budgets"][-1])
+
+    [text] = said("unequal", 0.2, kinds)
+    assert text.startswith("Unequal noise: from seed to seed models like **grown late** scatter about what they start")
+    assert said("equal", 0.004, kinds) == said("one kind", 0.2, dict.fromkeys(arms, "any")) == []  # the controls
+
+
+def test_an_interval_of_a_ratio_that_is_not_pooled_says_so():
+    ratio = {"word": "faster", "value": 0.9, "low": 0.8, "high": 0.95, "own_low": 0.8, "own_high": 0.95, "side": ""}
+    assert "<small>own seeds alone</small>" in ratio_cell(ratio)
+    assert "<small>own 0.80 to 0.95</small>" in ratio_cell(ratio | {"low": 0.85})  # the control
 
 
 def test_arms_of_one_start_are_said_to_differ_by_less_only_where_they_do(report):

@@ -68,7 +68,9 @@ def test_a_plain_event_stays_what_it_is_and_stages_have_rows_of_their_own() -> N
         dataclasses.replace(plain, to={"ffn_tokens": 32})
     ]
     events = expand(growth({"a": 30}, stages=2, seed=7, rewarm_steps=9), {"a": 10}, {"a": 30})
-    assert [event.seed for event in events] == [7, 8]
+    assert [event.seed for event in events] == [7, 10_007]
+    runs = [expand(growth({"a": 90}, stages=4, seed=seed), {"a": 10}, {"a": 90}) for seed in range(3)]
+    assert len({event.seed for events in runs for event in events}) == 12  # no rows of another seed's
     assert all(event.stages == 1 and event.until_fraction is None and event.rewarm_steps == 9 for event in events)
 
 

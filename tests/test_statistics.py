@@ -44,6 +44,20 @@ def test_arms_of_one_start_do_not_make_another_group_scatter_more():
     assert named[True] < 20 < named[False]  # of 400; the control: without the starts it is far too often
 
 
+def test_arms_of_one_start_that_scatter_more_about_it_than_others_about_theirs_are_found_and_equal_ones_seldom():
+    rng, found = np.random.default_rng(RNG_SEED), {0.01: 0, 0.1: 0}
+    groups = {f"{g}{i}": g for g in "ab" for i in range(4)}
+    for s in found:
+        for _ in range(400):
+            start = {g: rng.normal(0, 0.05, 3) for g in "ab"}
+            rest = {"a": 0.01, "b": s}
+            table = {arm: {j: start[g][j] + rng.normal(0, rest[g]) for j in range(3)} for arm, g in groups.items()}
+            told = st.unequal_scatter(table, groups, groups, within=True)
+            found[s] += told is not None and told[0] == "b"
+            assert st.unequal_scatter(table, groups, groups) is None  # one arm of each start leaves too little
+    assert found[0.01] < 12 and found[0.1] > 380  # of 400
+
+
 # Worked by hand. Arm means 2, 3, 5; seed means 2, 10/3, 14/3; grand mean 10/3; the rests are then
 # 1/3 0 -1/3 | -2/3 0 2/3 | 1/3 0 -1/3, their squares sum to 12/9, over (3 - 1)(3 - 1) degrees of freedom: 1/3.
 HAND = {"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 1.0, 1: 3.0, 2: 5.0}, "c": {0: 4.0, 1: 5.0, 2: 6.0}}

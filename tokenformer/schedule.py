@@ -12,6 +12,7 @@ from fractions import Fraction
 
 from .recipe import GrowthSection
 
+SEED_STRIDE = 10_000  # between the seeds of stages, more than between those of runs that are compared
 BINS = 16  # mean losses that a slope is fitted to; so many numbers are in a checkpoint, however long the window
 
 
@@ -45,7 +46,7 @@ def expand(section: GrowthSection, present: dict[str, int], target: dict[str, in
             section,
             to=to,
             at_fraction=share_of(section, j, len(changes)),
-            seed=section.seed + j,  # the rows of one stage are not those of another
+            seed=section.seed + SEED_STRIDE * j,  # the rows of a stage are those of no other, nor of another seed's
             stages=1,
             until_fraction=None,
             shape="linear",

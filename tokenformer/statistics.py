@@ -104,19 +104,23 @@ def distinct(table: Table, starts: dict[str, Hashable]) -> Table:
 
 
 def unequal_scatter(
-    table: Table, groups: dict[str, str], starts: dict[str, Hashable] | None = None
+    table: Table, groups: dict[str, str], starts: dict[str, Hashable] | None = None, within: bool = False
 ) -> tuple[str, float, float] | None:
     """The group of arms that scatters more than the others, its s and theirs; None where chance may have it so.
 
     Of the rest of y = arm + seed, by an F test at 1 % for all groups together (Bonferroni). groups: arm -> its group.
-    Arms of one start (see `spread_of`) are not independent of one another: the first of them is looked at.
+    Arms of one start (see `spread_of`) are not independent of one another: the first of them is looked at. Or, with
+    `within`, of what y = arm + start x seed leaves: how arms of one start scatter about it, all of them.
     """
-    first = {(starts or {}).get(arm, (arm,)): arm for arm in reversed(table) if table[arm]}
-    cells = [(arm, seed, y) for arm, row in table.items() for seed, y in row.items() if arm in first.values()]
+    starts = starts or {}
+    first = {starts.get(arm, (arm,)): arm for arm in reversed(table) if table[arm]}
+    taken = distinct(table, starts) if within else first.values()
+    cells = [(arm, seed, y) for arm, row in table.items() for seed, y in row.items() if arm in taken]
     names = dict.fromkeys(groups[arm] for arm, _, _ in cells)
     if len(names) < 2:
         return None
-    left = residual_maker(one_hot([arm for arm, _, _ in cells]), one_hot([seed for _, seed, _ in cells]))
+    beside = [(starts.get(arm, (arm,)) if within else None, seed) for arm, seed, _ in cells]
+    left = residual_maker(one_hot([arm for arm, _, _ in cells]), one_hot(beside))
     y = np.array([y for _, _, y in cells])
     squares, freedom = (left @ (y - y.mean())) ** 2, np.diag(left)
     found = []

@@ -18,7 +18,7 @@ from ..verdict import (
 )
 from .charts import foremost
 from .controls import controls_of, gains, own_controls, pair_of, sunk_costs
-from .numbers import starts_of, values_at
+from .numbers import kind_of, starts_of, values_at
 from .words import answer, answered, best_arm, conclusion, edge_text, headline, listed, progress, share_text
 
 OVERLAPS = (
@@ -221,21 +221,25 @@ def changes(report: dict[str, Any]) -> list[str]:
 
 
 def unequal_noise(report: dict[str, Any], budget: dict[str, Any]) -> list[str]:
-    """Whether one architecture, or in a race of one an arm, scatters more than the others that are pooled with it."""
+    """Whether one architecture, or in a race of one an arm, scatters more than the others that are pooled with it, or
+    else one kind of model about its starts."""
+    table, starts = values_at(report, budget["share"]), starts_of(report)
     architectures = {arm["name"]: arm["architecture"] for arm in report["arms"]}
-    whole = len(set(architectures.values())) > 1
-    found = unequal_scatter(
-        values_at(report, budget["share"]),
-        architectures if whole else {name: name for name in architectures},
-        starts_of(report),
-    )
+    whole, about = len(set(architectures.values())) > 1, ""
+    found = unequal_scatter(table, architectures if whole else {name: name for name in architectures}, starts)
+    of = "arms of " if whole else ""
+    if found is None:
+        firsts: dict[tuple[str, str], str] = {}
+        kinds = {arm["name"]: firsts.setdefault(kind_of(arm), arm["name"]) for arm in report["arms"]}
+        found = unequal_scatter(table, kinds, starts, within=True)
+        of, about = "models like ", " about what they start as"
     if found is None:
         return []
     name, s, rest = found
     return [
-        f"Unequal noise: from seed to seed {'arms of ' if whole else ''}**{name}** scatter{'' if whole else 's'} with "
-        f"s = {gap_text(s)}, the others with {gap_text(rest)}, and intervals pool them: too wide for pairs of the "
-        "others, too narrow for its own. In each cell of the verdicts the pair's own interval stands beneath."
+        f"Unequal noise: from seed to seed {of}**{name}** scatter{'' if of else 's'}{about} with s = {gap_text(s)}, "
+        f"the others with {gap_text(rest)}, and intervals pool them: too wide for pairs of the others, too narrow for "
+        "its own. In each cell of the verdicts the pair's own interval stands beneath."
     ]
 
 

@@ -26,6 +26,7 @@ from .words import (
 CLASSES = {"better": "better", "faster": "better", "worse": "worse", "slower": "worse"}
 SIGNS = {"better": "▲", "worse": "▼"}  # so that a page printed in grey says the same
 FAR = 4  # times as far off as the arm in the middle: such stand at the end of the axis, with their figure
+NOT_POOLED = "own seeds alone"  # an interval for which rule 22 finds no pool
 OWN = {
     "scratch": "its target size from scratch",
     "small": "its small size, trained longer",
@@ -75,6 +76,8 @@ def ratio_cell(ratio: dict[str, Any], state: str = "") -> str:
     own = ""
     if ratio["own_low"] is not None and ratio["low"] is not None:
         own = f"own {times(ratio['own_low'])} to {times(ratio['own_high'])}"
+        if (ratio["low"], ratio["high"]) == (ratio["own_low"], ratio["own_high"]):
+            own = NOT_POOLED
     return verdict_cell(ratio["word"], ratio_text(ratio), own, BY_ITS_LOSS if ratio["side"] else "", state)
 
 
