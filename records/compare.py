@@ -19,9 +19,9 @@ def results(path: Path) -> dict[str, dict[str, Any]]:
     report = json.loads(path.read_text(encoding="utf-8"))
     arms = report["arms"]
     for name, arm in arms.items() if isinstance(arms, dict) else ((arm["name"], arm) for arm in arms):
-        for trial in arm["trials"]:
+        for trial in arm.get("trials", []):
             found[f"{name} trial {trial.get('learning_rate') or trial['rate']:g}"] = trial
-        for run in arm["runs"]:
+        for run in arm.get("runs", [{**arm, "seed": 0}]):
             found[f"{name} seed {run['seed']} at {run.get('share', 1):g}"] = run
     for check in report.get("cosine") or []:
         found[f"{check['arm']} seed {check['seed']}, cosine"] = {"bits_per_byte": check["cosine"]}

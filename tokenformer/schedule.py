@@ -46,7 +46,7 @@ def expand(section: GrowthSection, present: dict[str, int], target: dict[str, in
             section,
             to=to,
             at_fraction=share_of(section, j, len(changes)),
-            seed=section.seed + SEED_STRIDE * j,  # the rows of a stage are those of no other, nor of another seed's
+            seed=section.seed + SEED_STRIDE * j,  # the rows of a stage are those of no other
             stages=1,
             until_fraction=None,
             shape="linear",

@@ -192,7 +192,7 @@ class GrowthSection:
     rewind_to: float | None = key(
         "rewind only: the share of its course that the schedule goes back to", default=None, low=0, below=1
     )
-    seed: int = key("the new rows' values; of several parts each takes the next", default=0, low=0, high=2**32 - 1)
+    seed: int = key("the new rows' values; each of several parts adds 10,000", default=0, low=0, high=2**32 - 1)
 
 
 @dataclasses.dataclass

@@ -12,12 +12,14 @@ from .controls import best_of_sizes, pair_of, sizes_beside
 from .numbers import cell_of
 from .words import (
     BY_ITS_LOSS,
+    NOT_POOLED,
     answered,
     count_seeds,
     edge_text,
     growth_state,
     listed,
     own_rows,
+    pooled,
     ratio_text,
     share_text,
     times,
@@ -26,7 +28,6 @@ from .words import (
 CLASSES = {"better": "better", "faster": "better", "worse": "worse", "slower": "worse"}
 SIGNS = {"better": "▲", "worse": "▼"}  # so that a page printed in grey says the same
 FAR = 4  # times as far off as the arm in the middle: such stand at the end of the axis, with their figure
-NOT_POOLED = "own seeds alone"  # an interval for which rule 22 finds no pool
 OWN = {
     "scratch": "its target size from scratch",
     "small": "its small size, trained longer",
@@ -75,9 +76,7 @@ def ratio_cell(ratio: dict[str, Any], state: str = "") -> str:
     """FLOPs to a loss with their pooled interval; where the word rests on the loss, that is said."""
     own = ""
     if ratio["own_low"] is not None and ratio["low"] is not None:
-        own = f"own {times(ratio['own_low'])} to {times(ratio['own_high'])}"
-        if (ratio["low"], ratio["high"]) == (ratio["own_low"], ratio["own_high"]):
-            own = NOT_POOLED
+        own = f"own {times(ratio['own_low'])} to {times(ratio['own_high'])}" if pooled(ratio) else NOT_POOLED
     return verdict_cell(ratio["word"], ratio_text(ratio), own, BY_ITS_LOSS if ratio["side"] else "", state)
 
 

@@ -16,6 +16,7 @@ LABELS = {
 MOST_BETTER, MOST_OTHERS, MOST_GAINS = 4, 2, 6  # that the answer names; of more it says how many
 NOT_COMPARED: dict[str, Any] = {"value": None}  # FLOPs to a loss, where there is no ratio
 BY_ITS_LOSS = "by its loss at that budget"  # where a word rests, when the FLOPs to a loss lie beyond the budgets
+NOT_POOLED = "own seeds alone"  # the same, where rule 22 finds no noise to pool
 
 
 def against(pair: dict[str, Any], label: str) -> str:
@@ -286,12 +287,24 @@ def count_seeds(n: int) -> str:
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
+def pooled(ratio: dict[str, Any]) -> bool:
+    """Whether an interval of FLOPs to a loss is another than that of the arm's own seeds."""
+    return (ratio["low"], ratio["high"]) != (ratio["own_low"], ratio["own_high"])
+
+
+def rests_on(ratio: dict[str, Any]) -> str:
+    """What is to be said after the word about FLOPs to a loss, where it does not rest on their pooled interval."""
+    if ratio["side"]:
+        return f", {BY_ITS_LOSS}"
+    return f", by {NOT_POOLED}" if ratio["low"] is not None and not pooled(ratio) else ""
+
+
 def further(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> list[str]:
     """FLOPs to the loss of scratch or the reference, and who stands better against its own scratch than whom."""
     name, ratio = flops_to_loss(report, budget, arm)
     parts = []
     if bounded(ratio):
-        rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
+        rests = rests_on(ratio)
         loss = "to its loss" + (", which not every seed reaches" if ratio["side"] == "more than" else "")
         parts.append(
             f"**{arm['name']}** needs {ratio_text(ratio)} times the FLOPs of **{name}** {loss}: "
@@ -353,7 +366,7 @@ def headline(report: dict[str, Any]) -> list[dict[str, str]]:
             tiles.append(("noise of one run", gap_text(budget["s"]), f"pooled, {budget['df']:.3g} degrees of freedom"))
         name, ratio = flops_to_loss(report, budget, arm) if arm else ("", NOT_COMPARED)
         if bounded(ratio):
-            rests = f", {BY_ITS_LOSS}" if ratio["side"] else ""
+            rests = rests_on(ratio)
             text, _, interval = ratio_text(ratio).partition(" [")
             note = f"{ratio['word']}{rests}" + (f"; {interval.removesuffix(']')}" if interval else "")
             tiles.append((f"FLOPs to the loss of {name}", f"{text}\N{NO-BREAK SPACE}×", note))
