@@ -18,8 +18,8 @@ from .words import (
     edge_text,
     growth_state,
     listed,
+    of_own_seeds,
     own_rows,
-    pooled,
     ratio_text,
     share_text,
     times,
@@ -74,9 +74,9 @@ def pair_cell(pair: dict[str, Any], about: str = "") -> str:
 
 def ratio_cell(ratio: dict[str, Any], state: str = "") -> str:
     """FLOPs to a loss with their pooled interval; where the word rests on the loss, that is said."""
-    own = ""
-    if ratio["own_low"] is not None and ratio["low"] is not None:
-        own = f"own {times(ratio['own_low'])} to {times(ratio['own_high'])}" if pooled(ratio) else NOT_POOLED
+    own = NOT_POOLED if of_own_seeds(ratio) else ""
+    if not own and ratio["own_low"] is not None and ratio["low"] is not None:
+        own = f"own {times(ratio['own_low'])} to {times(ratio['own_high'])}"
     return verdict_cell(ratio["word"], ratio_text(ratio), own, BY_ITS_LOSS if ratio["side"] else "", state)
 
 

@@ -287,16 +287,16 @@ def count_seeds(n: int) -> str:
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
-def pooled(ratio: dict[str, Any]) -> bool:
-    """Whether an interval of FLOPs to a loss is another than that of the arm's own seeds."""
-    return (ratio["low"], ratio["high"]) != (ratio["own_low"], ratio["own_high"])
+def of_own_seeds(ratio: dict[str, Any]) -> bool:
+    """Whether FLOPs to a loss have an interval, and it is that of the arm's own seeds."""
+    return ratio["low"] is not None and (ratio["low"], ratio["high"]) == (ratio["own_low"], ratio["own_high"])
 
 
 def rests_on(ratio: dict[str, Any]) -> str:
     """What is to be said after the word about FLOPs to a loss, where it does not rest on their pooled interval."""
     if ratio["side"]:
         return f", {BY_ITS_LOSS}"
-    return f", by {NOT_POOLED}" if ratio["low"] is not None and not pooled(ratio) else ""
+    return f", by {NOT_POOLED}" if of_own_seeds(ratio) else ""
 
 
 def further(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> list[str]:
