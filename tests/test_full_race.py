@@ -265,26 +265,16 @@ def test_the_page_finds_for_each_arm_the_controls_that_the_race_gave_it(shared: 
         growing("groups", {**LLAMA["model"], "intermediate_size": 32}, **{**experts, "operator": "virtual_groups"}),
     ]
     race = race_of(racing(shared, *each), Path())
-    told = [arm_entry(race, arm) | {"recipe": recipe_to_dict(arm.recipe)} for arm in race.arms]
+    told = {"arms": [arm_entry(race, arm) for arm in race.arms]}
     for i, arm in enumerate(race.arms[: len(each)]):
-        # Each is named by the race; in older ones it is found by what was made for it, and by likeness alone.
-        older = [entry | {"controls": {}} for entry in told]
-        likeness = [entry | {"of": None} if entry["of"] == arm.name else entry for entry in older]
         for role, recipe in (("scratch", target_of(arm, 256)), ("small", ungrown(arm.recipe, 256))):
             made = [other.name for other in race.arms[:-1] if not other.grows and same_run(other.recipe, recipe, 256)]
-            # Of another architecture: that it was made for it is needed, or its name where shards change a size.
-            ways = {"moe": [told, older], "groups": [told]} if role == "scratch" else {}
-            for arms in ways.get(arm.name, [told, older, likeness]):
-                found = control_of({"arms": arms}, arms[i], role)
-                assert [found and found["name"]] == made, (arm.name, role)
-    older = [entry | {"controls": {}} for entry in told]
-    groups = next(entry for entry in older if entry["name"] == "groups")
-    assert control_of({"arms": older}, groups, "scratch") is None  # the control: nothing else tells it
-    blurred = [entry | {"of": None, "recipe": {}} for entry in older]  # the control: parameters alone do not tell
-    theta = control_of({"arms": blurred}, blurred[2], "scratch")
-    assert theta and theta["name"] == "scratch" and control_of({"arms": told}, told[2], "scratch") == next(
-        entry for entry in told if entry["name"] == "scratch-theta"
-    )
+            found = control_of(told, told["arms"][i], role)
+            assert [found and found["name"]] == made, (arm.name, role)
+    entries = {entry["name"]: entry for entry in told["arms"]}
+    assert control_of(told, entries["late"], "dropped") is None  # the control: it is made once
+    assert control_of(told, entries["grown"], "dropped") is entries["late"]
+    assert control_of(told, entries["late"], "scratch") is entries["scratch"]
     assert len({other.name for other in race.arms if other.role == "scratch"}) == 4
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from scipy import stats
-from tiny_races import ARMS, FLOPS, plausible, write, write_full_race
+from tiny_races import ARMS, FLOPS, GROWS, plausible, write, write_full_race
 
 from tokenformer.report import read_report, write_report
 from tokenformer.report.charts import QUIET
@@ -18,9 +18,9 @@ from tokenformer.report.markup import name_of
 from tokenformer.report.race.controls import pair_of
 from tokenformer.report.race.doubts import nearest, put_in_words, unequal_noise
 from tokenformer.report.race.numbers import calculate, spread_of_held_out
-from tokenformer.report.race.page import page, top_charts
+from tokenformer.report.race.page import page, png_texts, top_charts
 from tokenformer.report.race.verdicts import ratio_cell
-from tokenformer.report.race.words import conclusion, further, ratio_text
+from tokenformer.report.race.words import best_arm, conclusion, further, of_another_kind, ratio_text
 from tokenformer.report.units import flops_text, signed
 from tokenformer.report.verdict import flatten
 from tokenformer.runs import remove_unfinished
@@ -177,6 +177,11 @@ def test_whether_growing_paid_is_said_first_in_a_few_words(race, report, tmp_pat
         assert told.endswith(f", but the best learning rate of {at_edge} lies at an edge of the grid.")
     arms = [{**arm, "edge": "highest" if arm["name"] == "grown late" else ""} for arm in report["arms"]]  # the control
     assert conclusion({**report, "arms": arms}, True).startswith("Growing paid here: ")
+    beyond = json.loads(json.dumps(report))
+    beyond["budgets"][-1]["compute_optimal"][0]["edge"] = "largest"
+    assert conclusion(beyond, True).endswith(
+        ", but size 560 k is the largest of 3 sizes, so that a better one may lie beyond."
+    )
 
     def moved(name, **by):
         loss = lambda arm, *at: plausible(arm, *at) + by.get(arm.replace(" ", "_"), 0.0)  # noqa: E731
@@ -358,6 +363,26 @@ def test_an_arm_from_scratch_may_be_the_best_size_that_growing_is_held_against(t
         assert told["conclusion"].startswith("Growing did not pay here") is (found == "mine")
 
 
+def test_another_kind_of_model_is_none_that_differs_in_size_alone(tmp_path):
+    arms = {**ARMS, "mine": {"role": "arm", "parameters": (500_000, 500_000)}}
+    away = {"mine": -0.4, "size 560 k": -0.5}
+    loss = lambda arm, *at: plausible(arm, *at) + away.get(arm, 0.0)  # noqa: E731
+    for config, said in (({}, ""), ({"theta": "softmax"}, "; mine, another kind of model")):  # the control: it is one
+        arms["mine"]["config"] = config
+        told = read_report(write_full_race(tmp_path / f"race{len(said)}", arms, loss, budgets=(1.0,)))
+        budget = told["budgets"][-1]
+        assert pair_of(budget, "mine", "grown")["word"] == "better"
+        assert of_another_kind(told, budget, best_arm(told, budget)).startswith(said)
+        assert bool(said) == bool(of_another_kind(told, budget, best_arm(told, budget)))
+
+
+def test_a_model_of_thin_factors_is_none_of_the_sizes(tmp_path):
+    for model, sizes in (({}, 3), ({"rank": 4}, 2)):
+        arms = {**ARMS, "size 560 k": {**ARMS["size 560 k"], "model": model}}
+        told = read_report(write_full_race(tmp_path / f"race{sizes}", arms, budgets=(1.0,)))
+        assert [best["sizes"] for best in told["budgets"][-1]["compute_optimal"]] == [sizes]
+
+
 def test_what_was_trained_before_is_no_model_from_scratch(tmp_path):
     arms = {**ARMS, "mine": {"role": "arm", "parameters": (560_000, 560_000)}}
     best = lambda arm, *at: plausible(arm, *at) - (0.5 if arm == "mine" else 0.0)  # noqa: E731
@@ -379,6 +404,7 @@ def test_the_best_size_from_scratch_is_called_that_and_of_how_many(report, many,
         assert all(row[5].startswith("bracketed, of") for row in cells_of(page, "Compute-optimal size"))
     kinds = {"grown late": "llama", "small": "llama"}  # of one architecture three sizes, of the other one
     arms = {name: {**arm, "architecture": kinds.get(name, "tokenformer")} for name, arm in ARMS.items()}
+    arms["grown late"] |= {"controls": {"small": "small"}}
     page = page_of(read_report(write_full_race(tmp_path / "two", arms, budgets=(1.0,))))
     head = page.split("Each growing arm against its own controls")[1].split("<tbody>")[0]
     assert "the best of the sizes from scratch" in head
@@ -457,16 +483,15 @@ def test_a_power_law_is_fitted_where_there_are_four_budgets(report, tmp_path):
 
 # --- the controls of each arm ---
 
-GROWS = {"role": "arm", "grows": True, "parameters": (412_000, 720_000)}
 MANY = {
     **ARMS,
-    "wide": {**GROWS, "parameters": (300_000, 720_000)},
+    "wide": {**GROWS, "parameters": (300_000, 720_000), "controls": {"scratch": "scratch", "small": "small-wide"}},
     "small-wide": {"role": "small", "of": "wide", "parameters": (300_000, 300_000)},
-    "theta": {**GROWS, "model": {"theta": "gelu"}},
+    "theta": {**GROWS, "model": {"theta": "gelu"}, "controls": {"scratch": "scratch-theta"}},
     "scratch-theta": {"role": "scratch", "of": "theta", "parameters": (720_000, 720_000), "model": {"theta": "gelu"}},
-    "theta late": {**GROWS, "model": {"theta": "gelu"}},
-    "next": {**GROWS, "parameters": (720_000, 900_000)},
-    "unmatched": {**GROWS, "model": {"theta": "silu"}},  # as large as the others, and another model
+    "theta late": {**GROWS, "model": {"theta": "gelu"}, "controls": {"scratch": "scratch-theta"}},
+    "next": {**GROWS, "parameters": (720_000, 900_000), "controls": {"small": "scratch"}},
+    "unmatched": {**GROWS, "model": {"theta": "silu"}, "controls": {}},
 }
 
 
@@ -480,7 +505,7 @@ def many(tmp_path_factory):
     )
 
 
-def test_each_arms_controls_are_found_by_what_they_are(many):
+def test_each_arm_stands_beside_the_controls_that_the_race_gave_it(many):
     found = {
         row["arm"]: {role: control["name"] for role, control in row["controls"].items() if role != "optimal"}
         for row in many["own_controls"]
@@ -534,7 +559,7 @@ def test_growth_that_arms_share_and_growth_that_one_alone_has_are_told_apart(man
 
 def test_a_mixture_that_grew_from_a_dense_model_has_its_scratch(tmp_path):
     mixture = {name: {**ARMS[name], "architecture": "mixtral"} for name in ("scratch", "copy of scratch")}
-    arms = {**ARMS, **mixture, "other": {**GROWS, "model": {"theta": "gelu"}}}
+    arms = {**ARMS, **mixture, "other": {**GROWS, "model": {"theta": "gelu"}, "controls": {}}}
     folder = write_full_race(
         tmp_path / "race", arms, lambda arm, *at: plausible(arm, *at) + 0.05 * (arm == "other"), budgets=(1.0,)
     )
@@ -609,6 +634,24 @@ def test_the_columns_of_the_matrix_begin_with_the_reference_and_the_controls(rac
     assert head[0] == "scratch" and set(head[-2:]) == {"grown", "grown late"} and len(head) == len(ARMS)
     rows = [row[0] for row in cells_of(page, "At 12.0 TFLOP")]
     assert rows[0].startswith("grown") and not rows[0].startswith("grown late")  # rows stay best first
+
+
+def test_the_matrix_of_the_answer_lies_open(tmp_path):
+    folder = write_full_race(tmp_path / "race", skip=lambda arm, seed, share: share == 1.0 and arm != "grown")
+    section = page_of(read_report(folder)).split("<h2>Verdicts</h2>", 1)[1].split("<h2>", 1)[0]
+    shown, *folded = section.split("<details>")
+    assert "At 6.00 TFLOP" in shown and "Fewer than two arms" not in shown
+    assert [re.findall("Verdicts at ([0-9.]+)", each) for each in folded] == [["12.0"], ["3.00"]]
+
+
+def test_the_picture_says_first_whether_growing_paid(report):
+    charts = top_charts(report)
+    told, _ = png_texts(report, charts)
+    assert told.startswith(report["conclusion"]) and len(told) <= 540 + 4
+    long = {**report, "answer": ["x" * 450, "y" * 400]}
+    assert png_texts(long, charts)[0] == report["conclusion"]
+    assert png_texts({**long, "conclusion": ""}, charts)[0] == "x" * 450  # the control: nothing before it
+    assert png_texts({**report, "conclusion": "", "answer": ["One.", "Two."]}, charts)[0] == "One. Two."
 
 
 def test_what_decays_before_the_growth_is_tagged_in_matrix_and_flops(race):
@@ -899,20 +942,6 @@ def test_a_run_of_another_commit_is_said_and_a_page_drawn_anew_keeps_it(tmp_path
     first = paths["html"].read_bytes()
     assert said.encode() in first and "environment" not in json.loads(paths["json"].read_text())["arms"][0]["trials"][0]
     assert write_report(paths["json"])["html"].read_bytes() == first
-
-
-def test_trials_that_grew_in_their_warm_up_are_red_as_in_races_of_an_older_version(tmp_path):
-    folder = write_full_race(tmp_path / "race", budgets=(1.0,))
-    path = folder / "arms/grown/tune/lr-0.004/recipe.json"
-    recipe = json.loads(path.read_text())
-    found = {}
-    for steps, policy in ((60, "keep"), (80, "keep"), (80, "rewind")):  # trials grow at step 60
-        growth = [{**event, "learning_rate": policy} for event in recipe["growth"]]
-        write(path, {**recipe, "growth": growth, "train": {**recipe["train"], "warmup_steps": steps}})
-        found[steps, policy] = [text for text in reds(read_report(folder)) if "grew at step" in text]
-    assert found[60, "keep"] == found[80, "rewind"] == []
-    assert len(found[80, "keep"]) == 1
-    assert found[80, "keep"][0].startswith("Trials of **grown** grew at step 60, in their warm-up of 80 steps")
 
 
 def test_rates_tuned_on_short_runs_are_said(tmp_path):

@@ -122,6 +122,23 @@ def test_too_little_gives_no_interval_and_no_crash(table):
         assert (d.word == "not compared") == (d.seeds == [])
 
 
+def test_a_table_with_many_holes_has_an_interval_all_the_same():
+    """A starts' share of the mean square below 1 left less than one degree of freedom, which has no interval."""
+    random, found = np.random.default_rng(0), []
+    starts = {"a": "g2", "b": "g1", "c": "g2", "d": "g2"}
+    seeds = {"a": (1, 2), "b": (0, 1), "c": (1, 2), "d": (0, 2)}
+    for _ in range(300):
+        effect = random.normal(size=(3, 3))
+        table = {
+            arm: {seed: effect[int(starts[arm][1]), seed] + 0.3 * random.normal() for seed in row}
+            for arm, row in seeds.items()
+        }
+        spread = st.spread_of(table, starts)
+        found.append(spread.df)
+        st.differences(table, spread)
+    assert min(found) == 1.0 < max(found)
+
+
 def test_intervals_cover_a_known_difference_95_times_in_a_hundred():
     rng, hits, narrow, times = np.random.default_rng(RNG_SEED), 0, 0, 600
     for _ in range(times):

@@ -28,10 +28,13 @@ CHECKS = {"overlap": 0.012, "lzma_bits_per_byte": 2.4, "final_overlap": None, "f
 FLOPS, STEPS, TOKENS_PER_STEP = 1.2e13, 1000, 2048
 GREW_AT = 0.3  # of the whole budget
 
-# What an arm is, beside its name: role, of, whether it grows, parameters at its start and end, more of its model.
+# What an arm is, beside its name: role, of, controls, whether it grows, parameters at start and end, more of its
+# model.
+OWN = {"scratch": "scratch", "small": "small"}
+GROWS = {"role": "arm", "grows": True, "parameters": (412_000, 720_000), "controls": OWN}
 ARMS: dict[str, dict[str, Any]] = {
-    "grown": {"role": "arm", "grows": True, "parameters": (412_000, 720_000)},
-    "grown late": {"role": "arm", "grows": True, "parameters": (412_000, 720_000)},
+    "grown": {**GROWS, "controls": {**OWN, "dropped": "dropped"}},
+    "grown late": GROWS,
     "scratch": {"role": "scratch", "of": "grown", "parameters": (720_000, 720_000)},
     "small": {"role": "small", "of": "grown", "parameters": (412_000, 412_000)},
     "dropped": {"role": "dropped", "of": "grown", "grows": True, "parameters": (412_000, 720_000)},
@@ -187,6 +190,7 @@ def write_full_race(
                 "description": arm.get("description", f"what {name} is"),
                 "role": arm["role"],
                 "of": arm.get("of"),
+                "controls": arm.get("controls", {}),
                 "folder": f"arms/{name}",
                 "architecture": arm.get("architecture", "tokenformer"),
                 "config": arm.get("config", {}),

@@ -93,7 +93,8 @@ def spread_of(table: Table, starts: dict[str, Hashable] | None = None) -> Spread
         return Spread(math.sqrt(square / df), df, s_same, df_same, starts)
     parts = [(mean_square / k, df_starts), (v * (1 - 1 / k), df_same)]
     total = sum(part for part, _ in parts)
-    return Spread(math.sqrt(total), total**2 / sum(p**2 / d for p, d in parts), s_same, df_same, starts)
+    df_total = max(total**2 / sum(p**2 / d for p, d in parts), 1.0)  # less where many cells are missing, and k < 1
+    return Spread(math.sqrt(total), df_total, s_same, df_same, starts)
 
 
 def distinct(table: Table, starts: dict[str, Hashable]) -> Table:

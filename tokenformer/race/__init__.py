@@ -159,7 +159,7 @@ def require_all_feasible(race: Race, say: Say) -> Corpus:
             for job in first_jobs(race, arm):
                 _, corpus, _, _ = require_feasible(job.recipe, race.place(job.name), say, steps[arm.name])
             if race.recipe.race is not None:
-                for config in ends(arm.recipe, race.vocab_size)[:2]:
+                for config in ends(arm.recipe, race.vocab_size)[: 1 + arm.grows]:
                     require_causal(config, arm.name, arm.recipe.data.sequence_length)
     return corpus
 

@@ -165,13 +165,14 @@ def free_name(arms: list[Arm], name: str, of: str) -> str:
 def same_run(a: Recipe, b: Recipe, vocab_size: int) -> bool:
     """Whether both train the same model in the same way, however their fields are written."""
 
-    def trained(recipe: Recipe) -> list[Any]:
-        table = recipe_to_dict(recipe)
-        config = ends(recipe, vocab_size)[0].to_dict()
-        parts = (table[key] for key in ("data", "train", "growth"))
-        return [config, recipe.model.rank, recipe.model.rank_start, recipe.model.checkpoint, *parts]
+    def course(recipe: Recipe) -> list[Any]:
+        model = recipe.model
+        return [model.rank, model.rank_start, model.checkpoint, recipe.data, recipe.train, recipe.growth]
 
-    return trained(a) == trained(b)
+    def start(recipe: Recipe) -> dict[str, Any]:
+        return model_config(recipe, vocab_size, start_of(recipe)).to_dict()
+
+    return course(a) == course(b) and start(a) == start(b)
 
 
 # --- the recipes of controls ---

@@ -39,7 +39,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def plan_lines(race: Race, slots: int) -> list[str]:
     sizes = ("parameters", "at the end", "steps", "tokens", "per param", "FLOPs")
-    rows, seconds, headline_flops = [("arm", "role", "architecture", *sizes, "grows at")], 0.0, 0.0
+    rows, seconds = [("arm", "role", "architecture", *sizes, "grows at")], 0.0
     of_arms = jobs_of_arms(race)
     count, flops = all_jobs(of_arms)
     for arm in race.arms:
@@ -60,10 +60,9 @@ def plan_lines(race: Race, slots: int) -> list[str]:
                 ", ".join(shares),
             )
         )
-        seconds += planned.flops * seconds_per_flop(race, arm, slots)
-        headline_flops += planned.flops
+        seconds += of_arms[arm.name][1] * seconds_per_flop(race, arm, slots)
     cores = usable_cores() if choose_device(race.recipe.train.device, Ranks()).type == "cpu" else slots
-    whole = flops / headline_flops * seconds / min(slots, count, cores)
+    whole = seconds / min(slots, count, cores)
     lines = [*table(rows), ""]
     if race.recipe.race is not None:
         section = race.section

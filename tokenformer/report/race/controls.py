@@ -2,7 +2,7 @@
 who owns the small model.
 
 A race makes a control once, for the first arm that needs it; every other arm of the same sizes shares it. Which are an
-arm's own the race says; in older ones they are found by what they are.
+arm's own the race says.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 from ...statistics import Spread, flops_to_reach, mean_sd, own_interval, verdict
 from .numbers import (
-    FROM_SCRATCH,
     cell_of,
     curves_of,
     growths_of,
@@ -21,61 +20,19 @@ from .numbers import (
     reach,
     reference_of,
     runs_at,
-    sizes_in,
     value_of,
     values_at,
 )
 
-# Of a recipe: what is tuned, drawn or follows from a size, and so tells no two models apart.
-NOT_SETTINGS = ("architecture", "rank", "rank_start", "learning_rate", "seed", "expert_balance", "keep_at")
-
 SQRT2 = math.sqrt(2)
-Model = tuple[dict[str, int], dict[str, Any], dict[str, Any]]
-
-
-def model_of(arm: dict[str, Any], grown: bool) -> Model:
-    """What an arm starts with, or ends with: its parameters, all that its recipe sets, the sizes that it names."""
-    recipe = arm["recipe"]
-    table = {key: value for key, value in recipe.get("model", {}).items() if value is not None}
-    for event in recipe.get("growth", ()) if grown else ():
-        table |= event["to"]
-    sizes = sizes_in(table)
-    settings = {key: value for key, value in table.items() if key not in sizes} | recipe.get("train", {})
-    settings = {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
-    counts = arm["parameters_end" if grown else "parameters"]
-    return counts, {"architecture": arm["architecture"], **settings}, sizes
-
-
-def same_model(one: Model, other: Model) -> bool:
-    """Equal parameters and settings, and no size that both name differs; a run without a recipe is known by less."""
-    (counts, settings, sizes), (other_counts, other_settings, other_sizes) = one, other
-    known = ["architecture"] if not sizes or not other_sizes else {**settings, **other_settings}
-    alike = all(settings.get(key) == other_settings.get(key) for key in known)
-    shared = sizes.keys() & other_sizes.keys() - set(NOT_SETTINGS)
-    return counts == other_counts and alike and all(sizes[key] == other_sizes[key] for key in shared)
 
 
 def control_of(report: dict[str, Any], arm: dict[str, Any], role: str) -> dict[str, Any] | None:
-    """The arm's own scratch, small or dropped; None where the race has none.
-
-    Own is what the race named so or made for it or, but for dropped, a run from scratch of the model that it ends with
-    or starts from. Growth into another architecture is known by another arm that grows to the same.
-    """
-    others = {a["name"]: a for a in report["arms"] if a is not arm}
-    named = others.get(arm.get("controls", {}).get(role))
-    if named:
-        return named
-    made = [a for a in others.values() if a["role"] == role and a["of"] == arm["name"]]
-    if made or role == "dropped":
-        return made[0] if made else None
-    grown = role == "scratch"
-    mine, found = model_of(arm, grown), []
-    for other in others.values():
-        owner = others.get(other["of"]) if grown and other["role"] == role else None
-        same = same_model(model_of(other, False), mine) or (owner and same_model(model_of(owner, True), mine))
-        if other["role"] in FROM_SCRATCH and same:
-            found.append(other)
-    return min(found, key=lambda a: a["role"] != role, default=None)
+    """The scratch, small or dropped that the race gave the arm; None where it has none. One whose moments are dropped
+    has those of the arm that it stands beside."""
+    arms = {a["name"]: a for a in report["arms"]}
+    owner = arms.get(arm["of"], arm) if arm["role"] == "dropped" and role != "dropped" else arm
+    return arms.get(owner.get("controls", {}).get(role))
 
 
 def controls_of(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> dict[str, str]:

@@ -117,13 +117,6 @@ def rate_doubts(report: dict[str, Any]) -> list[str]:
     for arm in report["arms"]:
         if arm["trials"] and all(trial["status"] == "failed" for trial in arm["trials"]):
             bad.append(f"Every trial of **{arm['name']}** failed: its learning rate is not tuned.")
-        early = [trial["grew_in_warm_up"] for trial in arm["trials"] if trial.get("grew_in_warm_up")]
-        if early:
-            step, warm_up = early[0]
-            bad.append(
-                f"Trials of **{arm['name']}** grew at step {step}, in their warm-up of {warm_up} steps: its learning "
-                "rate was tuned on a growth that no run has (rule 12)."
-            )
         due = arm["best_rate"] if arm["trials"] else rates.get(arm["of"])
         if arm["learning_rate"] and due and arm["learning_rate"] != due:
             whose = "the best of its trials" if arm["trials"] else f"the rate of **{arm['of']}**"

@@ -122,11 +122,6 @@ def mean_of(runs: list[dict[str, Any]], key: str) -> float | None:
     return mean_sd([run[key] for run in runs if run[key] is not None])[0]
 
 
-def sizes_in(model: dict[str, Any]) -> dict[str, Any]:
-    """Of a recipe's model its sizes: whole numbers, or lists of one for each layer."""
-    return {k: v for k, v in model.items() if isinstance(v, int | list) and not isinstance(v, bool)}
-
-
 def starts_of(report: dict[str, Any]) -> dict[str, Hashable]:
     """What an arm's weights start as at each seed: models of which all is the same that decides on them (rule 20), as
     their recipes say it or as their configurations have it, where one recipe leaves to follow what another says.
@@ -198,13 +193,12 @@ def cell_of(budget: dict[str, Any], arm: str) -> dict[str, Any]:
 
 def optimal_sizes(report: dict[str, Any], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per kind of model that controls are of, the best of the sizes trained from scratch, arms that do not grow and are
-    no control among them."""
+    no control among them; a model of thin factors is none."""
     groups: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     kinds = {kind_of(arm) for arm in report["arms"] if arm["role"] in FROM_SCRATCH}
     for arm, cell in zip(report["arms"], cells, strict=True):
         whole = from_scratch(arm) and not (arm["recipe"].get("model") or {}).get("rank")
-        entrant = arm["role"] == "arm" and whole
-        scratch = arm["role"] in FROM_SCRATCH or entrant and kind_of(arm) in kinds
+        scratch = whole and (arm["role"] in FROM_SCRATCH or arm["role"] == "arm" and kind_of(arm) in kinds)
         if scratch and cell["mean"] is not None and cell["parameters"]:
             groups.setdefault(kind_of(arm), {})[arm["name"]] = (cell["parameters"], cell["mean"])
     found = [(kind, sizes, compute_optimal(sizes)) for kind, sizes in groups.items()]

@@ -27,11 +27,16 @@ from .verdicts import (
 
 __all__ = ["page", "png_texts", "top_charts"]
 
+MOST_TOLD = 540  # letters of the answer that a picture has room for
+
 
 def png_texts(report: dict[str, Any], charts: list[Chart]) -> tuple[str, str]:
     """The answer and the small print of the picture of these charts."""
     bare = [re.sub(r" \(the [^)]*\)", "", said).replace("**", "") for said in report["answer"]]
-    told = " ".join(bare) if sum(map(len, bare)) < 430 else bare[0]
+    bare = [report["conclusion"], *bare] if report["conclusion"] else bare
+    while len(bare) > 1 and sum(map(len, bare)) > MOST_TOLD:
+        bare.pop()
+    told = " ".join(bare)
     text = "Fully decayed results, bits per byte, lower is better: means over seeds, bands of one standard deviation."
     text += " What is far behind runs out of the top." if any(map(is_cut, charts)) else ""
     text += " Grey: the other arms." if report["foremost"] else ""

@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...recipe import AFRESH
 from ..read import finite, names_of, number, read_json, read_run
 
 ROLES = ("arm", "scratch", "small", "dropped", "size", "copy")
@@ -148,21 +147,10 @@ def read_trials(tune: Path) -> list[dict[str, Any]]:
     for found in filter(is_started, tune.glob("lr-*")):
         recipe = read_json(found / "recipe.json")
         number(recipe.get("train") or {}, "learning_rate", f"{found / 'recipe.json'} train")
-        trials.append((read_piece(found), recipe))
+        trials.append(read_piece(found))
     keys: tuple[str, ...] = ("status", "error", "learning_rate", "bits_per_byte", "flops", "epochs")
     keys += ("reads_again", "data", "environment")
-    read = [{**{key: run[key] for key in keys}, "grew_in_warm_up": in_warm_up(run, recipe)} for run, recipe in trials]
-    return sorted(read, key=lambda trial: trial["learning_rate"])
-
-
-def in_warm_up(run: dict[str, Any], recipe: dict[str, Any]) -> list[int] | None:
-    """The step of a run's first growth and the steps of its warm-up, where the one lies in the other and the schedule
-    does not start anew at it; of races before rule 12 saw to that.
-    """
-    steps = recipe.get("train", {}).get("warmup_steps", 0)
-    policy = next((event.get("learning_rate") for event in recipe.get("growth", ())), "keep")
-    first = run["growth"][0]["step"] if run["growth"] else steps
-    return [first, steps] if first < steps and policy not in AFRESH else None
+    return sorted(({key: run[key] for key in keys} for run in trials), key=lambda trial: trial["learning_rate"])
 
 
 def read_piece(folder: Path, **labels: Any) -> dict[str, Any]:

@@ -249,9 +249,9 @@ def noise(budget: dict[str, Any]) -> list[tuple[str, float, float]]:
 
 def verdict_section(report: dict[str, Any]) -> str:
     """The matrix of the largest budget that has one, the others folded away."""
-    *others, last = report["budgets"]
+    last = answered(report) or report["budgets"][-1]
     out = [f"<h2>Verdicts</h2><h3>At {budget_name(report, last)}</h3>{matrix(report, last)}"]
-    for budget in reversed(others):
+    for budget in reversed([each for each in report["budgets"] if each is not last]):
         title = f"<summary>Verdicts at {budget_name(report, budget)}</summary>"
         out.append(f"<details>{title}<div>{matrix(report, budget)}</div></details>")
     return "".join(out)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..units import bits_text, flops_text, gap_text, low_to_high, signed
 from .controls import best_of_sizes, controls_of, pair_of, sizes_beside
-from .numbers import cell_of, from_scratch, mean_of, runs_at
+from .numbers import cell_of, from_scratch, kind_of, mean_of, runs_at
 
 LABELS = {
     "scratch": "the target size from scratch",
@@ -145,8 +145,8 @@ def answer(report: dict[str, Any]) -> list[str]:
 def conclusion(report: dict[str, Any], trusted: bool) -> str:
     """Whether growing paid, in a few words: how the best growing arm stands to its scratch, its small size and the best
     size, and which others are better than all of theirs. Nothing before the race has ended, or where those controls
-    are missing. Where rates are not `trusted`, or the best of an arm or a control lies at an edge of the grid, being
-    better is no sign that it paid.
+    are missing. Where rates are not `trusted`, the best of an arm or a control lies at an edge of the grid, or the best
+    size is the smallest or largest that was tried, being better is no sign that it paid.
     """
     budget = answered(report)
     arm = best_arm(report, budget) if budget else None
@@ -165,12 +165,14 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
     edges = {each["name"] for each in report["arms"] if each["trials"] and each["edge"]}
     beyond = of_another_kind(report, budget, arm)
     if not worse and not level:
-        at_edge = [name for name in (arm["name"], *mine) if name in edges]
-        if trusted and not at_edge:
+        at_edge, ends = [name for name in (arm["name"], *mine) if name in edges], open_sizes(report, budget, arm)
+        if trusted and not at_edge and not ends:
             return f"Growing paid here: at equal FLOPs {best} is better than {listed(better)}{beyond}."
         doubt = "at learning rates that were tuned on short runs"
-        if trusted:
+        if trusted and at_edge:
             doubt = f"the best learning rate of {listed(at_edge)} lies at an edge of the grid"
+        elif trusted:
+            doubt = f"{listed(ends)}, so that a better one may lie beyond"
         return f"That growing pays is not shown here: {best} is better than {listed(better)}, but {doubt}{beyond}."
     if worse:
         ahead = f"{listed([f'{name} ({labels[name]})' for name in worse])} {'are' if worse[1:] else 'is'} better than"
@@ -178,16 +180,24 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
     else:
         said = f"That growing pays is not shown here: {best} is not told apart from {listed(level)}{beyond}"
     known = [name for name, each in words.items() if trusted and not edges.intersection((name, *each))]
+    arms = {each["name"]: each for each in report["arms"]}
+    known = [name for name in known if not open_sizes(report, budget, arms[name])]
     paid = [name for name in known if set(words[name].values()) == {"better"}]
     own_controls = f"{'their' if paid[1:] else 'its'} own controls"
     return f"{said}; {listed(paid)} did better than {own_controls}." if paid else f"{said}."
 
 
+def open_sizes(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> list[str]:
+    """Of the best sizes beside a growing arm, those at an end of the sizes that were tried, in words."""
+    return [f"{best['arm']} is {edge_text(best)}" for best in sizes_beside(report, budget, arm) if best["edge"]]
+
+
 def of_another_kind(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> str:
-    """Of the models from scratch that are better than a growing arm and no control of it, the best one."""
+    """Of the models from scratch that are better than a growing arm and of no kind of its controls, the best one."""
     own = set(controls_of(report, budget, arm).values())
-    fresh = [a["name"] for a in report["arms"] if from_scratch(a) and a["role"] != "copy"]
-    others = [name for name in fresh if name not in own]
+    kinds = {kind_of(a) for a in report["arms"] if a["name"] in own}
+    fresh = [a for a in report["arms"] if from_scratch(a) and a["role"] != "copy"]
+    others = [a["name"] for a in fresh if kind_of(a) not in kinds]
     pairs = [pair for name in others if (pair := pair_of(budget, name, arm["name"])) and pair["word"] == "better"]
     best = min(pairs, key=lambda pair: pair["value"], default=None)
     return f"; {best['arm']}, another kind of model from scratch, is better than {arm['name']}" if best else ""
