@@ -15,7 +15,7 @@ from tiny_races import ARMS, FLOPS, GROWS, plausible, write, write_full_race
 from tokenformer.report import read_report, write_report
 from tokenformer.report.charts import QUIET
 from tokenformer.report.markup import name_of
-from tokenformer.report.race.controls import pair_of
+from tokenformer.report.race.controls import own_controls, pair_of
 from tokenformer.report.race.doubts import nearest, put_in_words, unequal_noise
 from tokenformer.report.race.numbers import calculate, spread_of_held_out
 from tokenformer.report.race.page import page, png_texts, top_charts
@@ -180,8 +180,11 @@ def test_whether_growing_paid_is_said_first_in_a_few_words(race, report, tmp_pat
     beyond = json.loads(json.dumps(report))
     beyond["budgets"][-1]["compute_optimal"][0]["edge"] = "largest"
     assert conclusion(beyond, True).endswith(
-        ", but size 560 k is the largest of 3 sizes, so that a better one may lie beyond."
+        ", but size 560 k is the largest of 3 sizes of its kind, so that a better one may lie beyond."
     )
+    beyond["budgets"][-1]["compute_optimal"] = []
+    beyond["own_controls"] = own_controls(beyond, beyond["budgets"][-1])
+    assert conclusion(beyond, True) == ""  # no size is known that growing could be held against
 
     def moved(name, **by):
         loss = lambda arm, *at: plausible(arm, *at) + by.get(arm.replace(" ", "_"), 0.0)  # noqa: E731
@@ -363,17 +366,34 @@ def test_an_arm_from_scratch_may_be_the_best_size_that_growing_is_held_against(t
         assert told["conclusion"].startswith("Growing did not pay here") is (found == "mine")
 
 
+def test_an_arm_that_did_better_than_its_controls_is_named_where_its_best_size_is_bracketed(tmp_path):
+    kind = {"theta": "softmax"}
+    arms = {name: {**arm, "config": {}} for name, arm in ARMS.items() if name != "size 560 k"}
+    sizes = {"theirs": ("scratch", 720_000), "their small": ("small", 412_000), "their size": ("size", 500_000)}
+    for name, (role, size) in sizes.items():
+        arms[name] = {"role": role, "of": "other", "parameters": (size, size), "config": kind}
+    arms["other"] = {**GROWS, "config": kind, "controls": {"scratch": "theirs", "small": "their small"}}
+    away = {"grown": 0.03, "grown late": 0.05, "dropped": 0.5}
+    away |= {"other": 0.1, "theirs": 0.4, "their small": 0.5, "their size": 0.3}
+    loss = lambda arm, *at: plausible(arm, *at) + away.get(arm, 0.0)  # noqa: E731
+    told = read_report(write_full_race(tmp_path / "race", arms, loss, budgets=(1.0,), tune_fraction=0.5))
+    said = conclusion(told, True)
+    assert said.endswith("; other did better than its own controls.") and "grown" in said.split(";")[0]
+    theirs = next(best for best in told["budgets"][-1]["compute_optimal"] if best["arm"] == "their size")
+    theirs["edge"] = "smallest"  # the control: it may not be the best size
+    assert "did better" not in conclusion(told, True)
+
+
 def test_another_kind_of_model_is_none_that_differs_in_size_alone(tmp_path):
     arms = {**ARMS, "mine": {"role": "arm", "parameters": (500_000, 500_000)}}
     away = {"mine": -0.4, "size 560 k": -0.5}
     loss = lambda arm, *at: plausible(arm, *at) + away.get(arm, 0.0)  # noqa: E731
-    for config, said in (({}, ""), ({"theta": "softmax"}, "; mine, another kind of model")):  # the control: it is one
-        arms["mine"]["config"] = config
-        told = read_report(write_full_race(tmp_path / f"race{len(said)}", arms, loss, budgets=(1.0,)))
+    for config, said in (({}, ""), ({"theta": "softmax"}, "mine"), ({"rank": 4}, "mine")):  # the controls: it is one
+        arms["mine"] |= {"config": config, "model": {"rank": config.get("rank")}}
+        told = read_report(write_full_race(tmp_path / f"race{len(str(config))}", arms, loss, budgets=(1.0,)))
         budget = told["budgets"][-1]
         assert pair_of(budget, "mine", "grown")["word"] == "better"
-        assert of_another_kind(told, budget, best_arm(told, budget)).startswith(said)
-        assert bool(said) == bool(of_another_kind(told, budget, best_arm(told, budget)))
+        assert of_another_kind(told, budget, best_arm(told, budget)) == said
 
 
 def test_a_model_of_thin_factors_is_none_of_the_sizes(tmp_path):
@@ -647,10 +667,10 @@ def test_the_matrix_of_the_answer_lies_open(tmp_path):
 def test_the_picture_says_first_whether_growing_paid(report):
     charts = top_charts(report)
     told, _ = png_texts(report, charts)
-    assert told.startswith(report["conclusion"]) and len(told) <= 540 + 4
-    long = {**report, "answer": ["x" * 450, "y" * 400]}
+    assert told.startswith(report["conclusion"]) and len(told) <= 680 + 4
+    long = {**report, "answer": ["x" * 600, "y" * 400]}
     assert png_texts(long, charts)[0] == report["conclusion"]
-    assert png_texts({**long, "conclusion": ""}, charts)[0] == "x" * 450  # the control: nothing before it
+    assert png_texts({**long, "conclusion": ""}, charts)[0] == "x" * 600  # the control: nothing before it
     assert png_texts({**report, "conclusion": "", "answer": ["One.", "Two."]}, charts)[0] == "One. Two."
 
 

@@ -40,7 +40,7 @@ def draw_figure(report: dict[str, Any], charts: list[Chart], title: str, note: s
 
     figure = Figure(figsize=(12.6, 5.6), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    lines = textwrap.wrap(title, 145, max_lines=4, placeholder=" …")
+    lines = textwrap.wrap(title, 145, max_lines=5, placeholder=" …")
     figure.text(0.012, 0.955, printable(report["name"]), size=16, weight="bold", color="#1a1a1a", va="center")
     figure.text(0.012, 0.915, "\n".join(lines), size=11, color="#333333", va="top", linespacing=1.35)
     figure.text(0.012, 0.018, note, size=8.5, color="#666666", va="bottom", linespacing=1.3)

@@ -9,15 +9,16 @@ from ...statistics import mean_sd
 from ..charts import MANY_ARMS, QUIET, Chart, Event, Series, colour_of, event_lines, thinned, time_unit, y_range
 from ..units import bits_text, flops_text, gap_text, prefix, seconds_text
 from .controls import controls_of, pair_of
-from .words import answered, best_arm, own_pairs
+from .words import answered, best_arm, of_another_kind, own_pairs
 
 COLOURED = 6  # arms of many, at most
 FLOPS_LABEL = "training FLOPs, ancestors included ({}FLOP)"
 
 
 def foremost(report: dict[str, Any]) -> list[str]:
-    """Of many arms those in colour: the reference, the best arm of the answer, its controls, arms that are better than
-    their own scratch, or the reference, and its copies, as far as colours reach. None where all arms have one.
+    """Of many arms those in colour: the reference, the best arm of the answer, its controls, another kind of model that
+    is better, arms that are better than their own scratch, or the reference, and its copies, as far as colours reach.
+    None where all arms have one.
     """
     budget = answered(report)
     arm = budget and best_arm(report, budget)
@@ -29,8 +30,9 @@ def foremost(report: dict[str, Any]) -> list[str]:
     beside = (pair for name in entrants if (pair := pair_of(budget, name, reference)))
     pairs = own_pairs(report, budget, "scratch") if arm["grows"] else sorted(beside, key=lambda pair: pair["value"])
     better = [name for pair in pairs if pair["word"] == "better" for name in (pair["arm"], pair["other"])]
-    names = [reference, arm["name"], *controls_of(report, budget, arm).values(), *better, *copies]
-    return list(dict.fromkeys(names))[:COLOURED]
+    rival = of_another_kind(report, budget, arm) if arm["grows"] else ""
+    names = [reference, arm["name"], *controls_of(report, budget, arm).values(), rival, *better, *copies]
+    return list(dict.fromkeys(filter(None, names)))[:COLOURED]
 
 
 def unit_of(values: Iterable[float | None], over: str) -> tuple[float, str, str]:

@@ -28,10 +28,10 @@ SQRT2 = math.sqrt(2)
 
 
 def control_of(report: dict[str, Any], arm: dict[str, Any], role: str) -> dict[str, Any] | None:
-    """The scratch, small or dropped that the race gave the arm; None where it has none. One whose moments are dropped
-    has those of the arm that it stands beside."""
+    """The scratch, small or dropped that the race gave the arm; None where it has none. A copy, and one whose
+    moments are dropped, have those of the arm that they stand beside."""
     arms = {a["name"]: a for a in report["arms"]}
-    owner = arms.get(arm["of"], arm) if arm["role"] == "dropped" and role != "dropped" else arm
+    owner = arms.get(arm["of"], arm) if arm["role"] in ("dropped", "copy") and role != "dropped" else arm
     return arms.get(owner.get("controls", {}).get(role))
 
 

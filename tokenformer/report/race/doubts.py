@@ -144,6 +144,8 @@ def soft_doubts(report: dict[str, Any]) -> list[str]:
     if growing and not report["race"].get("controls", True):
         names = listed([f"**{arm['name']}**" for arm in growing])
         warn.append(f"race.controls = false: {names} grew without the controls that rules 7 to 9 add.")
+    elif bare := [f"**{arm['name']}**" for arm in growing if arm["role"] == "arm" and not arm.get("controls")]:
+        warn.append(f"The race does not say which controls {listed(bare)} {'has' if len(bare) == 1 else 'have'}.")
     warn += [
         f"The arms do not share {key}: {value!r}, but {listed(others)}. Rule 15: only what an architecture needs."
         for key, value, others in train_differences(report)

@@ -197,7 +197,7 @@ def optimal_sizes(report: dict[str, Any], cells: list[dict[str, Any]]) -> list[d
     groups: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     kinds = {kind_of(arm) for arm in report["arms"] if arm["role"] in FROM_SCRATCH}
     for arm, cell in zip(report["arms"], cells, strict=True):
-        whole = from_scratch(arm) and not (arm["recipe"].get("model") or {}).get("rank")
+        whole = from_scratch(arm) and not is_thin(arm)
         scratch = whole and (arm["role"] in FROM_SCRATCH or arm["role"] == "arm" and kind_of(arm) in kinds)
         if scratch and cell["mean"] is not None and cell["parameters"]:
             groups.setdefault(kind_of(arm), {})[arm["name"]] = (cell["parameters"], cell["mean"])
@@ -207,6 +207,11 @@ def optimal_sizes(report: dict[str, Any], cells: list[dict[str, Any]]) -> list[d
 
 def from_scratch(arm: dict[str, Any]) -> bool:
     return not arm["grows"] and not (arm["recipe"].get("model") or {}).get("checkpoint")
+
+
+def is_thin(arm: dict[str, Any]) -> bool:
+    """Whether its matrices are factors of low rank."""
+    return bool((arm["recipe"].get("model") or {}).get("rank"))
 
 
 def kind_of(arm: dict[str, Any]) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from .verdicts import (
 
 __all__ = ["page", "png_texts", "top_charts"]
 
-MOST_TOLD = 540  # letters of the answer that a picture has room for
+MOST_TOLD = 680  # letters of the answer that a picture has room for
 
 
 def png_texts(report: dict[str, Any], charts: list[Chart]) -> tuple[str, str]:

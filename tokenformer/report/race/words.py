@@ -6,13 +6,14 @@ from typing import Any
 
 from ..units import bits_text, flops_text, gap_text, low_to_high, signed
 from .controls import best_of_sizes, controls_of, pair_of, sizes_beside
-from .numbers import cell_of, from_scratch, kind_of, mean_of, runs_at
+from .numbers import cell_of, from_scratch, is_thin, kind_of, mean_of, runs_at
 
 LABELS = {
     "scratch": "the target size from scratch",
     "small": "the small size, trained longer",
     "dropped": "the same growth without its optimizer's state",
 }
+KNOWN_BY = {"scratch", "small", "optimal"}  # the controls without which nothing says that growing paid
 MOST_BETTER, MOST_OTHERS, MOST_GAINS = 4, 2, 6  # that the answer names; of more it says how many
 NOT_COMPARED: dict[str, Any] = {"value": None}  # FLOPs to a loss, where there is no ratio
 BY_ITS_LOSS = "by its loss at that budget"  # where a word rests, when the FLOPs to a loss lie beyond the budgets
@@ -156,14 +157,15 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
     rows = {row["arm"]: row["controls"] for row in own_rows(report, budget)}
     words = {name: words_of(controls) for name, controls in rows.items()}
     mine, labels = words[arm["name"]], control_labels(report, budget, arm)
-    if {"scratch", "small"} - rows[arm["name"]].keys() or "" in mine.values():
+    if not KNOWN_BY <= rows[arm["name"]].keys() or "" in mine.values():
         return ""
     better, worse, level = (
         [name for name, said in mine.items() if said == word] for word in ("better", "worse", "not told apart")
     )
     best = f"the best of {len(words)} grown models, {arm['name']}," if len(words) > 1 else arm["name"]
     edges = {each["name"] for each in report["arms"] if each["trials"] and each["edge"]}
-    beyond = of_another_kind(report, budget, arm)
+    other = of_another_kind(report, budget, arm)
+    beyond = f"; {other}, another kind of model from scratch, is better than {arm['name']}" if other else ""
     if not worse and not level:
         at_edge, ends = [name for name in (arm["name"], *mine) if name in edges], open_sizes(report, budget, arm)
         if trusted and not at_edge and not ends:
@@ -181,26 +183,27 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
         said = f"That growing pays is not shown here: {best} is not told apart from {listed(level)}{beyond}"
     known = [name for name, each in words.items() if trusted and not edges.intersection((name, *each))]
     arms = {each["name"]: each for each in report["arms"]}
-    known = [name for name in known if not open_sizes(report, budget, arms[name])]
+    known = [name for name in known if KNOWN_BY <= rows[name].keys() and not open_sizes(report, budget, arms[name])]
     paid = [name for name in known if set(words[name].values()) == {"better"}]
     own_controls = f"{'their' if paid[1:] else 'its'} own controls"
     return f"{said}; {listed(paid)} did better than {own_controls}." if paid else f"{said}."
 
 
 def open_sizes(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> list[str]:
-    """Of the best sizes beside a growing arm, those at an end of the sizes that were tried, in words."""
-    return [f"{best['arm']} is {edge_text(best)}" for best in sizes_beside(report, budget, arm) if best["edge"]]
+    """Of the best sizes beside a growing arm, those at an end of the sizes of their kind that were tried, in words."""
+    ends = [best for best in sizes_beside(report, budget, arm) if best["edge"]]
+    return [f"{best['arm']} is {edge_text(best)} of its kind" for best in ends]
 
 
 def of_another_kind(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> str:
-    """Of the models from scratch that are better than a growing arm and of no kind of its controls, the best one."""
+    """Of the models from scratch that are better than a growing arm and are neither controls of it nor, but for thin
+    factors, of their kinds, the best one; "" where there is none."""
     own = set(controls_of(report, budget, arm).values())
     kinds = {kind_of(a) for a in report["arms"] if a["name"] in own}
-    fresh = [a for a in report["arms"] if from_scratch(a) and a["role"] != "copy"]
-    others = [a["name"] for a in fresh if kind_of(a) not in kinds]
+    fresh = [a for a in report["arms"] if from_scratch(a) and a["role"] != "copy" and a["name"] not in own]
+    others = [a["name"] for a in fresh if kind_of(a) not in kinds or is_thin(a)]
     pairs = [pair for name in others if (pair := pair_of(budget, name, arm["name"])) and pair["word"] == "better"]
-    best = min(pairs, key=lambda pair: pair["value"], default=None)
-    return f"; {best['arm']}, another kind of model from scratch, is better than {arm['name']}" if best else ""
+    return str(min(pairs, key=lambda pair: pair["value"])["arm"]) if pairs else ""
 
 
 def words_of(controls: dict[str, Any]) -> dict[str, str]:
