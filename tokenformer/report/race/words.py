@@ -146,8 +146,7 @@ def answer(report: dict[str, Any]) -> list[str]:
 def conclusion(report: dict[str, Any], trusted: bool) -> str:
     """Whether growing paid, in a few words: how the best growing arm stands to its scratch, its small size and the best
     size, and which others are better than all of theirs. Nothing before the race has ended, or where those controls
-    are missing. Where rates are not `trusted`, the best of an arm or a control lies at an edge of the grid, or the best
-    size is the smallest or largest that was tried, being better is no sign that it paid.
+    are missing, nor that it paid where there is a `doubt`.
     """
     budget = answered(report)
     arm = best_arm(report, budget) if budget else None
@@ -163,36 +162,38 @@ def conclusion(report: dict[str, Any], trusted: bool) -> str:
         [name for name, said in mine.items() if said == word] for word in ("better", "worse", "not told apart")
     )
     best = f"the best of {len(words)} grown models, {arm['name']}," if len(words) > 1 else arm["name"]
-    edges = {each["name"] for each in report["arms"] if each["trials"] and each["edge"]}
     other = of_another_kind(report, budget, arm)
     beyond = f"; {other}, another kind of model from scratch, is better than {arm['name']}" if other else ""
     if not worse and not level:
-        at_edge, ends = [name for name in (arm["name"], *mine) if name in edges], open_sizes(report, budget, arm)
-        if trusted and not at_edge and not ends:
-            return f"Growing paid here: at equal FLOPs {best} is better than {listed(better)}{beyond}."
-        doubt = "at learning rates that were tuned on short runs"
-        if trusted and at_edge:
-            doubt = f"the best learning rate of {listed(at_edge)} lies at an edge of the grid"
-        elif trusted:
-            doubt = f"{listed(ends)}, so that a better one may lie beyond"
-        return f"That growing pays is not shown here: {best} is better than {listed(better)}, but {doubt}{beyond}."
+        if but := doubt(report, budget, arm, trusted):
+            return f"That growing pays is not shown here: {best} is better than {listed(better)}, but {but}{beyond}."
+        return f"Growing paid here: at equal FLOPs {best} is better than {listed(better)}{beyond}."
     if worse:
         ahead = f"{listed([f'{name} ({labels[name]})' for name in worse])} {'are' if worse[1:] else 'is'} better than"
         said = f"Growing did not pay here: at equal FLOPs {ahead} {best.removesuffix(',')}"
     else:
         said = f"That growing pays is not shown here: {best} is not told apart from {listed(level)}{beyond}"
-    known = [name for name, each in words.items() if trusted and not edges.intersection((name, *each))]
     arms = {each["name"]: each for each in report["arms"]}
-    known = [name for name in known if KNOWN_BY <= rows[name].keys() and not open_sizes(report, budget, arms[name])]
-    paid = [name for name in known if set(words[name].values()) == {"better"}]
+    ahead_of_all = [n for n, each in words.items() if KNOWN_BY <= rows[n].keys() and set(each.values()) == {"better"}]
+    paid = [name for name in ahead_of_all if not doubt(report, budget, arms[name], trusted)]
     own_controls = f"{'their' if paid[1:] else 'its'} own controls"
     return f"{said}; {listed(paid)} did better than {own_controls}." if paid else f"{said}."
 
 
-def open_sizes(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> list[str]:
-    """Of the best sizes beside a growing arm, those at an end of the sizes of their kind that were tried, in words."""
+def doubt(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any], trusted: bool) -> str:
+    """Why it is no sign that growing paid that an arm is better than its controls; "" where nothing speaks against it.
+
+    Rates that are not `trusted`, the best of one at an edge of the grid, a best size at an end of its kind's.
+    """
+    if not trusted:
+        return "at learning rates that were tuned on short runs"
+    names = [arm["name"], *(name for role, name in controls_of(report, budget, arm).items() if role != "dropped")]
+    edges = {each["name"] for each in report["arms"] if each["trials"] and each["edge"]}
+    if at_edge := [name for name in dict.fromkeys(names) if name in edges]:
+        return f"the best learning rate of {listed(at_edge)} lies at an edge of the grid"
     ends = [best for best in sizes_beside(report, budget, arm) if best["edge"]]
-    return [f"{best['arm']} is {edge_text(best)} of its kind" for best in ends]
+    said = [f"{best['arm']} is {edge_text(best)} of its kind" for best in ends]
+    return f"{listed(said)}, so that a better one may lie beyond" if said else ""
 
 
 def of_another_kind(report: dict[str, Any], budget: dict[str, Any], arm: dict[str, Any]) -> str:
